@@ -1,0 +1,59 @@
+"""`quire plugins`: what is installed, who brought it, and whether it works on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from quire.cli.options import add_option, given_options
+from quire.config import nearest
+from quire.errors import ConfigError
+from quire.hooks.kinds import KINDS
+from quire.hooks.registry import load_plugins
+from quire.hooks.validation import Registered
+
+COLUMNS = ("kind", "name", "plugin", "distribution", "version", "api_version", "usable", "summary")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `quire plugins`."""
+    parser.add_argument("--kind", metavar="KIND", help=f"only one kind: {', '.join(KINDS)}")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    add_option(parser, "disable_plugin")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plugins. Raises: PluginError for the first one that cannot be loaded."""
+    kind = arguments.kind
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"--kind is {kind!r}; allowed: {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    disabled = given_options(arguments).get("disable_plugin", ())
+    rows = [_row(entry) for entry in load_plugins(disabled).entries(kind)]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _row(entry: Registered) -> dict[str, Any]:
+    return {
+        "kind": entry.kind,
+        "name": entry.name,
+        "plugin": entry.owner.plugin,
+        "distribution": entry.owner.distribution,
+        "version": entry.owner.version,
+        "api_version": ".".join(map(str, entry.api_version)),
+        "usable": entry.unusable is None,
+        "why_unusable": entry.unusable,
+        "summary": entry.descriptor.summary,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    shown = [{**row, "usable": row["why_unusable"] or "yes"} for row in rows]
+    lines = [{name: name.replace("_", " ") for name in COLUMNS}, *shown]
+    widths = {name: max(len(str(line[name])) for line in lines) for name in COLUMNS}
+    for line in lines:
+        print("  ".join(f"{line[name]!s:<{widths[name]}}" for name in COLUMNS).rstrip())

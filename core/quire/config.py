@@ -1,0 +1,327 @@
+"""The engine's configuration: one attrs field a setting, with meaning, unit, default and choices.
+
+`OPTIONS` is the one table behind `LLM(...)` keywords, command-line options and `quire explain`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from attrs import Attribute, Factory, evolve, field, fields, frozen
+
+from quire.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+POLICIES = ("fcfs", "priority")
+
+Check = Callable[[Any], bool]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def option_name(name: str) -> str:
+    """Return how a setting is spelled on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def setting(
+    default: Any, meaning: str, *, kind: type, allowed: str, check: Check, unit: str = ""
+) -> Any:
+    """Declare one setting; `check` answers whether a value is allowed, `allowed` says it."""
+
+    def validate(_instance: object, attribute: Attribute[Any], value: Any) -> None:
+        if not check(value):
+            raise ConfigError(
+                f"{option_name(attribute.name)} is {_short(value)}; allowed: {allowed}."
+            )
+
+    metadata = {"meaning": meaning, "unit": unit, "kind": kind, "allowed": allowed}
+    return field(default=default, validator=validate, metadata=metadata)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
+    listed = ", ".join(choices)
+
+    def validate(_instance: object, attribute: Attribute[Any], value: Any) -> None:
+        if not isinstance(value, str) or value not in choices:
+            hint = nearest(str(value), choices)
+            raise ConfigError(
+                f"{option_name(attribute.name)} is {_short(value)}; allowed: {listed}.{hint}"
+            )
+
+    metadata = {"meaning": meaning, "unit": "", "kind": str, "allowed": listed}
+    return field(default=default, validator=validate, metadata={**metadata, "choices": choices})
+
+
+def _text(default: str | None, meaning: str, *, optional: bool = False) -> Any:
+    def check(value: Any) -> bool:
+        return (value is None and optional) or (isinstance(value, str) and value != "")
+
+    return setting(default, meaning, kind=str, allowed="a text that is not empty", check=check)
+
+
+def _flag(default: bool, meaning: str) -> Any:
+    def check(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    return setting(default, meaning, kind=bool, allowed="true or false", check=check)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(default: int | None, meaning: str, *, low: int, high: int, unit: str = "") -> Any:
+    def check(value: Any) -> bool:
+        return (value is None and default is None) or (_is_whole(value) and low <= value <= high)
+
+    allowed = f"whole numbers from {low} to {high}"
+    return setting(default, meaning, kind=int, allowed=allowed, check=check, unit=unit)
+
+
+def _fraction(default: float, meaning: str) -> Any:
+    def check(value: Any) -> bool:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return real and math.isfinite(value) and 0 < value <= 1
+
+    return setting(
+        default, meaning, kind=float, allowed="numbers above 0 up to 1", check=check, unit="share"
+    )
+
+
+def _names(meaning: str) -> Any:
+    def check(value: Any) -> bool:
+        return isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
+
+    metadata = {"meaning": meaning, "unit": "", "kind": tuple, "allowed": "names"}
+
+    def validate(_instance: object, attribute: Attribute[Any], value: Any) -> None:
+        if not check(value):
+            raise ConfigError(f"{option_name(attribute.name)} is {_short(value)}; allowed: names.")
+
+    def to_tuple(value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else value
+
+    return field(default=(), converter=to_tuple, validator=validate, metadata=metadata)
+
+
+def _is_context_length(value: Any) -> bool:
+    return value in (None, "auto") or (_is_whole(value) and 1 <= value <= 2**30)
+
+
+def _is_block_size(value: Any) -> bool:
+    return _is_whole(value) and 1 <= value <= 4096 and value & (value - 1) == 0
+
+
+@frozen(kw_only=True)
+class ModelOptions:
+    """What to load."""
+
+    model: str = _text("demo", "folder, Hugging Face id, or the name of a bundled checkpoint")
+    tokenizer: str | None = _text(
+        None, "folder or id of the tokenizer, where it is not the model's own", optional=True
+    )
+    skip_tokenizer_init: bool = _flag(
+        False, "load no tokenizer: prompts are token ids, and outputs have no text"
+    )
+    revision: str | None = _text(
+        None, "branch, tag or commit of a Hugging Face id", optional=True
+    )
+    dtype: str = _choice("auto", DTYPES, "number format of weights and activations")
+    max_model_len: int | str | None = setting(
+        None,
+        "longest prompt and answer together; auto: the largest that fits; "
+        "not given: the model's own",
+        kind=int,
+        allowed="auto, or whole numbers from 1",
+        check=_is_context_length,
+        unit="tokens",
+    )
+    chat_template: str | None = _text(
+        None, "file with a chat template instead of the checkpoint's own", optional=True
+    )
+    trust_remote_code: bool = _flag(
+        False, "allow code that a checkpoint carries; no installed plugin runs any today"
+    )
+
+
+@frozen(kw_only=True)
+class CacheOptions:
+    """How the KV cache is sized and shared."""
+
+    block_size: int = setting(
+        16,
+        "tokens in one KV block",
+        kind=int,
+        allowed="powers of two from 1 to 4096",
+        check=_is_block_size,
+        unit="tokens",
+    )
+    kv_cache_memory_bytes: int | None = _count(
+        None, "memory for KV blocks; not given: measured", low=1, high=2**50, unit="bytes"
+    )
+    gpu_memory_utilization: float = _fraction(
+        0.9, "share of the GPU's memory that the engine may use in all"
+    )
+    kv_cache_dtype: str = _choice("auto", DTYPES, "number format of the KV cache; auto: as dtype")
+    enable_prefix_caching: bool = _flag(True, "find the blocks of equal prompt beginnings again")
+
+
+@frozen(kw_only=True)
+class SchedulerOptions:
+    """How requests share the steps."""
+
+    max_num_seqs: int = _count(
+        256, "sequences that may run at once", low=1, high=65536, unit="sequences"
+    )
+    max_num_batched_tokens: int = _count(
+        2048, "tokens computed in one step", low=1, high=2**20, unit="tokens"
+    )
+    scheduling_policy: str = _choice(
+        "fcfs", POLICIES, "fcfs: by arrival; priority: lower numbers first, waiting ages"
+    )
+    priority_aging_s: float = setting(
+        10.0,
+        "waiting time that improves a request's priority by one",
+        kind=float,
+        allowed="finite numbers above 0",
+        check=lambda v: isinstance(v, (int, float)) and math.isfinite(v) and v > 0,
+        unit="seconds",
+    )
+
+
+@frozen(kw_only=True)
+class PluginOptions:
+    """Which plugins do the work. `auto` picks by priority among the usable ones."""
+
+    attention_backend: str = _text("auto", "attention backend by name")
+    attention_option: tuple[str, ...] = _names("NAME.key=value for an attention backend")
+    quantization: str | None = _text(
+        None, "quantization method by name; not given: as the checkpoint says", optional=True
+    )
+    model_implementation: str = _text("auto", "model plugin by name")
+    sampler: str = _text("auto", "sampler plugin by name")
+    logits_processors: tuple[str, ...] = _names("logits processors to load, by name")
+    disable_plugin: tuple[str, ...] = _names("plugins that are not loaded, by entry-point name")
+
+
+@frozen(kw_only=True)
+class DeviceOptions:
+    """Where and how to compute."""
+
+    device: str = _choice("auto", DEVICES, "auto: a GPU where there is one")
+    tensor_parallel_size: int = _count(
+        1, "GPUs that share the model; one in this version", low=1, high=1
+    )
+    enforce_eager: bool = _flag(False, "never use CUDA graphs")
+    seed: int = _count(0, "where seeds of unseeded requests start", low=0, high=2**63 - 1)
+    num_threads: int | None = _count(
+        None, "compute threads on a CPU; not given: PyTorch's", low=1, high=1024
+    )
+
+
+@frozen(kw_only=True)
+class EngineConfig:
+    """Every setting of one engine and who set it (`default`, `model` or `user`)."""
+
+    model: ModelOptions = Factory(ModelOptions)
+    cache: CacheOptions = Factory(CacheOptions)
+    scheduler: SchedulerOptions = Factory(SchedulerOptions)
+    plugins: PluginOptions = Factory(PluginOptions)
+    device: DeviceOptions = Factory(DeviceOptions)
+    sources: Mapping[str, str] = Factory(dict)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """Build from flat names as `LLM(...)` and the command line give them.
+
+        Raises: ConfigError for an unknown name (with the nearest right one) or a bad value.
+        """
+        for name in options:
+            if name not in OPTIONS:
+                known = nearest(name, OPTIONS)
+                raise ConfigError(
+                    f"unknown option {name!r}.{known} `quire generate --help` lists all."
+                )
+        parts = {
+            part: kind(**{a.name: options[a.name] for a in fields(kind) if a.name in options})
+            for part, kind in PARTS.items()
+        }
+        return cls(**parts, sources=dict.fromkeys(options, "user"))
+
+    def source(self, name: str) -> str:
+        """Return who set the option: `default`, `model` or `user`."""
+        return self.sources.get(name, "default")
+
+    def value(self, name: str) -> Any:
+        """Return the value of an option by its flat name."""
+        return getattr(getattr(self, OPTIONS[name].part), name)
+
+    def with_value(self, name: str, value: Any, *, source: str) -> EngineConfig:
+        """Return a copy with one option set by `source`."""
+        part = OPTIONS[name].part
+        changed = evolve(getattr(self, part), **{name: value})
+        return evolve(self, **{part: changed, "sources": {**self.sources, name: source}})
+
+    def to_options(self) -> dict[str, Any]:
+        """Return what the user set, by flat name: enough to build an equal one elsewhere."""
+        return {n: self.value(n) for n, source in self.sources.items() if source == "user"}
+
+
+@frozen(kw_only=True)
+class Option:
+    """One row of the option table."""
+
+    name: str
+    part: str
+    default: Any
+    kind: type
+    meaning: str
+    unit: str
+    allowed: str
+    choices: tuple[str, ...] | None
+
+
+PARTS: dict[str, type] = {
+    "model": ModelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+    "plugins": PluginOptions,
+    "device": DeviceOptions,
+}
+
+
+def _rows() -> dict[str, Option]:
+    rows = {}
+    for part, kind in PARTS.items():
+        for a in fields(kind):
+            meta = a.metadata
+            rows[a.name] = Option(
+                name=a.name,
+                part=part,
+                default=a.default,
+                kind=meta["kind"],
+                meaning=meta["meaning"],
+                unit=meta["unit"],
+                allowed=meta["allowed"],
+                choices=meta.get("choices"),
+            )
+    return rows
+
+
+OPTIONS: dict[str, Option] = _rows()

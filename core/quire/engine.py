@@ -1,0 +1,318 @@
+"""The engine: token ids in, token ids out, one step at a time. It never sees text."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import define
+
+from quire.config import EngineConfig
+from quire.errors import EngineDeadError, QuireError
+from quire.execution import setup
+from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_sizing import KVSize, size_kv_cache
+from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes
+from quire.execution.model_runner import InFlight, ModelRunner
+from quire.execution.processors import ProcessorChain
+from quire.execution.weights import load_weights
+from quire.hooks.selection import (
+    parse_attention_options,
+    select_attention,
+    select_logits_processors,
+    select_sampler,
+)
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits
+from quire.interfaces.model import Model
+from quire.interfaces.plugin import Selection
+from quire.preparation import Prepared, kv_request
+from quire.request import FinishReason, Request, SequenceUpdate
+from quire.scheduling.block_manager import BlockManager
+from quire.scheduling.output import SchedulerOutput, StepResult
+from quire.scheduling.scheduler import Scheduler
+
+# A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
+STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
+
+
+@define(kw_only=True)
+class Layout:
+    """How the engine uses its device: what was chosen, and where the memory goes."""
+
+    groups: list[LayerGroup]
+    selections: list[Selection]
+    options: dict[str, Any]
+    kv_size: KVSize
+    budget: MemoryBudget
+    limits: BatchLimits
+
+
+class Engine:
+    """Schedule, dispatch and collect steps; `add_request` and `step` are all that a door needs.
+
+    Not safe for threads: one thread owns an engine.
+    """
+
+    def __init__(self, prepared: Prepared, clock: Callable[[], float] = time.monotonic) -> None:
+        """Load the model. Raises: ConfigError, CheckpointError or PluginError."""
+        self.prepared = prepared
+        self.clock = clock
+        starter = Starter(prepared)
+        self.runner, self.layout = starter.start()
+        self.max_model_len = self.layout.kv_size.max_model_len
+        self.selections = [*prepared.selections, *self.layout.selections]
+        size = self.layout.kv_size.num_blocks
+        groups = [group.to_cache_group(size) for group in self.layout.groups]
+        cache = prepared.config.cache
+        self.block_manager = BlockManager(
+            groups, enable_prefix_caching=cache.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            prepared.config.scheduler, self.block_manager, self.max_model_len, clock
+        )
+        self._depth = self.layout.limits.max_steps_in_flight
+        self._in_flight: deque[InFlight] = deque()
+        self._failure: Exception | None = None
+
+    @property
+    def config(self) -> EngineConfig:
+        """The configuration with what the model decided."""
+        return self.prepared.config
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises: RequestError where it can never be served."""
+        self._check_alive()
+        self.scheduler.add_request(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; no update follows. An unknown id is no error."""
+        self.scheduler.abort(request_id)
+
+    def finish_sequence(self, request_id: str, index: int, reason: FinishReason) -> None:
+        """End one sequence for a reason found outside, such as a stop string."""
+        self.scheduler.finish_sequence(request_id, index, reason)
+
+    def has_unfinished(self) -> bool:
+        """Whether there is work, steps in flight included."""
+        return self.scheduler.has_unfinished() or bool(self._in_flight)
+
+    def step(self) -> list[SequenceUpdate]:
+        """Keep the device busy and return what the oldest step in flight gave.
+
+        Raises: EngineDeadError if the step failed as a whole; the engine cannot be used again.
+        """
+        self._check_alive()
+        try:
+            while len(self._in_flight) < self._depth:
+                output = self.schedule()
+                if output is None:
+                    break
+                self._in_flight.append(self.dispatch(output))
+            if not self._in_flight:
+                return []
+            return self.scheduler.update(self.collect(self._in_flight.popleft()))
+        except Exception as error:
+            self._failure = error
+            raise EngineDeadError(
+                f"the engine stopped in a step: {type(error).__name__}: {error}"
+            ) from error
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Plan the next step; None if nothing can be computed now."""
+        return self.scheduler.schedule()
+
+    def dispatch(self, output: SchedulerOutput) -> InFlight:
+        """Launch a step."""
+        return self.runner.dispatch(output)
+
+    def collect(self, step: InFlight) -> StepResult:
+        """Wait for a step's tokens."""
+        return self.runner.collect(step)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(
+                f"the engine stopped earlier: {self._failure}; make a new one."
+            ) from self._failure
+
+
+class Starter:
+    """From checked files to a runner with weights and KV blocks."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        self.device = setup.pick_device(self.config.device.device)
+        if self.device.type == "cpu":
+            setup.set_threads(self.config.device.num_threads)
+        self._dtype = self.config.model.dtype
+        _, sampler, self._sampler_choice = select_sampler(
+            prepared.registry, self.config.plugins.sampler, self.device.type
+        )
+        self._classes = self._load_classes(sampler)
+
+    def _load_classes(self, sampler: type) -> setup.ChosenClasses:
+        prepared = self.prepared
+        quantization = prepared.quantization.load_class()
+        dense = prepared.registry.quantization("none").load_class()
+        model = prepared.model.load_class()
+        if not issubclass(model, Model):
+            raise QuireError(f"{prepared.model.load} is not a quire.interfaces.model.Model.")
+        return setup.ChosenClasses(
+            model=model,
+            quantization=quantization(prepared.raw_config.get("quantization_config") or {}),
+            dense=dense({}),
+            sampler=sampler,
+        )
+
+    def plan(self) -> Layout:
+        """Choose and size everything without weights: what `quire explain` shows."""
+        return self._plan(self._build("meta"))
+
+    def start(self) -> tuple[ModelRunner, Layout]:
+        """Build, plan, load, measure on a GPU, and allocate the KV cache."""
+        # Not on `meta` first: its operations in Python cost seconds of imports.
+        model = self._build(str(self.device))
+        layout = self._plan(model)
+        load_weights(model, self.prepared.checkpoint)
+        if self.device.type == "cuda":
+            self._measure_on_gpu(model, layout)
+        return self._runner(model, layout, layout.kv_size.num_blocks, layout.limits), layout
+
+    def _plan(self, model: Model) -> Layout:
+        backends, selections, options = self._choose_backends(model)
+        groups = setup.group_layers(model, backends)
+        limits = self._limits(self._longest())
+        measured = self._measure_host(model, groups, limits)
+        size = self._size(groups, self._kv_bytes(measured))
+        return Layout(
+            groups=groups,
+            selections=[*selections, self._sampler_choice],
+            options=options,
+            kv_size=size,
+            budget=measured.with_blocks(_kv_bytes(groups, size)),
+            limits=self._limits(size.max_model_len),
+        )
+
+    def _build(self, device: str) -> Model:
+        return setup.build_model(
+            self._classes,
+            self.prepared.model_config,
+            dtype=self._dtype,
+            device=device,
+            max_model_len=self._longest(),
+        )
+
+    def _longest(self) -> int:
+        wanted = self.config.model.max_model_len
+        own = self.prepared.model_config.max_model_len
+        return wanted if isinstance(wanted, int) else own
+
+    def _limits(self, max_model_len: int) -> BatchLimits:
+        options = self.config.scheduler
+        return BatchLimits(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_steps_in_flight=STEPS_IN_FLIGHT[self.device.type],
+        )
+
+    def _choose_backends(
+        self, model: Model
+    ) -> tuple[dict[AttentionSpec, type[AttentionBackend]], list[Selection], dict[str, Any]]:
+        registry, plugins = self.prepared.registry, self.config.plugins
+        chosen: dict[AttentionSpec, type[AttentionBackend]] = {}
+        selections: list[Selection] = []
+        options: dict[str, Any] = {}
+        specs = setup.attention_specs(
+            model,
+            dtype=self._dtype,
+            kv_dtype=self.config.cache.kv_cache_dtype,
+            block_size=self.config.cache.block_size,
+            device=self.device.type,
+        )
+        for spec in specs:
+            plugin, chosen[spec], choice = select_attention(
+                registry, plugins.attention_backend, spec
+            )
+            options = parse_attention_options(registry, plugin, plugins.attention_option)
+            if choice not in selections:
+                selections.append(choice)
+        return chosen, selections, options
+
+    def _measure_host(
+        self, model: Model, groups: list[LayerGroup], limits: BatchLimits
+    ) -> setup.Measured:
+        """Estimate before weights are loaded; a GPU's memory is measured again after."""
+        activations = setup.estimated_activation_bytes(
+            self.prepared.model_config, limits, self._dtype
+        )
+        measured = setup.measure_host(
+            weights=setup.weight_bytes(model),
+            activations=activations,
+            workspace=setup.workspace_bytes(groups, limits),
+        )
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            measured.total = int(free * self.config.cache.gpu_memory_utilization)
+        return measured
+
+    def _kv_bytes(self, measured: setup.Measured) -> int:
+        given = self.config.cache.kv_cache_memory_bytes
+        if given is not None:
+            return given
+        if self.device.type == "cpu":
+            return min(measured.available, default_cpu_kv_bytes())
+        return measured.available
+
+    def _size(self, groups: list[LayerGroup], available: int) -> KVSize:
+        request = kv_request(
+            self.config,
+            self.prepared.model_config,
+            available_bytes=available,
+            bytes_per_block=sum(group.bytes_per_block for group in groups),
+        )
+        return size_kv_cache(request)
+
+    def _measure_on_gpu(self, model: Model, layout: Layout) -> None:
+        runner = self._runner(model, layout, 2, layout.limits)
+        measured = setup.measure_gpu(
+            runner,
+            layout.groups,
+            layout.limits,
+            share=self.config.cache.gpu_memory_utilization,
+            weights=layout.budget.weights,
+        )
+        layout.kv_size = self._size(layout.groups, self._kv_bytes(measured))
+        layout.budget = measured.with_blocks(_kv_bytes(layout.groups, layout.kv_size))
+        layout.limits = self._limits(layout.kv_size.max_model_len)
+
+    def _runner(
+        self, model: Model, layout: Layout, num_blocks: int, limits: BatchLimits
+    ) -> ModelRunner:
+        return setup.make_runner(
+            model=model,
+            groups=layout.groups,
+            num_blocks=num_blocks,
+            limits=limits,
+            options=layout.options,
+            sampler=self._classes.sampler(),
+            processors=self._processors(limits),
+        )
+
+    def _processors(self, limits: BatchLimits) -> ProcessorChain:
+        chosen = select_logits_processors(
+            self.prepared.registry, self.config.plugins.logits_processors
+        )
+        vocab_size = self.prepared.model_config.vocab_size
+        made = [
+            kind(vocab_size, limits.max_num_seqs, str(self.device)) for _, kind in chosen
+        ]
+        return ProcessorChain(made, limits, self.device)
+
+
+def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
+    return size.num_blocks * sum(group.bytes_per_block for group in groups)

@@ -1,0 +1,188 @@
+"""Turn a scheduler's difference into a step's Batch; rows of sequences persist between steps.
+
+All integers of a step lie in one packed int32 buffer and go to the device in one copy. The work
+is vectorised over rows and does not grow with the length of the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from attrs import define
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.interfaces.attention import BatchLimits
+from quire.interfaces.batch import Batch, GroupBatch
+from quire.scheduling.output import AddedSequence, KVCacheGroup, SchedulerOutput
+
+Ints = NDArray[np.int32]
+
+
+@define(kw_only=True)
+class BuiltBatch:
+    """A batch and whose logits are sampled: sequence ids, rows and positions of the new tokens."""
+
+    batch: Batch
+    sampled_ids: list[int]
+    sampled_rows: list[int]
+    sampled_positions: Ints
+
+
+class BatchBuilder:
+    """Keep the persistent rows and build batches from them."""
+
+    def __init__(
+        self, groups: Sequence[KVCacheGroup], limits: BatchLimits, device: torch.device
+    ) -> None:
+        rows = limits.max_num_seqs
+        self.device = device
+        self.row_of: dict[int, int] = {}
+        self._block_sizes = [group.block_size for group in groups]
+        self._tables: list[Ints] = []
+        for group in groups:
+            width = -(-limits.max_model_len // group.block_size) + 1
+            self._tables.append(np.zeros((rows, width), np.int32))
+        self._table_lens = np.zeros((len(groups), rows), np.int32)
+        self._computed = np.zeros(rows, np.int32)
+        self._num_known = np.zeros(rows, np.int32)
+        self._known: list[Ints] = [np.zeros(0, np.int32) for _ in range(rows)]
+        # The last sampled token of each row; a step's own inputs are read from here, so that the
+        # host need not know them yet.
+        self.last_tokens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._num_buffers = limits.max_steps_in_flight + 1
+        self._staging: list[Tensor | None] = [None] * self._num_buffers
+
+    def apply_difference(self, output: SchedulerOutput) -> None:
+        """Take over which rows end, begin and grow."""
+        for sequence_id in output.finished:
+            self.row_of.pop(sequence_id, None)
+        for sequence_id in output.preempted:
+            self.row_of.pop(sequence_id, None)
+        for added in output.added:
+            self._add(added)
+        for added in output.resumed:
+            self._add(added)
+        for sequence_id, new_blocks in output.new_block_ids.items():
+            row = self.row_of[sequence_id]
+            for group, block_ids in enumerate(new_blocks):
+                self._append(group, row, block_ids)
+
+    def _add(self, added: AddedSequence) -> None:
+        row = added.row
+        self.row_of[added.sequence_id] = row
+        self._known[row] = np.array(added.token_ids, np.int32)
+        self._num_known[row] = len(added.token_ids)
+        self._computed[row] = added.num_computed_tokens
+        self._table_lens[:, row] = 0
+        for group, block_ids in enumerate(added.block_tables):
+            self._append(group, row, block_ids)
+
+    def _append(self, group: int, row: int, block_ids: list[int]) -> None:
+        begin = self._table_lens[group, row]
+        self._tables[group][row, begin : begin + len(block_ids)] = block_ids
+        self._table_lens[group, row] = begin + len(block_ids)
+
+    def build(self, output: SchedulerOutput) -> BuiltBatch:
+        """Build the batch of `output.num_scheduled_tokens`, whose difference was applied."""
+        ids = list(output.num_scheduled_tokens)
+        rows = np.array([self.row_of[sequence_id] for sequence_id in ids], np.int32)
+        query_lens = np.array(list(output.num_scheduled_tokens.values()), np.int32)
+        starts = self._computed[rows]
+        seq_lens = starts + query_lens
+        ends = np.cumsum(query_lens, dtype=np.int32)
+        sampled = [i for i, sequence_id in enumerate(ids) if sequence_id in output.samples]
+        parts = self._tokens(rows, query_lens, starts, ends)
+        cu_seqlens = np.zeros(len(ids) + 1, np.int32)
+        cu_seqlens[1:] = ends
+        parts += [cu_seqlens, seq_lens, ends[sampled] - 1, rows]
+        batch = self._to_batch(parts, rows, query_lens, seq_lens, step=output.step_id)
+        self._computed[rows] = seq_lens
+        return BuiltBatch(
+            batch=batch,
+            sampled_ids=[ids[i] for i in sampled],
+            sampled_rows=rows[sampled].tolist(),
+            sampled_positions=seq_lens[sampled],
+        )
+
+    def _tokens(self, rows: Ints, query_lens: Ints, starts: Ints, ends: Ints) -> list[Ints]:
+        """Return what belongs to each token: id, position, row to read from, slots by group.
+
+        The row to read from is the row's number where the token is still on the device only, and
+        -1 where the host knows it.
+        """
+        single = int(query_lens.max()) == 1
+        if single:
+            positions, rows_of_tokens = starts, rows
+        else:
+            rows_of_tokens = np.repeat(rows, query_lens)
+            offsets = np.repeat(starts - (ends - query_lens), query_lens)
+            positions = np.arange(ends[-1], dtype=np.int32) + offsets
+        on_device = positions >= self._num_known[rows_of_tokens]
+        token_ids = np.zeros(len(positions), np.int32)
+        if not on_device.all():
+            for row, start, length, end in zip(rows, starts, query_lens, ends, strict=True):
+                known = self._known[row][start : start + length]
+                token_ids[end - length : end - length + len(known)] = known
+        sources = np.where(on_device, rows_of_tokens, np.int32(-1))
+        slots = []
+        for table, size in zip(self._tables, self._block_sizes, strict=True):
+            blocks = table[rows_of_tokens, positions // size]
+            slots.append(blocks * np.int32(size) + positions % size)
+        return [token_ids, positions, sources, *slots]
+
+    def _to_batch(
+        self, parts: list[Ints], rows: Ints, query_lens: Ints, seq_lens: Ints, *, step: int
+    ) -> Batch:
+        """Pack all parts into one buffer, copy it to the device and cut it up again."""
+        tables = []
+        for table, size in zip(self._tables, self._block_sizes, strict=True):
+            width = -(-int(seq_lens.max()) // size)
+            tables.append(table[rows, :width])
+        slot = step % self._num_buffers
+        views = self._upload([*parts, *(table.ravel() for table in tables)], slot)
+        num_groups = len(tables)
+        token_ids, positions, sources = views[:3]
+        slots = views[3 : 3 + num_groups]
+        cu_seqlens, lens, logit_rows, device_rows = views[3 + num_groups : 7 + num_groups]
+        groups = tuple(
+            GroupBatch(block_table=flat.view(table.shape), slot_mapping=slots[i])
+            for i, (flat, table) in enumerate(zip(views[7 + num_groups :], tables, strict=True))
+        )
+        return Batch(
+            token_ids=self._with_device_tokens(token_ids, sources, parts[2]),
+            positions=positions,
+            cu_seqlens_q=cu_seqlens,
+            seq_lens=lens,
+            logit_rows=logit_rows,
+            rows=device_rows,
+            groups=groups,
+            query_lens=query_lens.tolist(),
+            seq_lens_bound=seq_lens.tolist(),
+            num_single_token_seqs=int((query_lens == 1).sum()),
+            padded_to=len(rows),
+            in_flight_slot=slot,
+        )
+
+    def _upload(self, parts: list[Ints], slot: int) -> list[Tensor]:
+        sizes = [len(part) for part in parts]
+        packed = torch.from_numpy(np.concatenate(parts))
+        if self.device.type != "cpu":
+            staging = self._staging[slot]
+            if staging is None or len(staging) < len(packed):
+                staging = torch.empty(2 * len(packed), dtype=torch.int32, pin_memory=True)
+                self._staging[slot] = staging
+            staging[: len(packed)] = packed
+            packed = staging[: len(packed)].to(self.device, non_blocking=True)
+        return list(packed.split(sizes))
+
+    def _with_device_tokens(self, token_ids: Tensor, sources: Tensor, on_host: Ints) -> Tensor:
+        """Fill in the tokens that only the device knows."""
+        if (on_host >= 0).all():
+            return self.last_tokens.index_select(0, sources)
+        if (on_host < 0).all():
+            return token_ids
+        sampled = self.last_tokens.index_select(0, sources.clamp(min=0))
+        return torch.where(sources >= 0, sampled, token_ids)

@@ -1,0 +1,106 @@
+"""The memory of the KV blocks: layers with equal needs form a group, each layer has one tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from attrs import define
+from torch import Tensor
+
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits, KVLayout
+from quire.interfaces.model import Model
+from quire.layers.attention import Attention
+from quire.scheduling.output import KVCacheGroup
+
+
+@define(kw_only=True)
+class LayerGroup:
+    """Layers with one spec, the backend that serves them and the layout that it wants."""
+
+    spec: AttentionSpec
+    layers: list[Attention]
+    backend_class: type[AttentionBackend]
+    layout: KVLayout
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block in all layers of the group."""
+        size = torch.empty(0, dtype=getattr(torch, self.layout.dtype)).element_size()
+        return len(self.layers) * math.prod(self.layout.block_shape) * size
+
+    def to_cache_group(self, num_blocks: int) -> KVCacheGroup:
+        """Return the group as the block manager sees it."""
+        return KVCacheGroup(
+            layers=tuple(layer.index for layer in self.layers),
+            block_size=self.spec.block_size,
+            bytes_per_block=self.bytes_per_block,
+            num_blocks=num_blocks,
+            window=self.spec.sliding_window,
+        )
+
+
+def layers_by_spec(
+    model: Model, *, dtype: str, kv_dtype: str, block_size: int, device: str
+) -> dict[AttentionSpec, list[Attention]]:
+    """Return the attention layers of a model, those with equal specs together, in order."""
+    found: dict[AttentionSpec, list[Attention]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            spec = module.spec(
+                dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, device=device
+            )
+            found.setdefault(spec, []).append(module)
+    return found
+
+
+class KVCache:
+    """One tensor [num_blocks, *block_shape] a layer, bound to it."""
+
+    def __init__(
+        self, groups: Sequence[LayerGroup], num_blocks: int, device: torch.device
+    ) -> None:
+        self.tensors: list[list[Tensor]] = []
+        for group in groups:
+            shape = (num_blocks, *group.layout.block_shape)
+            dtype = getattr(torch, group.layout.dtype)
+            self.tensors.append([_zeros(shape, dtype, device) for _ in group.layers])
+
+    def bind(
+        self, groups: Sequence[LayerGroup], backends: Sequence[AttentionBackend]
+    ) -> None:
+        """Give every layer its backend and tensor."""
+        for number, (group, backend) in enumerate(zip(groups, backends, strict=True)):
+            for layer, tensor in zip(group.layers, self.tensors[number], strict=True):
+                layer.bind(backend, tensor, number)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy whole blocks: (group, source, destination)."""
+        for number, tensors in enumerate(self.tensors):
+            pairs = [(src, dst) for group, src, dst in copies if group == number]
+            if not pairs:
+                continue
+            index = torch.tensor(pairs, dtype=torch.int64).T.to(tensors[0].device)
+            for tensor in tensors:
+                tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros: a NaN left in memory would pass through a masked product.
+
+    On a CPU they come as pages that the system zeroes when they are touched, so that gigabytes of
+    blocks cost neither time nor memory before they are used; `torch.zeros` writes them all.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+
+
+def make_backends(
+    groups: Sequence[LayerGroup], limits: BatchLimits, options: dict[str, object]
+) -> list[AttentionBackend]:
+    """Make one backend instance a group."""
+    return [group.backend_class(group.spec, limits, options) for group in groups]

@@ -1,0 +1,100 @@
+"""Find the folder of a model: a path, a bundled checkpoint or a Hugging Face id. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from quire.config import nearest
+from quire.errors import ConfigError
+from quire.interfaces.model_config import shown
+
+CONFIG_FILE = "config.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+def find_folder(
+    model: str,
+    *,
+    revision: str | None,
+    bundled: Collection[str],
+    open_bundled: Callable[[str], Path],
+) -> Path:
+    """Return the folder that MODEL names.
+
+    A folder that exists comes first, then a bundled checkpoint, then a Hugging Face id, which is
+    downloaded. Raises: ConfigError, saying which of the three was tried.
+    """
+    folder = _existing(model)
+    if folder is not None and folder.is_dir():
+        return folder
+    if model in bundled:
+        return open_bundled(model)
+    if folder is not None:
+        raise ConfigError(f"{model} is a file; MODEL names the folder that holds config.json.")
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return _download(model, revision)
+    names = ", ".join(sorted(bundled)) or "none"
+    raise ConfigError(
+        f"model {shown(model)}: no such folder, and no bundled checkpoint of that name (bundled: "
+        f"{names}).{nearest(model, bundled)} A Hugging Face id looks like 'owner/name'."
+    )
+
+
+def _existing(model: str) -> Path | None:
+    """Return the path if there is something; a name that cannot be a path has nothing."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": list(_FILES)}
+    with contextlib.suppress(Exception):  # not in the cache: the network is asked next
+        return Path(snapshot_download(model, local_files_only=True, **options))
+    try:
+        return Path(snapshot_download(model, **options))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ConfigError(
+            f"model {model!r}: no such folder here, and it could not be had from Hugging Face "
+            f"({type(error).__name__}: {reason}). Check the name, the network and your access."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model's folder. Raises: ConfigError naming the file and the cause."""
+    path = folder / CONFIG_FILE
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; a model's folder holds config.json, tokenizer.json and "
+            "safetensors files."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: holds a {type(found).__name__}, expected an object of keys.")
+    return found
+
+
+def architectures(config: dict[str, Any], path: Path) -> list[str]:
+    """Return the architectures that config.json names. Raises: ConfigError if there is none."""
+    found: Any = config.get("architectures")
+    is_list = isinstance(found, list) and found != []
+    if not is_list or not all(isinstance(name, str) and name for name in found):
+        raise ConfigError(
+            f"{path}: key 'architectures' is {shown(found)}; expected a list with the model's "
+            'class, such as ["LlamaForCausalLM"].'
+        )
+    return list(found)

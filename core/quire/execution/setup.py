@@ -1,0 +1,248 @@
+"""Build the model on its device, choose the backends, size the KV cache, make the runner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import define
+
+from quire.errors import ConfigError
+from quire.execution.kv_cache import KVCache, LayerGroup, layers_by_spec, make_backends
+from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
+from quire.execution.model_runner import ModelRunner
+from quire.execution.processors import ProcessorChain
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits
+from quire.interfaces.model import Model
+from quire.interfaces.model_config import ModelConfig
+from quire.interfaces.quantization import QuantizationMethod
+from quire.interfaces.sampling import Sampler
+from quire.layers.build import LayerBuilder
+from quire.request import SamplingParams
+from quire.scheduling.output import AddedSequence, SchedulerOutput
+
+
+@define(kw_only=True)
+class ChosenClasses:
+    """The classes that the plugins gave, for one model."""
+
+    model: type[Model]
+    quantization: QuantizationMethod
+    dense: QuantizationMethod
+    sampler: type[Sampler]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`. Raises: ConfigError if there is no GPU."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("--device is cuda; PyTorch finds no usable GPU here. Use cpu or auto.")
+    use_gpu = has_gpu and wanted != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+
+
+def set_threads(wanted: int | None) -> None:
+    """Set PyTorch's compute threads; by default one for each core that this process may use."""
+    torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
+
+
+def build_model(
+    classes: ChosenClasses, config: ModelConfig, *, dtype: str, device: str, max_model_len: int
+) -> Model:
+    """Build a model with empty weights; on device `meta` it takes no memory."""
+    builder = LayerBuilder(
+        dtype=getattr(torch, dtype),
+        device=torch.device(device),
+        max_model_len=max_model_len,
+        quantization=classes.quantization,
+        dense=classes.dense,
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        return classes.model(config, builder).eval()
+
+
+def attention_specs(
+    model: Model, *, dtype: str, kv_dtype: str, block_size: int, device: str
+) -> list[AttentionSpec]:
+    """Return the different specs of a model's attention layers, in order."""
+    kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
+    return list(
+        layers_by_spec(model, dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, device=device)
+    )
+
+
+def group_layers(
+    model: Model, backends: Mapping[AttentionSpec, type[AttentionBackend]]
+) -> list[LayerGroup]:
+    """Group a model's attention layers by spec, each with its backend."""
+    if not backends:
+        raise ConfigError(f"{type(model).__name__} has no attention layer; Quire needs one.")
+    spec = next(iter(backends))
+    found = layers_by_spec(
+        model,
+        dtype=spec.dtype,
+        kv_dtype=spec.kv_dtype,
+        block_size=spec.block_size,
+        device=spec.device,
+    )
+    return [
+        LayerGroup(
+            spec=spec,
+            layers=layers,
+            backend_class=backends[spec],
+            layout=backends[spec].kv_layout(spec),
+        )
+        for spec, layers in found.items()
+    ]
+
+
+def weight_bytes(model: Model) -> int:
+    """Return the bytes of a model's parameters as it was built."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def estimated_activation_bytes(config: ModelConfig, limits: BatchLimits, dtype: str) -> int:
+    """Return an estimate: eight hidden states a token, and the logits in float32 thrice.
+
+    Used where it is not measured: on a CPU, whose allocator does not tell.
+    """
+    element = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    hidden = 8 * limits.max_num_batched_tokens * config.hidden_size * element
+    rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    return hidden + 3 * rows * config.vocab_size * 4
+
+
+@define(kw_only=True)
+class Measured:
+    """Memory apart from KV blocks: the total that may be used, and what is used of it."""
+
+    total: int
+    weights: int
+    activations: int
+    workspace: int
+    exact: bool
+
+    @property
+    def available(self) -> int:
+        """Bytes left for KV blocks."""
+        return self.total - self.weights - self.activations - self.workspace
+
+    def with_blocks(self, kv_bytes: int) -> MemoryBudget:
+        """Return the whole budget once the KV blocks are known."""
+        return MemoryBudget(
+            total=self.total,
+            weights=self.weights,
+            activations=self.activations,
+            workspace=self.workspace,
+            kv_blocks=kv_bytes,
+            graphs=0,
+            measured=self.exact,
+        )
+
+
+def workspace_bytes(groups: list[LayerGroup], limits: BatchLimits) -> int:
+    """Return what the backends' instances hold."""
+    return sum(g.backend_class.workspace_bytes(g.spec, limits) for g in groups)
+
+
+def measure_host(*, weights: int, activations: int, workspace: int) -> Measured:
+    """Return what is left on the host before the weights are loaded; activations estimated."""
+    return Measured(
+        total=host_memory_left(),
+        weights=weights,
+        activations=activations,
+        workspace=workspace,
+        exact=False,
+    )
+
+
+def measure_gpu(
+    runner: ModelRunner,
+    groups: list[LayerGroup],
+    limits: BatchLimits,
+    *,
+    share: float,
+    weights: int,
+) -> Measured:
+    """Run the largest batch once and return what it took, weights loaded, of `share` of the GPU.
+
+    Raises: ConfigError if the batch does not fit.
+    """
+    device = runner.device
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free_before, on_card = torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    try:
+        runner.collect(runner.dispatch(largest_batch(limits, groups)))
+    except torch.cuda.OutOfMemoryError:
+        raise ConfigError(
+            f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} does not fit in "
+            f"the {describe_bytes(free_before)} that the weights leave on the GPU; lower it."
+        ) from None
+    torch.cuda.synchronize(device)
+    activations = torch.cuda.max_memory_allocated(device) - held
+    taken_by_others = on_card - free_before - weights
+    return Measured(
+        total=int(on_card * share) - max(0, taken_by_others),
+        weights=weights,
+        activations=activations,
+        workspace=0,
+        exact=True,
+    )
+
+
+def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOutput:
+    """Return a step of as many tokens as there may be, all in block 1, for measuring memory."""
+    output = SchedulerOutput(step_id=0)
+    left = limits.max_num_batched_tokens
+    while left > 0 and len(output.added) < limits.max_num_seqs:
+        length = min(left, limits.max_model_len)
+        number = len(output.added)
+        output.added.append(
+            AddedSequence(
+                sequence_id=-1 - number,
+                request_id="measurement",
+                index=0,
+                row=number,
+                token_ids=[0] * length,
+                num_prompt_tokens=length,
+                num_computed_tokens=0,
+                block_tables=[[1] * -(-length // group.spec.block_size) for group in groups],
+                params=SamplingParams(temperature=1.0, top_p=0.9),
+                seed=0,
+            )
+        )
+        output.num_scheduled_tokens[-1 - number] = length
+        output.samples.add(-1 - number)
+        left -= length
+    return output
+
+
+def make_runner(
+    *,
+    model: Model,
+    groups: list[LayerGroup],
+    num_blocks: int,
+    limits: BatchLimits,
+    options: dict[str, Any],
+    sampler: Sampler,
+    processors: ProcessorChain,
+) -> ModelRunner:
+    """Allocate the KV cache, bind it to the layers and return the runner."""
+    device = next(model.parameters()).device
+    backends = make_backends(groups, limits, options)
+    kv_cache = KVCache(groups, num_blocks, device)
+    kv_cache.bind(groups, backends)
+    return ModelRunner(
+        model=model,
+        backends=backends,
+        kv_cache=kv_cache,
+        groups=[group.to_cache_group(num_blocks) for group in groups],
+        limits=limits,
+        sampler=sampler,
+        processors=processors,
+    )

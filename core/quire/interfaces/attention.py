@@ -1,0 +1,191 @@
+"""The contract of an attention backend: plan once a step, then write and attend once a layer."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quire.interfaces.batch import Batch
+
+
+class GraphSupport(enum.StrEnum):
+    """Which batches a backend can run inside a CUDA graph."""
+
+    NONE = "none"
+    SINGLE_TOKEN = "single-token"
+    UNIFORM = "uniform"
+    ANY = "any"
+
+
+@frozen(kw_only=True)
+class LatentSpec:
+    """Sizes of multi-head latent attention: one compressed part and one rotated part a token."""
+
+    kv_lora_rank: int
+    rope_head_dim: int
+    nope_head_dim: int
+
+
+@frozen(kw_only=True)
+class AttentionSpec:
+    """What the layers of one KV-cache group need; the same for all of them.
+
+    Heads are this rank's. `scale` multiplies the scores. `sliding_window` is the number of latest
+    tokens that a token sees, itself included. `logit_softcap` c means c * tanh(score / c).
+    Dtypes and device are spelled as in torch, without `torch.`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    scale: float
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    device: str
+    sliding_window: int | None = None
+    logit_softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    latent: LatentSpec | None = None
+    causal: bool = True
+    batch_invariant: bool = False
+
+
+@frozen(kw_only=True)
+class BatchLimits:
+    """The largest batch that a backend will see."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_steps_in_flight: int = 1
+
+
+@frozen(kw_only=True)
+class KVLayout:
+    """How one KV block lies in memory: the cache is `[num_blocks, *block_shape]` of `dtype`.
+
+    Two backends share a cache if name, shape and dtype agree. The core copies whole blocks.
+    """
+
+    name: str
+    block_shape: tuple[int, ...]
+    dtype: str
+
+
+class AttentionLayer(Protocol):
+    """What `write` and `attend` may read of the layer they work for.
+
+    `k_scale` and `v_scale` are float32 scalars or [num_kv_heads] for a quantized cache, `sinks`
+    and `alibi_slopes` are float32 [num_heads]; each is None where the spec does not ask for it.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def k_scale(self) -> Tensor | None: ...
+    @property
+    def v_scale(self) -> Tensor | None: ...
+    @property
+    def sinks(self) -> Tensor | None: ...
+    @property
+    def alibi_slopes(self) -> Tensor | None: ...
+
+
+class AttentionBackend(abc.ABC):
+    """Compute attention for one KV-cache group of one rank.
+
+    `plan` may only enqueue work on the current stream and never reads the device; `prepare` is
+    its device part, captured at the head of a CUDA graph; its tensors keep their addresses.
+    `write`, `attend` and `rotate_and_write` never wait for the device.
+    """
+
+    graph_support: ClassVar[GraphSupport] = GraphSupport.NONE
+    batch_invariant: ClassVar[bool] = False
+
+    @classmethod
+    @abc.abstractmethod
+    def why_unsupported(cls, spec: AttentionSpec) -> str | None:
+        """Return None if the backend can serve the spec, else why not, in a sentence."""
+
+    @classmethod
+    @abc.abstractmethod
+    def kv_layout(cls, spec: AttentionSpec) -> KVLayout:
+        """Return the layout of one KV block of one layer."""
+
+    @classmethod
+    def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
+        """Return the bytes of device memory that an instance holds, for the memory budget."""
+        return 0
+
+    def __init__(
+        self, spec: AttentionSpec, limits: BatchLimits, options: Mapping[str, Any]
+    ) -> None:
+        """Prepare for batches within `limits`; `options` are checked against the declared ones."""
+        self.spec = spec
+        self.limits = limits
+        self.options = options
+
+    @abc.abstractmethod
+    def plan(self, batch: Batch, group: int) -> Any:
+        """Return what the layers of `batch.groups[group]` share in this step."""
+
+    def prepare(self, plan: Any) -> None:  # noqa: B027 - optional
+        """Enqueue the plan's device part; called before the first layer of the step."""
+
+    @abc.abstractmethod
+    def write(
+        self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: Any
+    ) -> None:
+        """Store keys and values of the step's tokens in their slots.
+
+        `k` [num_tokens, num_kv_heads, head_dim], `v` [num_tokens, num_kv_heads, value_head_dim];
+        both may be strided. Changes `kv_cache` in the slots of the batch and nowhere else, but
+        for block 0, where padding may be written.
+        """
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: Tensor | None,
+        plan: Any,
+        out: Tensor,
+        lse: Tensor | None = None,
+    ) -> None:
+        """Fill `out` [num_tokens, num_heads, value_head_dim] with the attention of each token.
+
+        `q` [num_tokens, num_heads, head_dim]. Keys and values come from the cache, the step's own
+        included; from `k` and `v` alone where `kv_cache` is None (an encoder). `lse`, where
+        given, receives the float32 log-sum-exp of the scores, [num_tokens, num_heads].
+        """
+
+    def rotate_and_write(
+        self,
+        layer: AttentionLayer,
+        qkv: Tensor,
+        positions: Tensor,
+        rotary: Any,
+        qk_norm: Any,
+        kv_cache: Tensor,
+        plan: Any,
+    ) -> Tensor | None:
+        """Normalise, rotate and write in one pass; return q, or None: not offered.
+
+        `qkv` [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], `rotary` a
+        `quire.layers.rotary.RotaryTable` or None, `qk_norm` a `quire.layers.attention.QKNorm` or
+        None. The core does the three steps itself where None comes back.
+        """
+        return None

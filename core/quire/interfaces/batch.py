@@ -1,0 +1,62 @@
+"""One step's inputs, without padding. All device tensors are int32 and go up in one packed copy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attrs import Factory, define
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@define(kw_only=True)
+class GroupBatch:
+    """The part of a batch that belongs to one KV-cache group.
+
+    `block_table` [num_seqs, max_blocks]: block ids of each sequence, 0 beyond its length.
+    `slot_mapping` [num_tokens]: block_id * block_size + offset of each token's slot.
+    """
+
+    block_table: Tensor
+    slot_mapping: Tensor
+
+
+@define(kw_only=True)
+class Batch:
+    """What a model's forward pass and an attention backend receive; nobody changes it.
+
+    On the device, int32:
+        token_ids, positions    [num_tokens]
+        cu_seqlens_q            [num_seqs + 1]: where each sequence's tokens begin
+        seq_lens                [num_seqs]: tokens of each sequence, this step's included
+        logit_rows              [num_logit_rows]: indices of the tokens whose logits are wanted
+        rows                    [num_seqs]: persistent row of each sequence
+        groups                  one GroupBatch a KV-cache group
+    On the host:
+        query_lens              tokens of each sequence in this step
+        seq_lens_bound          upper bounds of seq_lens, exact until drafts exist
+        num_single_token_seqs   so many sequences, the first, have one token
+        padded_to               sequences that a CUDA graph was captured for, else num_seqs
+        in_flight_slot          which staging buffer the step uses
+        plans                   what each group's backend planned
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    logit_rows: Tensor
+    rows: Tensor
+    groups: tuple[GroupBatch, ...]
+    query_lens: list[int]
+    seq_lens_bound: list[int]
+    num_single_token_seqs: int
+    padded_to: int
+    in_flight_slot: int = 0
+    plans: list[Any] = Factory(list)
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences in the batch, padding rows not counted."""
+        return len(self.query_lens)

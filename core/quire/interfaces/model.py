@@ -1,0 +1,119 @@
+"""The contract of a model: what the core calls, and what it offers while the model is built."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from attrs import frozen
+from torch import Tensor, nn
+
+from quire.interfaces.batch import Batch
+from quire.interfaces.model_config import ModelConfig
+
+
+@frozen(kw_only=True)
+class WeightNames:
+    """How a checkpoint's tensor names map to the model's; declarations, no code.
+
+    Layers made by `BuildContext` are found by the names given there. `renamed` is for parameters:
+    regular expressions that turn a name in the module tree into the checkpoint's. `ignored` are
+    regular expressions of tensors that hold nothing to load.
+    """
+
+    renamed: Mapping[str, str] = {}
+    ignored: Sequence[str] = ()
+
+
+class BuildContext(Protocol):
+    """What a model's constructor gets: its rank, and makers of the layers that plugins decide.
+
+    `name` is the module's name in the checkpoint, such as `model.layers.0.mlp.down_proj`.
+    Weights are created empty, in `dtype` on `device`.
+    """
+
+    rank: int
+    world_size: int
+    dtype: Any
+    device: Any
+    max_model_len: int
+
+    def linear(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int | Sequence[int],
+        *,
+        bias: bool = False,
+        parts: Sequence[str] = (),
+    ) -> nn.Module:
+        """Make a linear layer; several `out_features` with their `parts` are fused into one."""
+
+    def embedding(self, name: str, num_embeddings: int, embedding_dim: int) -> nn.Module:
+        """Make an embedding: module(token_ids [num_tokens]) -> [num_tokens, embedding_dim]."""
+
+    def head(
+        self, name: str, embedding_dim: int, num_embeddings: int, *, tied_to: nn.Module | None
+    ) -> nn.Module:
+        """Make the layer that gives logits, with its own weight or that of an embedding."""
+
+    def attention(self, name: str, options: AttentionOptions) -> nn.Module:
+        """Make an attention layer: module(qkv, batch) -> [num_tokens, num_heads * head_dim]."""
+
+    def experts(self, name: str, num_experts: int, hidden_size: int, size: int) -> nn.Module:
+        """Make the experts of a mixture. Raises: ConfigError while no plugin serves them."""
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """Make an empty parameter, such as a norm's weight."""
+
+
+@frozen(kw_only=True)
+class AttentionOptions:
+    """What a model says about one attention layer; None or False: the layer has none of it.
+
+    `layer_index` counts layers. `rotary` is a `quire.layers.rotary.RotaryTable`. With `qk_norm`
+    an RMSNorm of eps `qk_norm` is applied to each head of q and k before the rotation; its
+    weights are `<name>.q_norm.weight` and `<name>.k_norm.weight`.
+    """
+
+    layer_index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rotary: Any | None = None
+    qk_norm: float | None = None
+    sliding_window: int | None = None
+    logit_softcap: float | None = None
+    sinks: bool = False
+    causal: bool = True
+
+
+class Model(nn.Module, abc.ABC):
+    """A model as the core sees it. Tokens of all sequences lie end to end, without padding.
+
+    The stages are separate so that pictures, drafts and pipeline stages can enter between them.
+    """
+
+    weight_names: ClassVar[WeightNames] = WeightNames()
+
+    def __init__(self, config: ModelConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+
+    @abc.abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return the hidden states [num_tokens, hidden_size] that enter the first layer."""
+
+    @abc.abstractmethod
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the last hidden states [num_tokens, hidden_size], final norm included."""
+
+    @abc.abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [num_rows, vocab_size] of the given hidden states."""
+
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return one vector a sequence, for embedding models. Raises: NotImplementedError."""
+        raise NotImplementedError(f"{type(self).__name__} does not pool")

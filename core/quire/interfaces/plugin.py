@@ -1,0 +1,209 @@
+"""Descriptors: what a plugin's entry-point module hands over. Never imports torch.
+
+A descriptor says what there is and where its class lives (`load="module:Class"`); the class, and
+with it torch, Triton or a vendor package, is imported only when the plugin is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import Factory, define, field, frozen
+
+from quire.errors import PluginError
+from quire.interfaces.model_config import ModelConfig
+
+API_VERSION: tuple[int, int] = (1, 0)
+"""Version of the hook specifications and of everything in `quire.interfaces`.
+
+A plugin module declares the version it was written for as `QUIRE_API_VERSION`. Another major
+number is refused, and so is a newer minor one.
+"""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_OPTION = re.compile(r"[A-Za-z_]\w*")
+_LOAD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def _always_usable() -> None:
+    return None
+
+
+def _check_name(_instance: object, _attribute: Any, value: str) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise PluginError(
+            f"plugin name {value!r} is not allowed; use lower-case letters, digits, '-', '_', '.'."
+        )
+
+
+def _check_load(_instance: object, _attribute: Any, value: str) -> None:
+    if not isinstance(value, str) or not _LOAD.fullmatch(value):
+        raise PluginError(f"load={value!r} does not name a class; write it as 'module:Class'.")
+
+
+def _check_summary(_instance: object, _attribute: Any, value: str) -> None:
+    if not isinstance(value, str) or "\n" in value:
+        raise PluginError(f"summary={value!r} is not allowed; write one line of text.")
+
+
+def _check_callable(_instance: object, attribute: Any, value: Any) -> None:
+    if not callable(value):
+        raise PluginError(f"{attribute.name}={value!r} cannot be called; give a function.")
+
+
+def _to_names(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_names(_instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(v, str) and v for v in value):
+        raise PluginError(
+            f"{attribute.name}={value!r} is not a tuple of names; write it as ('name',)."
+        )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_integer(_instance: object, attribute: Any, value: object) -> None:
+    if not _is_integer(value):
+        raise PluginError(f"{attribute.name}={value!r} is not a whole number.")
+
+
+def _check_priorities(_instance: object, attribute: Any, value: Any) -> None:
+    is_table = isinstance(value, Mapping)
+    if not is_table or not all(isinstance(d, str) and _is_integer(p) for d, p in value.items()):
+        raise PluginError(
+            f"{attribute.name}={value!r} does not map devices to whole numbers; "
+            f"write it as {{'cuda': 50}}."
+        )
+
+
+@frozen(kw_only=True)
+class Descriptor:
+    """What every kind of plugin declares.
+
+    `name` is unique within its kind. `why_unusable()` answers for this machine, without torch:
+    None, or the reason in a sentence. `summary` is one line for `quire plugins`.
+    """
+
+    name: str = field(validator=_check_name)
+    load: str = field(validator=_check_load)
+    summary: str = field(default="", validator=_check_summary)
+    why_unusable: Callable[[], str | None] = field(
+        default=_always_usable, validator=_check_callable
+    )
+
+    def load_class(self) -> type:
+        """Import and return the class. Raises: PluginError naming the plugin and the cause."""
+        module, _, name = self.load.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except Exception as error:
+            raise PluginError(
+                f"plugin {self.name!r}: cannot load {self.load!r}: "
+                f"{type(error).__name__}: {error}. Reinstall its package or disable it."
+            ) from error
+        if not isinstance(found, type):
+            raise PluginError(f"plugin {self.name!r}: {self.load!r} is not a class.")
+        return found
+
+
+@frozen(kw_only=True)
+class PluginOption:
+    """One option of a backend, for `--attention-option NAME.key=value`.
+
+    `parse` turns the text into a value and raises ValueError for a bad one.
+    """
+
+    meaning: str
+    default: Any
+    parse: Callable[[str], Any] = field(validator=_check_callable)
+
+
+def _check_options(_instance: object, _attribute: Any, value: Any) -> None:
+    is_table = isinstance(value, Mapping)
+    if not is_table or not all(
+        isinstance(key, str) and _OPTION.fullmatch(key) and isinstance(option, PluginOption)
+        for key, option in value.items()
+    ):
+        raise PluginError(
+            f"options={value!r} does not map names (letters, digits, '_') to PluginOption."
+        )
+
+
+def _check_config_class(_instance: object, _attribute: Any, value: Any) -> None:
+    if not (isinstance(value, type) and issubclass(value, ModelConfig)):
+        raise PluginError(f"config_class={value!r} is not a subclass of ModelConfig.")
+
+
+@frozen(kw_only=True)
+class AttentionPlugin(Descriptor):
+    """Declare an attention backend; `load` names a subclass of `attention.AttentionBackend`.
+
+    `priority[device]` orders `auto` on that kind of device, highest first; a device that is not
+    listed is never chosen by `auto`.
+    """
+
+    priority: Mapping[str, int] = field(factory=dict, validator=_check_priorities)
+    options: Mapping[str, PluginOption] = field(factory=dict, validator=_check_options)
+
+
+@frozen(kw_only=True)
+class QuantizationPlugin(Descriptor):
+    """Declare a quantization method; `load` names a `quantization.QuantizationMethod`.
+
+    `formats` are the values of `quantization_config.quant_method` that it claims.
+    """
+
+    formats: tuple[str, ...] = field(default=(), converter=_to_names, validator=_check_names)
+    priority: int = field(default=0, validator=_check_integer)
+    on_the_fly: bool = False
+
+
+@frozen(kw_only=True)
+class ModelPlugin(Descriptor):
+    """Declare a model; `load` names a subclass of `model.Model`.
+
+    `architectures` are the claims, as config.json spells them; among several plugins that claim
+    one, priority settles it. `config_class` declares the config's keys.
+    """
+
+    architectures: tuple[str, ...] = field(converter=_to_names, validator=_check_names)
+    config_class: type[ModelConfig] = field(validator=_check_config_class)
+    priority: int = field(default=0, validator=_check_integer)
+
+
+@frozen(kw_only=True)
+class CheckpointPlugin(Descriptor):
+    """Declare a checkpoint that ships inside a package, so that `MODEL` may be its name.
+
+    `load` names the package and its folder: "package:folder".
+    """
+
+
+@frozen(kw_only=True)
+class SamplerPlugin(Descriptor):
+    """Declare a sampler; `load` names a subclass of `sampling.Sampler`."""
+
+    priority: Mapping[str, int] = field(factory=dict, validator=_check_priorities)
+
+
+@frozen(kw_only=True)
+class LogitsProcessorPlugin(Descriptor):
+    """Declare a logits processor; `load` names a subclass of `sampling.LogitsProcessor`."""
+
+
+@define(kw_only=True)
+class Selection:
+    """How one plugin was chosen: requested -> used, why, and what was passed over and why."""
+
+    kind: str
+    requested: str
+    used: str
+    why: str
+    passed_over: list[tuple[str, str]] = Factory(list)

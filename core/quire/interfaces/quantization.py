@@ -1,0 +1,151 @@
+"""The contract of a quantization method: it decides how a layer keeps and applies its weights."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@frozen(kw_only=True)
+class ShardRule:
+    """How one weight is cut: along which dimension outputs, inputs and packed values lie.
+
+    `pack_factor` values share one element along `packed_dim`; `group_size` inputs share one
+    scale. A dimension that is None is not cut.
+    """
+
+    output_dim: int | None = None
+    input_dim: int | None = None
+    packed_dim: int | None = None
+    pack_factor: int = 1
+    group_size: int | None = None
+
+
+@frozen(kw_only=True)
+class LinearSpec:
+    """A matrix product y = x W^T + b, possibly several projections fused along the outputs.
+
+    `name` is the checkpoint's module name of the whole, `parts` the names of the projections,
+    `output_sizes` their sizes, this rank's.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    in_features: int
+    output_sizes: tuple[int, ...]
+    bias: bool
+    dtype: str
+    device: str
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all projections together."""
+        return sum(self.output_sizes)
+
+
+@frozen(kw_only=True)
+class ExpertsSpec:
+    """The experts of a mixture: fused gate and up projections, and down projections."""
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: str
+    device: str
+
+
+@frozen(kw_only=True)
+class EmbeddingSpec:
+    """A table of token embeddings; `is_head`: it also, or only, gives the logits."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    is_head: bool
+    dtype: str
+    device: str
+
+
+@frozen(kw_only=True)
+class KVCacheSpec:
+    """The KV cache of one layer."""
+
+    name: str
+    num_kv_heads: int
+    head_dim: int
+    kv_dtype: str
+
+
+LayerSpec = LinearSpec | ExpertsSpec | EmbeddingSpec | KVCacheSpec
+
+
+@frozen(kw_only=True)
+class QuantizedActivation:
+    """An activation that its producer has quantized: `values` [num_tokens, features] and scales."""
+
+    values: Tensor
+    scales: Tensor
+
+
+class WeightLayer(Protocol):
+    """What a LayerMethod sees of a layer: its spec and a place for its weights."""
+
+    spec: Any
+
+    def add_weight(self, name: str, tensor: Tensor, rule: ShardRule) -> None:
+        """Register a weight that the checkpoint fills."""
+
+    def get_weight(self, name: str) -> Tensor:
+        """Return a registered weight."""
+
+    def drop_weight(self, name: str) -> None:
+        """Forget a weight, for instance after it was repacked."""
+
+
+class LayerMethod(abc.ABC):
+    """Keep and apply the weights of one layer.
+
+    `activation_format` names what the operation before the layer should emit: None for a plain
+    tensor, or a name that `quire_kernels.ops` knows, such as "fp8-per-token".
+    """
+
+    activation_format: ClassVar[str | None] = None
+
+    @abc.abstractmethod
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register empty weights on the layer's device with their shard rules."""
+
+    def finish_loading(self, layer: WeightLayer) -> None:  # noqa: B027 - optional
+        """Repack after the checkpoint was read; may drop and add weights."""
+
+    @abc.abstractmethod
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the layer's output for `x` [num_tokens, in_features]."""
+
+
+class QuantizationMethod(abc.ABC):
+    """Choose a LayerMethod for each layer of a checkpoint."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read config.json's `quantization_config`, or {} where asked for on the fly.
+
+        Raises: ConfigError naming the key.
+        """
+        self.config = config
+
+    @abc.abstractmethod
+    def why_unsupported(self, spec: LayerSpec) -> str | None:
+        """Return None if the method can serve the layer here, else why not, in a sentence."""
+
+    @abc.abstractmethod
+    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+        """Return how to keep the layer, or None: leave it in the model's dtype."""

@@ -1,0 +1,118 @@
+"""Make the layers of a model: what a model's constructor receives as `build`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from quire.errors import ConfigError
+from quire.interfaces.model import AttentionOptions
+from quire.interfaces.quantization import (
+    EmbeddingSpec,
+    LayerMethod,
+    LayerSpec,
+    LinearSpec,
+    QuantizationMethod,
+)
+from quire.layers.attention import Attention
+from quire.layers.embedding import Embedding, Head
+from quire.layers.linear import Linear
+
+
+class LayerBuilder:
+    """Build layers for one rank; implements `quire.interfaces.model.BuildContext`.
+
+    A layer that `quantization` leaves alone is kept as `dense` says.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        quantization: QuantizationMethod,
+        dense: QuantizationMethod,
+    ) -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.dtype = dtype
+        self.device = device
+        self.max_model_len = max_model_len
+        self._quantization = quantization
+        self._dense = dense
+        self._dtype_name = str(dtype).removeprefix("torch.")
+
+    def _method(self, spec: LayerSpec) -> LayerMethod:
+        why_not = self._quantization.why_unsupported(spec)
+        if why_not is not None:
+            name = type(self._quantization).__name__
+            raise ConfigError(f"{name} cannot serve {spec.name!r}: {why_not}")
+        method = self._quantization.method_for(spec) or self._dense.method_for(spec)
+        assert method is not None, spec
+        return method
+
+    def linear(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int | Sequence[int],
+        *,
+        bias: bool = False,
+        parts: Sequence[str] = (),
+    ) -> nn.Module:
+        """Make a linear layer; several `out_features` with their `parts` are fused into one."""
+        sizes = (out_features,) if isinstance(out_features, int) else tuple(out_features)
+        spec = LinearSpec(
+            name=name,
+            parts=tuple(parts) or (name.rpartition(".")[2],),
+            in_features=in_features,
+            output_sizes=sizes,
+            bias=bias,
+            dtype=self._dtype_name,
+            device=str(self.device),
+        )
+        return Linear(spec, self._method(spec))
+
+    def _embedding_spec(self, name: str, rows: int, size: int, *, is_head: bool) -> EmbeddingSpec:
+        return EmbeddingSpec(
+            name=name,
+            num_embeddings=rows,
+            embedding_dim=size,
+            is_head=is_head,
+            dtype=self._dtype_name,
+            device=str(self.device),
+        )
+
+    def embedding(self, name: str, num_embeddings: int, embedding_dim: int) -> nn.Module:
+        """Make an embedding: module(token_ids [num_tokens]) -> [num_tokens, embedding_dim]."""
+        spec = self._embedding_spec(name, num_embeddings, embedding_dim, is_head=False)
+        return Embedding(spec, self._method(spec))
+
+    def head(
+        self, name: str, embedding_dim: int, num_embeddings: int, *, tied_to: nn.Module | None
+    ) -> nn.Module:
+        """Make the layer that gives logits, with its own weight or that of an embedding."""
+        assert tied_to is None or isinstance(tied_to, Embedding), tied_to
+        spec = self._embedding_spec(name, num_embeddings, embedding_dim, is_head=True)
+        return Head(spec, self._method(spec), tied_to)
+
+    def attention(self, name: str, options: AttentionOptions) -> nn.Module:
+        """Make an attention layer: module(qkv, batch) -> [num_tokens, num_heads * head_dim]."""
+        if options.num_heads % options.num_kv_heads:
+            raise ConfigError(
+                f"{name}: num_attention_heads {options.num_heads} is not a multiple of "
+                f"num_key_value_heads {options.num_kv_heads}."
+            )
+        return Attention(options, self.dtype, self.device)
+
+    def experts(self, name: str, num_experts: int, hidden_size: int, size: int) -> nn.Module:
+        """Refuse: no plugin of this version serves mixtures of experts."""
+        raise ConfigError(f"{name}: this version of Quire has no mixture-of-experts layer.")
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """Make an empty parameter, such as a norm's weight."""
+        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return nn.Parameter(empty, requires_grad=False)

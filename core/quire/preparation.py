@@ -1,0 +1,165 @@
+"""Everything that can be checked before torch is imported: options, plugins, files.
+
+A wrong folder, key, option or header ends here, within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from attrs import Factory, define
+
+from quire.config import EngineConfig
+from quire.errors import ConfigError
+from quire.execution.checkpoint import Checkpoint
+from quire.execution.kv_sizing import KVRequest, size_kv_cache
+from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
+from quire.hooks.registry import Registry, load_plugins
+from quire.hooks.selection import (
+    AUTO,
+    parse_attention_options,
+    select_model,
+    select_quantization,
+)
+from quire.interfaces.model_config import ModelConfig
+from quire.interfaces.plugin import ModelPlugin, QuantizationPlugin, Selection
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@define(kw_only=True)
+class Prepared:
+    """What a start needs to know before it imports torch. `config` has no dtype `auto` left."""
+
+    config: EngineConfig
+    folder: Path
+    raw_config: dict[str, Any]
+    model_config: ModelConfig
+    model: ModelPlugin
+    quantization: QuantizationPlugin
+    checkpoint: Checkpoint
+    registry: Registry
+    selections: list[Selection] = Factory(list)
+    warnings: list[str] = Factory(list)
+
+
+def prepare(config: EngineConfig) -> Prepared:
+    """Check all that can be checked without torch.
+
+    Raises: ConfigError, CheckpointError or PluginError, each in one line.
+    """
+    registry = load_plugins(config.plugins.disable_plugin)
+    folder = find_folder(
+        config.model.model,
+        revision=config.model.revision,
+        bundled=registry.names("checkpoint"),
+        open_bundled=registry.checkpoint,
+    )
+    path = folder / CONFIG_FILE
+    raw = read_config(folder)
+    names = architectures(raw, path)
+    model, model_choice = select_model(registry, names, config.plugins.model_implementation)
+    _refuse_remote_code(raw, path, trusted=config.model.trust_remote_code)
+    model_config = model.config_class.from_json(raw, source=str(path))
+    _check_attention_options(config, registry)
+    quantization, quantization_choice = select_quantization(
+        registry, config.plugins.quantization, _quant_method(raw, path)
+    )
+    checkpoint = Checkpoint.open(folder)
+    config = _with_dtype(config, model_config, checkpoint)
+    _check_lengths(config, model_config)
+    return Prepared(
+        config=config,
+        folder=folder,
+        raw_config=raw,
+        model_config=model_config,
+        model=model,
+        quantization=quantization,
+        checkpoint=checkpoint,
+        registry=registry,
+        selections=[model_choice, quantization_choice],
+        warnings=list(model_config.warnings),
+    )
+
+
+def _check_attention_options(config: EngineConfig, registry: Registry) -> None:
+    """Check the options of a backend that is asked for by name; `auto` is known only later."""
+    requested = config.plugins.attention_backend
+    if requested != AUTO:
+        plugin = registry.attention(requested)
+        parse_attention_options(registry, plugin, config.plugins.attention_option)
+
+
+def _refuse_remote_code(raw: dict[str, Any], path: Path, *, trusted: bool) -> None:
+    if raw.get("auto_map") and not trusted:
+        raise ConfigError(
+            f"{path}: key 'auto_map' asks for code that the checkpoint carries, which Quire does "
+            "not run. Pass --trust-remote-code to use Quire's own implementation regardless, or "
+            "remove the key."
+        )
+
+
+def _quant_method(raw: dict[str, Any], path: Path) -> str | None:
+    found = raw.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(method, str):
+        raise ConfigError(f"{path}: key 'quantization_config' has no text 'quant_method'.")
+    return method
+
+
+def _with_dtype(
+    config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint
+) -> EngineConfig:
+    """Replace dtype `auto` by the one that config.json, or else the weights, are in."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = model_config.dtype
+    if dtype is None:
+        dtypes = [_SAFETENSORS_DTYPES.get(t.dtype) for t in checkpoint.tensors.values()]
+        dtype = next((name for name in dtypes if name), "float32")
+    return config.with_value("dtype", dtype, source="model")
+
+
+def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
+    wanted = config.model.max_model_len
+    if isinstance(wanted, int) and wanted > model_config.longest_model_len:
+        raise ConfigError(
+            f"--max-model-len is {wanted}; this model reaches {model_config.longest_model_len} "
+            "(max_position_embeddings and RoPE scaling in config.json)."
+        )
+    given = config.cache.kv_cache_memory_bytes
+    if given is None:
+        return
+    # The layout is the backend's business; this is the least that any of them needs.
+    dtype = config.cache.kv_cache_dtype
+    element = DTYPE_BYTES[config.model.dtype if dtype == "auto" else dtype]
+    size_kv_cache(
+        kv_request(
+            config,
+            model_config,
+            available_bytes=given,
+            bytes_per_block=config.cache.block_size * model_config.kv_elements_per_token * element,
+        )
+    )
+
+
+def kv_request(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    *,
+    available_bytes: int,
+    bytes_per_block: int,
+) -> KVRequest:
+    """Return what the configuration asks of the KV cache."""
+    return KVRequest(
+        available_bytes=available_bytes,
+        bytes_per_block=bytes_per_block,
+        block_size=config.cache.block_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        wanted_len=config.model.max_model_len,
+        model_len=model_config.max_model_len,
+    )

@@ -1,0 +1,67 @@
+"""Which requests can be served at all, and how they stand against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire.config import SchedulerOptions
+from quire.errors import RequestError
+from quire.request import Request
+from quire.scheduling.block_manager import BlockManager
+
+
+class Admission:
+    """Checks each request once, when it arrives, and gives it its rank."""
+
+    def __init__(
+        self,
+        options: SchedulerOptions,
+        block_manager: BlockManager,
+        max_model_len: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._policy = options.scheduling_policy
+        self._aging_s = options.priority_aging_s
+        self._blocks = block_manager
+        self._max_model_len = max_model_len
+        self._clock = clock
+
+    def max_num_tokens(self, request: Request) -> int:
+        """Return how long a sequence of the request may become, its prompt included.
+
+        Raises: RequestError where such a sequence can never be computed.
+        """
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt is empty; give one token or more.", parameter="prompt")
+        if num_prompt_tokens + 1 > self._max_model_len:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens; the context of "
+                f"{self._max_model_len} leaves room for {self._max_model_len - 1}. Shorten it or "
+                f"raise --max-model-len.",
+                parameter="prompt",
+            )
+        if request.max_tokens < 1:
+            raise RequestError(
+                f"max_tokens is {request.max_tokens}; allowed: whole numbers from 1.",
+                parameter="max_tokens",
+            )
+        max_num_tokens = min(num_prompt_tokens + request.max_tokens, self._max_model_len)
+        if not self._blocks.can_ever_fit(max_num_tokens):
+            raise RequestError(
+                f"prompt and max_tokens come to {max_num_tokens} tokens, more than the whole KV "
+                f"cache holds. Lower max_tokens or raise --kv-cache-memory-bytes.",
+                parameter="max_tokens",
+            )
+        return max_num_tokens
+
+    def rank(self, request: Request) -> int:
+        """Return how the request stands, lower is better; arrival order decides among equals.
+
+        Everybody ages alike from arrival on, so the order of two effective priorities,
+        priority - waited_s / priority_aging_s, never changes and is settled here, once.
+        """
+        if self._policy == "fcfs":
+            return 0
+        scale = 10**9  # whole numbers, so that no priority is too large to compare
+        return request.priority * scale + int(self._clock() / self._aging_s * scale)

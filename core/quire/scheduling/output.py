@@ -1,0 +1,77 @@
+"""What the scheduler tells the runner each step: a difference, in ints and lists, never torch."""
+
+from __future__ import annotations
+
+from attrs import Factory, define, field, frozen
+
+from quire.request import SamplingParams
+
+
+@frozen(kw_only=True)
+class KVCacheGroup:
+    """Layers that share one block table a sequence.
+
+    `num_blocks` counts block 0, which is never allocated: padding rows write there.
+    `window` is the number of latest tokens that the layers read, None for all.
+    """
+
+    layers: tuple[int, ...]
+    block_size: int
+    bytes_per_block: int
+    num_blocks: int
+    window: int | None = None
+
+
+@frozen(kw_only=True)
+class AddedSequence:
+    """A sequence that takes a row: new, or resumed after a preemption.
+
+    `block_tables` holds one list of block ids a group. `token_ids` are all that the host knows.
+    """
+
+    sequence_id: int
+    request_id: str
+    index: int
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_tables: list[list[int]]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@define(kw_only=True)
+class SchedulerOutput:
+    """One step's difference. Sequences are named by `sequence_id`, a process-wide counter.
+
+    `num_scheduled_tokens` is in the order of the batch: sequences with one token come first.
+    `new_block_ids[sequence_id]` are one list a group, appended to its tables before the step.
+    `block_copies` are (group, source, destination), done before the step's forward pass.
+    `finished` and `preempted` give their rows back before `added` and `resumed` take theirs.
+    """
+
+    step_id: int
+    added: list[AddedSequence] = Factory(list)
+    resumed: list[AddedSequence] = Factory(list)
+    finished: list[int] = Factory(list)
+    preempted: list[int] = Factory(list)
+    new_block_ids: dict[int, list[list[int]]] = Factory(dict)
+    block_copies: list[tuple[int, int, int]] = Factory(list)
+    num_scheduled_tokens: dict[int, int] = Factory(dict)
+    samples: set[int] = field(factory=set)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step, all sequences together."""
+        return sum(self.num_scheduled_tokens.values())
+
+
+@frozen(kw_only=True)
+class StepResult:
+    """What the runner gives back for one step: sampled tokens and failed rows, by sequence id."""
+
+    step_id: int
+    token_ids: dict[int, list[int]]
+    errors: dict[int, str] = Factory(dict)

@@ -1,0 +1,1 @@
+"""Kernels and the operations that models call; importing the package loads nothing."""

@@ -1,0 +1,88 @@
+"""Operations that models and backends call, part of the versioned interface.
+
+Each has a PyTorch body, which is its meaning; faster kernels take its place by device. Importing
+this module never imports Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
+_PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight over the last dimension, computed in float32.
+
+    `x` [..., size], `weight` [size] of the same dtype.
+    Source: Zhang and Sennrich, "Root mean square layer normalization", 2019.
+    """
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual); the sum may be made in x's memory.
+
+    `x`, `residual` [num_tokens, size], `weight` [size].
+    """
+    total = x.add_(residual)
+    return functional.rms_norm(total, weight.shape, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of `gate_up` [num_tokens, 2 * size], gate first: [num_tokens, size].
+
+    Source: Shazeer, "GLU variants improve transformer", 2020.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the given rows, int32 [num_rows], of `x` [num_tokens, size]."""
+    return x.index_select(0, rows)
+
+
+def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Return the high and low 32 bits of a product of 32-bit numbers held in int64."""
+    # The 64-bit product may wrap to a negative number; its bits are right all the same.
+    product = a * b
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
+    """Return the four 32-bit lanes of Philox4x32-10 as int64 tensors in [0, 2**32).
+
+    The counter's words and the 64-bit `seed` are int64 tensors that broadcast together.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = (word & _MASK32 for word in counter)
+    key_a, key_b = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        high_a, low_a = _multiply_32(c0, _PHILOX_ROUND_A)
+        high_b, low_b = _multiply_32(c2, _PHILOX_ROUND_B)
+        c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
+        key_a = (key_a + _PHILOX_KEY_A) & _MASK32
+        key_b = (key_b + _PHILOX_KEY_B) & _MASK32
+    return [c0, c1, c2, c3]
+
+
+def gumbel_noise(seed: Tensor, child: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """Return the Gumbel noise of every token: float32 [num_rows, vocab_size].
+
+    `seed`, `child`, `position` int64 [num_rows]. A pure function of (seed, child, position,
+    token id); `quire.interfaces.sampling.Sampler` defines it.
+    """
+    quads = torch.arange((vocab_size + 3) // 4, device=seed.device)[None, :]
+    zero = torch.zeros_like(position)[:, None]
+    counter = (quads, position[:, None], child[:, None], zero)
+    lanes = torch.stack(philox_4x32(counter, seed[:, None]), dim=-1)
+    uniform = (lanes.flatten(1)[:, :vocab_size].float() + 0.5) * 2.0**-32
+    # Rounded to float32 the largest are 1, whose noise is -inf: then a token that a filter
+    # dropped could be drawn.
+    uniform.clamp_(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))

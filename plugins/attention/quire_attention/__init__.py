@@ -1,0 +1,1 @@
+"""Attention backends; each folder is one plugin."""

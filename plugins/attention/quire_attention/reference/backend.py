@@ -1,0 +1,127 @@
+"""Attention as the textbook writes it, in float32: gather, multiply, mask, softmax, multiply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from quire.interfaces.attention import AttentionBackend, AttentionLayer, AttentionSpec, KVLayout
+from quire.interfaces.batch import Batch
+
+
+@frozen(kw_only=True)
+class ReferencePlan:
+    """Slots of the step's tokens, and (first token, query length, length, blocks) a sequence."""
+
+    slots: Tensor
+    sequences: list[tuple[int, int, int, Tensor]]
+
+
+class ReferenceAttention(AttentionBackend):
+    """Serve every spec but latent attention; the judge of all other backends."""
+
+    batch_invariant = True
+
+    @classmethod
+    def why_unsupported(cls, spec: AttentionSpec) -> str | None:
+        """Serve all but latent attention and quantized caches."""
+        if spec.latent is not None:
+            return "it has no latent attention"
+        if spec.kv_dtype not in ("float32", "bfloat16", "float16"):
+            return f"it has no {spec.kv_dtype} KV cache"
+        return None
+
+    @classmethod
+    def kv_layout(cls, spec: AttentionSpec) -> KVLayout:
+        """Return [block_size, num_kv_heads, head_dim + value_head_dim]: key, then value."""
+        width = spec.head_dim + spec.value_head_dim
+        shape = (spec.block_size, spec.num_kv_heads, width)
+        return KVLayout(name="token-head-kv", block_shape=shape, dtype=spec.kv_dtype)
+
+    def plan(self, batch: Batch, group: int) -> ReferencePlan:
+        """Cut the batch into its sequences."""
+        tables = batch.groups[group].block_table
+        sequences, first = [], 0
+        lengths = zip(batch.query_lens, batch.seq_lens_bound, strict=True)
+        for row, (query_len, seq_len) in enumerate(lengths):
+            sequences.append((first, query_len, seq_len, tables[row]))
+            first += query_len
+        return ReferencePlan(slots=batch.groups[group].slot_mapping.long(), sequences=sequences)
+
+    def write(
+        self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: ReferencePlan
+    ) -> None:
+        """Store each token's key and value in its slot."""
+        flat = kv_cache.view(-1, *kv_cache.shape[2:])
+        flat[plan.slots] = torch.cat((k, v), dim=-1).to(kv_cache.dtype)
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: Tensor | None,
+        plan: ReferencePlan,
+        out: Tensor,
+        lse: Tensor | None = None,
+    ) -> None:
+        """Attend one sequence after another."""
+        for first, query_len, seq_len, blocks in plan.sequences:
+            tokens = slice(first, first + query_len)
+            if kv_cache is None:
+                keys, values = k[tokens], v[tokens]
+            else:
+                keys, values = self._gathered(kv_cache, blocks, seq_len)
+            seen = slice(self._first_visible(query_len, seq_len), seq_len)
+            result, log_sum = self._attended(layer, q[tokens], keys[seen], values[seen])
+            out[tokens] = result.to(out.dtype)
+            if lse is not None:
+                lse[tokens] = log_sum
+
+    def _first_visible(self, query_len: int, seq_len: int) -> int:
+        """Return the first position that a query sees; blocks before it may be someone else's."""
+        window = self.spec.sliding_window
+        return 0 if window is None else max(0, seq_len - query_len - window + 1)
+
+    def _gathered(self, kv_cache: Tensor, blocks: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+        num_blocks = -(-seq_len // self.spec.block_size)
+        tokens = kv_cache[blocks[:num_blocks].long()].flatten(0, 1)[:seq_len]
+        return tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
+
+    def _attended(self, layer: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [queries, heads, value_head_dim] and the log-sum-exp [queries, heads]."""
+        spec = self.spec
+        group_size = spec.num_heads // spec.num_kv_heads
+        k = k.float().repeat_interleave(group_size, dim=1)
+        v = v.float().repeat_interleave(group_size, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k) * spec.scale
+        if spec.logit_softcap is not None:
+            scores = spec.logit_softcap * torch.tanh(scores / spec.logit_softcap)
+        distance = _distances(q.shape[0], k.shape[0], q.device)
+        if layer.alibi_slopes is not None:
+            scores = scores - layer.alibi_slopes[:, None, None] * distance
+        scores = scores.masked_fill(~self._visible(distance), float("-inf"))
+        if layer.sinks is not None:
+            sinks = layer.sinks.float()[:, None, None].expand(-1, q.shape[0], 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : k.shape[0]]
+        log_sum = torch.logsumexp(scores, dim=-1).transpose(0, 1)
+        return torch.einsum("hqk,khd->qhd", weights, v), log_sum
+
+    def _visible(self, distance: Tensor) -> Tensor:
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if self.spec.causal:
+            visible = distance >= 0
+        if self.spec.sliding_window is not None:
+            visible = visible & (distance < self.spec.sliding_window)
+        return visible
+
+
+def _distances(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Return position of query minus position of key; the last query is the last key."""
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return queries[:, None] - torch.arange(num_keys, device=device)[None, :]

@@ -1,0 +1,1 @@
+"""Quantization methods; each folder is one plugin."""

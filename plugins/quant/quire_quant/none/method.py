@@ -1,0 +1,107 @@
+"""Keep weights in the model's dtype. On a CPU 16-bit weights are packed once for oneDNN."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from quire.interfaces.quantization import (
+    EmbeddingSpec,
+    LayerMethod,
+    LayerSpec,
+    LinearSpec,
+    QuantizationMethod,
+    QuantizedActivation,
+    ShardRule,
+    WeightLayer,
+)
+
+# The overload itself: finding it by name costs 8 us a call.
+_packed_linear = torch.ops.mkldnn._linear_pointwise.default
+
+
+def _packing_pays(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies packed weights of this dtype on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+class DenseProduct(LayerMethod):
+    """x W^T + b, W [out_features, in_features].
+
+    Packing pays for 16-bit weights on a CPU at one row; float32 is left to `F.linear`, which was
+    faster at one row on the machines measured (docs/performance.md).
+    """
+
+    def __init__(self, out_features: int, in_features: int, dtype: str, device: str) -> None:
+        self.shape = (out_features, in_features)
+        self.dtype = getattr(torch, dtype)
+        self.device = torch.device(device)
+        self.packed: Tensor | None = None
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `weight` [out_features, in_features]."""
+        weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
+
+    def finish_loading(self, layer: WeightLayer) -> None:
+        """Pack for oneDNN where that pays, and drop the plain weight."""
+        if self.device.type != "cpu" or not _packing_pays(self.dtype):
+            return
+        weight = layer.get_weight("weight")
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, 1)
+        layer.drop_weight("weight")
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product."""
+        assert isinstance(x, Tensor)
+        if self.packed is not None:
+            return _packed_linear(x, self.packed, bias, "none", [], "")
+        return functional.linear(x, layer.get_weight("weight"), bias)
+
+
+class DenseLookup(LayerMethod):
+    """Rows of W [num_embeddings, embedding_dim]."""
+
+    def __init__(self, spec: EmbeddingSpec) -> None:
+        self.spec = spec
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `weight` [num_embeddings, embedding_dim]."""
+        shape = (self.spec.num_embeddings, self.spec.embedding_dim)
+        dtype = getattr(torch, self.spec.dtype)
+        weight = torch.empty(shape, dtype=dtype, device=self.spec.device)
+        layer.add_weight("weight", weight, ShardRule(output_dim=0))
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the embeddings of token ids `x` [num_tokens]."""
+        assert isinstance(x, Tensor)
+        return functional.embedding(x, layer.get_weight("weight"))
+
+
+class NoQuantization(QuantizationMethod):
+    """Serve linears, embeddings and heads in the model's dtype."""
+
+    def why_unsupported(self, spec: LayerSpec) -> str | None:
+        """Serve linear and embedding layers everywhere."""
+        if isinstance(spec, (LinearSpec, EmbeddingSpec)):
+            return None
+        return f"it has no method for {type(spec).__name__}"
+
+    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+        """Return a method in the layer's own dtype."""
+        if isinstance(spec, LinearSpec):
+            return DenseProduct(spec.out_features, spec.in_features, spec.dtype, spec.device)
+        if isinstance(spec, EmbeddingSpec) and spec.is_head:
+            return DenseProduct(spec.num_embeddings, spec.embedding_dim, spec.dtype, spec.device)
+        if isinstance(spec, EmbeddingSpec):
+            return DenseLookup(spec)
+        return None

@@ -1,0 +1,1 @@
+"""Samplers and logits processors; each folder is one plugin."""

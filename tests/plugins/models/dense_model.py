@@ -1,0 +1,122 @@
+"""Run a model plugin without an engine: real layers, dense attention, weights of the real class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from quire.execution.weights import places
+from quire.interfaces.batch import Batch
+from quire.interfaces.model import AttentionOptions, Model
+from quire.interfaces.model_config import ModelConfig
+from quire.interfaces.plugin import ModelPlugin
+from quire.layers.attention import Attention
+from quire.layers.build import LayerBuilder
+from quire_models import llama, qwen2, qwen3
+from quire_quant.none.method import NoQuantization
+
+PLUGINS: dict[str, ModelPlugin] = {
+    architecture: plugin
+    for family in (llama, qwen2, qwen3)
+    for plugin in family.quire_models()
+    for architecture in plugin.architectures
+}
+
+
+class DenseAttention(Attention):
+    """Attention over the step's own tokens, with a mask written out."""
+
+    def forward(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """Return [num_tokens, num_heads * head_dim] for whole sequences."""
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        if self.options.qk_norm is not None:
+            q = _normalised(q, self.q_norm.weight, self.options.qk_norm)
+            k = _normalised(k, self.k_norm.weight, self.options.qk_norm)
+        turned = self.options.rotary.rotate(torch.cat((q, k), 1), batch.positions)
+        q, k = turned.split((self.num_heads, self.num_kv_heads), 1)
+        repeats = self.num_heads // self.num_kv_heads
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * self.options.scale
+        scores = scores.masked_fill(~self._visible(batch), -torch.inf)
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+
+    def _visible(self, batch: Batch) -> Tensor:
+        sequences = torch.repeat_interleave(torch.tensor(batch.query_lens))
+        distance = batch.positions[:, None] - batch.positions[None, :]
+        window = self.options.sliding_window or len(distance) + 1
+        same = sequences[:, None] == sequences[None, :]
+        return same & (distance >= 0) & (distance < window)
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+class DenseBuilder(LayerBuilder):
+    """The engine's builder, but for attention."""
+
+    def attention(self, name: str, options: AttentionOptions) -> nn.Module:
+        """Make dense attention."""
+        return DenseAttention(options, self.dtype, self.device)
+
+
+def read_config(architecture: str, given: Any) -> ModelConfig:
+    """Read a config.json by the class that claims the architecture."""
+    return PLUGINS[architecture].config_class.from_json(given)
+
+
+def build(architecture: str, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Model:
+    """Build a model whose weights are not filled yet."""
+    builder = DenseBuilder(
+        dtype=dtype,
+        device=torch.device("cpu"),
+        max_model_len=config.longest_model_len,
+        quantization=NoQuantization({}),
+        dense=NoQuantization({}),
+    )
+    model_class = PLUGINS[architecture].load_class()
+    model: Model = model_class(config, builder)
+    return model
+
+
+def copy_weights(model: Model, oracle: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """Fill the model by checkpoint names; return names that are missing and left over."""
+    given = dict(oracle.state_dict())
+    if oracle.config.tie_word_embeddings:
+        del given["lm_head.weight"]
+    wanted = places(model)
+    for name in set(given) & set(wanted):
+        wanted[name].view().copy_(given[name])
+    return set(wanted) - set(given), set(given) - set(wanted)
+
+
+def batch_of(sequences: list[list[int]]) -> Batch:
+    """Return a batch of whole sequences, with what models and dense attention read."""
+    lens = [len(sequence) for sequence in sequences]
+    empty = torch.zeros(0, dtype=torch.int32)
+    return Batch(
+        token_ids=torch.tensor([t for sequence in sequences for t in sequence], dtype=torch.int32),
+        positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lens]),
+        cu_seqlens_q=empty,
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        logit_rows=empty,
+        rows=empty,
+        groups=(),
+        query_lens=lens,
+        seq_lens_bound=lens,
+        num_single_token_seqs=0,
+        padded_to=len(lens),
+    )
+
+
+@torch.inference_mode()
+def logits_of(model: Model, sequences: list[list[int]]) -> list[Tensor]:
+    """Return the logits [length, vocab_size] of each sequence, computed in one batch."""
+    batch = batch_of(sequences)
+    logits = model.logits(model(model.embed(batch.token_ids), batch))
+    return list(logits.split(batch.query_lens))

@@ -1,0 +1,153 @@
+"""Logits of each family against the real class, tiny and random, in float32 and float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from config_oracle import saved
+from dense_model import build, copy_weights, logits_of, read_config
+from transformers import PreTrainedModel
+
+torch.set_num_threads(1)
+
+SIZES = {
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+SEQUENCES = [list(range(1, 25)), [5], [40, 3, 40, 3, 7, 9, 80, 1, 2, 2, 6]]
+
+
+def rope(rope_type: str, **entries: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **entries}}
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama with one kv head": ("Llama", {"num_key_value_heads": 1}),
+    "llama with all kv heads": ("Llama", {"num_key_value_heads": None}),
+    "llama with larger heads": ("Llama", {"head_dim": 24}),
+    "llama with another eps": ("Llama", {"rms_norm_eps": 0.1}),
+    "llama linear": ("Llama", rope("linear", factor=4.0)),
+    "llama dynamic": ("Llama", rope("dynamic", factor=4.0)),
+    "llama llama3": (
+        "Llama",
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "llama yarn": ("Llama", rope("yarn", factor=2.0, original_max_position_embeddings=16)),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral without window": ("Mistral", {"sliding_window": None}),
+    "mistral with a window of one": ("Mistral", {"sliding_window": 1}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 with windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen2 with layer types": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2 tied yarn": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": True,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=4),
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3 tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3 with biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "qwen3 with windows": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+    ),
+}
+
+
+def make_oracle(family: str, changes: dict[str, Any]) -> PreTrainedModel:
+    """Make the real class with random weights, norms and biases included."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy({**SIZES, **changes}))
+    config._attn_implementation = "eager"
+    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(0.0, 0.3).add_(1.0 if "norm" in name else 0.0)
+    return model
+
+
+@torch.inference_mode()
+def oracle_logits(model: PreTrainedModel, sequence: list[int]) -> torch.Tensor:
+    logits: torch.Tensor = model(torch.tensor([sequence])).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_real_class_whatever_else_is_in_the_batch(name: str) -> None:
+    family, changes = CASES[name]
+    oracle = make_oracle(family, changes)
+    model = build(f"{family}ForCausalLM", read_config(f"{family}ForCausalLM", saved(oracle.config)))
+    assert copy_weights(model, oracle) == (set(), set())
+    ours = logits_of(model, SEQUENCES)
+    theirs = [oracle_logits(oracle, sequence) for sequence in SEQUENCES]
+    exact_model = oracle.double()
+    exact = [oracle_logits(exact_model, sequence) for sequence in SEQUENCES]
+    found = max(float((a - b).abs().max()) for a, b in zip(ours, exact, strict=True))
+    plain = max(float((a - b).abs().max()) for a, b in zip(theirs, exact, strict=True))
+    largest = max(float(e.abs().max()) for e in exact)
+    assert found <= 2 * plain + torch.finfo(torch.float32).eps * largest
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "qwen3 tied"])
+def test_half_precision_errs_at_most_twice_as_much_as_the_real_class(name: str) -> None:
+    family, changes = CASES[name]
+    oracle = make_oracle(family, changes)
+    config = read_config(f"{family}ForCausalLM", saved(oracle.config))
+    # Weights that bfloat16 holds exactly, so that only the computation differs.
+    oracle.bfloat16()
+    model = build(f"{family}ForCausalLM", config, dtype=torch.bfloat16)
+    copy_weights(model, oracle)
+    ours = torch.cat(logits_of(model, SEQUENCES)).double()
+    theirs = torch.cat([oracle_logits(oracle, s) for s in SEQUENCES]).double()
+    oracle.double()
+    exact = torch.cat([oracle_logits(oracle, s) for s in SEQUENCES])
+    bound = 2 * (theirs - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= bound
+
+
+def test_names_of_checkpoint_tensors_are_those_of_the_real_class() -> None:
+    oracle = make_oracle("Qwen3", {"num_hidden_layers": 1, "num_attention_heads": 4})
+    config = read_config("Qwen3ForCausalLM", saved(oracle.config))
+    model = build("Qwen3ForCausalLM", config)
+    assert copy_weights(model, oracle) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.rotary_emb.inv_freq", "model.layers.3.self_attn.rotary_emb.inv_freq"]
+)
+def test_old_checkpoints_rotary_frequencies_are_ignored(name: str) -> None:
+    import re
+
+    from quire_models.decoder import DecoderForCausalLM
+
+    patterns = DecoderForCausalLM.weight_names.ignored
+    assert any(re.fullmatch(pattern, name) for pattern in patterns)
