@@ -1,0 +1,248 @@
+"""From what a user gives to a Request: the one layer of checks behind every door.
+
+Bounds come before work, the first wrong thing ends the check, and no message repeats the input at
+length. Nothing that passes here can raise inside a step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from quire.errors import RequestError
+from quire.request import Request, SamplingParams
+from quire.text.json_files import shorten
+from quire.text.tokenizer import Tokenizer
+
+MAX_CACHE_SALT_CHARS = 128
+MAX_REQUEST_ID_CHARS = 128
+PRIORITY_BITS = 64
+SEED_BITS_DRAWN = 63
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
+
+
+class ContextLengthError(RequestError):
+    """Refuse a prompt that leaves no room for an answer (`context_length_exceeded`)."""
+
+
+@frozen
+class RenderedChat:
+    """A prompt that a chat template wrote: the begin token must not be added a second time."""
+
+    text: str
+
+
+@frozen(kw_only=True)
+class RequestLimits:
+    """What the running engine allows. `vocab_size` is the model's."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    has_priorities: bool = False
+
+
+@frozen(kw_only=True)
+class _Prompt:
+    text: str | None = None
+    token_ids: Any = None
+    cache_salt: Any = None
+    is_chat: bool = False
+
+
+class InputProcessor:
+    """Builds requests. Safe for threads. `seed` starts the seeds of unseeded requests."""
+
+    def __init__(
+        self, limits: RequestLimits, *, tokenizer: Tokenizer | None, seed: int = 0
+    ) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._random = random.Random(seed)
+        # generation_config.json may name ids that the model does not have: they never come.
+        self._eos = frozenset(i for i in limits.eos_token_ids if 0 <= i < limits.vocab_size)
+
+    def process(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        arrival_s: float = 0.0,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Request:
+        """Return the checked request.
+
+        `max_tokens` above what the context leaves is lowered to it, as vLLM does; None means all
+        that it leaves. Raises: RequestError, naming the parameter.
+        """
+        if not isinstance(params, SamplingParams):
+            kind = type(params).__name__
+            raise RequestError(
+                f"sampling_params is a {kind}; allowed: SamplingParams.",
+                parameter="sampling_params",
+            )
+        parsed = _parse_prompt(prompt)
+        _check_request_id(request_id)
+        salt = _checked_salt(cache_salt if cache_salt is not None else parsed.cache_salt)
+        self._check_priority(priority)
+        self._check_params(params)
+        token_ids: Any = self.token_ids_of(prompt)
+        room = self._limits.max_model_len - len(token_ids)
+        eos = frozenset() if params.ignore_eos else self._eos
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed=self._draw_seed() if params.seed is None else params.seed,
+            eos_token_ids=eos,
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            priority=priority,
+            arrival_s=arrival_s,
+            cache_salt=salt,
+        )
+
+    def token_ids_of(self, prompt: Any) -> tuple[int, ...]:
+        """Return a prompt's checked token ids; each is in the vocabulary and an answer fits.
+
+        Raises: RequestError, ContextLengthError.
+        """
+        parsed = _parse_prompt(prompt)
+        token_ids = self._tokenize(parsed) if parsed.token_ids is None else parsed.token_ids
+        if not token_ids:
+            raise _prompt_error("prompt is empty; give at least one token.")
+        if len(token_ids) >= self._limits.max_model_len:
+            raise self._too_long(f"{len(token_ids)} tokens")
+        _check_token_ids(token_ids, self._limits.vocab_size)
+        return tuple(token_ids)
+
+    def _tokenize(self, prompt: _Prompt) -> list[int]:
+        assert prompt.text is not None, "a prompt is text or ids"
+        if self._tokenizer is None:
+            raise _prompt_error("prompt is text, but there is no tokenizer; give token ids.")
+        if not prompt.text:
+            raise _prompt_error("prompt is empty; give at least one character.")
+        # No token spells more characters than the longest one, so a text so long cannot fit:
+        # refused without the work of tokenizing it. (Only a normalizer that drops most of a text
+        # could make it fit; the bound is several times what ordinary text needs.)
+        max_chars = self._limits.max_model_len * self._tokenizer.longest_token_chars
+        if len(prompt.text) > max_chars:
+            raise self._too_long(f"{len(prompt.text)} characters")
+        encode = self._tokenizer.encode_chat if prompt.is_chat else self._tokenizer.encode
+        return encode(prompt.text)
+
+    def _too_long(self, size: str) -> ContextLengthError:
+        return ContextLengthError(
+            f"prompt has {size}, but the context is {self._limits.max_model_len} tokens for "
+            "prompt and answer together; shorten the prompt or raise --max-model-len.",
+            parameter="prompt",
+        )
+
+    def _check_priority(self, priority: Any) -> None:
+        bound = 2 ** (PRIORITY_BITS - 1)
+        is_whole = isinstance(priority, int) and not isinstance(priority, bool)
+        if not is_whole or not -bound <= priority < bound:
+            raise RequestError(
+                f"priority is {shorten(priority)}; allowed: {PRIORITY_BITS}-bit whole numbers.",
+                parameter="priority",
+            )
+        if priority and not self._limits.has_priorities:
+            raise RequestError(
+                f"priority is {priority}, but the scheduling policy is fcfs; "
+                "start with --scheduling-policy priority, or leave it at 0.",
+                parameter="priority",
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        vocab_size = self._limits.vocab_size
+        for token_id in params.stop_token_ids:
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"stop_token_ids has {shorten(token_id)}; allowed: 0 to {vocab_size - 1}.",
+                    parameter="stop_token_ids",
+                )
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer.", parameter="stop")
+
+    def _draw_seed(self) -> int:
+        return self._random.getrandbits(SEED_BITS_DRAWN)
+
+
+def prompt_text(prompt: Any) -> str | None:
+    """Return the text of a prompt that has one, for `RequestOutput.prompt`."""
+    return _parse_prompt(prompt).text
+
+
+def _prompt_error(message: str) -> RequestError:
+    return RequestError(message, parameter="prompt")
+
+
+def _parse_prompt(prompt: Any) -> _Prompt:
+    if isinstance(prompt, str):
+        return _Prompt(text=prompt)
+    if isinstance(prompt, RenderedChat):
+        return _Prompt(text=prompt.text, is_chat=True)
+    if isinstance(prompt, (list, tuple)):
+        return _Prompt(token_ids=prompt)
+    if not isinstance(prompt, Mapping):
+        raise _prompt_error(f"prompt is a {type(prompt).__name__}; allowed: {PROMPT_FORMS}.")
+    return _parse_mapping(prompt)
+
+
+def _parse_mapping(prompt: Mapping[Any, Any]) -> _Prompt:
+    for key, value in prompt.items():
+        if key not in PROMPT_KEYS and value is not None:
+            raise _prompt_error(f"prompt has {shorten(key)}; allowed: {', '.join(PROMPT_KEYS)}.")
+    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is None and token_ids is None:
+        raise _prompt_error(f"prompt has neither text nor token ids; allowed: {PROMPT_FORMS}.")
+    if text is not None and not isinstance(text, str):
+        raise _prompt_error(f"prompt is a {type(text).__name__}; allowed: a text.")
+    if token_ids is not None and not isinstance(token_ids, (list, tuple)):
+        kind = type(token_ids).__name__
+        raise _prompt_error(f"prompt_token_ids is a {kind}; allowed: a list of token ids.")
+    return _Prompt(text=text, token_ids=token_ids, cache_salt=prompt.get("cache_salt"))
+
+
+def _check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse the first id that is not in the vocabulary; the usual case runs in C."""
+    is_whole = set(map(type, token_ids)) == {int}
+    if is_whole and min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return
+    for position, token_id in enumerate(token_ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise _prompt_error(
+                f"prompt has {shorten(token_id)} at position {position}; "
+                f"allowed: token ids from 0 to {vocab_size - 1}."
+            )
+
+
+def _check_request_id(request_id: Any) -> None:
+    if (
+        not isinstance(request_id, str)
+        or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS
+        or not (request_id.isascii() and request_id.isprintable())
+    ):
+        raise RequestError(
+            f"request_id is {shorten(request_id)}; allowed: 1 to {MAX_REQUEST_ID_CHARS} "
+            "printable ASCII characters.",
+            parameter="request_id",
+        )
+
+
+def _checked_salt(salt: Any) -> str:
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise RequestError(
+            f"cache_salt is {shorten(salt)}; allowed: a text of 1 to {MAX_CACHE_SALT_CHARS} "
+            "characters.",
+            parameter="cache_salt",
+        )
+    return salt
