@@ -1,0 +1,134 @@
+"""Text on one side, requests on the other: what every door needs before and beside an engine.
+
+Opening it checks options, plugins, files, tokenizer and chat template; torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quire.config import EngineConfig
+from quire.errors import ConfigError
+from quire.execution.model_folder import find_folder
+from quire.preparation import Prepared, prepare
+from quire.request import SamplingParams
+from quire.text.chat_template import ChatTemplate
+from quire.text.generation_config import GenerationDefaults
+from quire.text.input_processor import InputProcessor, RenderedChat, RequestLimits
+from quire.text.tokenizer import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Frontend:
+    """One model's checked files, tokenizer, chat template and sampling defaults."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Check everything that can be checked without torch.
+
+        Raises: ConfigError, CheckpointError or PluginError, each in one line.
+        """
+        self.prepared: Prepared = prepare(config)
+        self.config = self.prepared.config
+        self.defaults = GenerationDefaults.from_folder(self.prepared.folder)
+        self.warnings = [*self.prepared.warnings, *self.defaults.warnings]
+        self._tokenizer_folder = self._find_tokenizer()
+        self.tokenizer = self._open_tokenizer()
+        self.template = self._open_template()
+        # Tokenizing needs a limit before the engine knows the real one; `serve` replaces it.
+        wanted = self.config.model.max_model_len
+        own = self.prepared.model_config.max_model_len
+        self.inputs = self._input_processor(wanted if isinstance(wanted, int) else own)
+
+    def _find_tokenizer(self) -> Path:
+        options, registry = self.config.model, self.prepared.registry
+        if options.tokenizer is None:
+            return self.prepared.folder
+        return find_folder(
+            options.tokenizer,
+            revision=None,
+            bundled=registry.names("checkpoint"),
+            open_bundled=registry.checkpoint,
+        )
+
+    def _open_tokenizer(self) -> Tokenizer | None:
+        options = self.config.model
+        if options.skip_tokenizer_init:
+            return None
+        if options.tokenizer is None and not (self._tokenizer_folder / TOKENIZER_FILE).is_file():
+            # Prompts of token ids need none; a text will be refused, saying so.
+            self.warnings.append(
+                f"{self._tokenizer_folder / TOKENIZER_FILE}: no such file; only prompts of token "
+                "ids can be served, and outputs have no text. --tokenizer names another folder."
+            )
+            return None
+        tokenizer = Tokenizer.from_folder(self._tokenizer_folder)
+        tokenizer.check_fits(self.prepared.model_config.vocab_size)
+        return tokenizer
+
+    def _open_template(self) -> ChatTemplate | None:
+        if self.tokenizer is None:
+            return None
+        special = self.tokenizer.special_tokens
+        given = self.config.model.chat_template
+        if given is not None:
+            template: ChatTemplate | None = ChatTemplate.from_file(
+                Path(given), special_tokens=special
+            )
+        else:
+            template = ChatTemplate.from_folder(self._tokenizer_folder, special_tokens=special)
+        if template is not None:
+            template.probe()
+        return template
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises: ConfigError where the checkpoint has none."""
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{self._tokenizer_folder / TOKENIZER_FILE}: no such file, and a text needs it; "
+                "give --tokenizer FOLDER, or prompts of token ids."
+            )
+        return self.tokenizer
+
+    def require_template(self) -> ChatTemplate:
+        """Return the chat template. Raises: ConfigError where the checkpoint has none."""
+        self.require_tokenizer()
+        if self.template is None:
+            raise ConfigError(
+                f"{self._tokenizer_folder}: the checkpoint has no chat template; give one with "
+                "--chat-template FILE, or use `quire generate`."
+            )
+        return self.template
+
+    def _input_processor(self, max_model_len: int) -> InputProcessor:
+        model_config = self.prepared.model_config
+        eos = self.defaults.all_eos_token_ids(
+            config_eos=model_config.eos_token_ids,
+            tokenizer_eos=None if self.tokenizer is None else self.tokenizer.eos_token_id,
+        )
+        limits = RequestLimits(
+            max_model_len=max_model_len,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=eos,
+            has_priorities=self.config.scheduler.scheduling_policy == "priority",
+        )
+        return InputProcessor(limits, tokenizer=self.tokenizer, seed=self.config.device.seed)
+
+    def serve(self, max_model_len: int) -> None:
+        """Take over the context length that the engine settled on."""
+        self.inputs = self._input_processor(max_model_len)
+
+    def sampling_params(self, given: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Return generation_config.json's defaults, overridden by what is given."""
+        return SamplingParams(**{**self.defaults.sampling_defaults(), **(given or {})})
+
+    def render(self, messages: Any, **options: Any) -> RenderedChat:
+        """Return the prompt of a conversation. Raises: RequestError, ConfigError."""
+        return RenderedChat(self.require_template().render(messages, **options))
+
+    def close(self) -> None:
+        """End the template's child process."""
+        if self.template is not None:
+            self.template.close()

@@ -1,0 +1,270 @@
+"""The offline door: `LLM.generate` and `LLM.chat`, with the names and arguments of vLLM's."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from quire.config import EngineConfig
+from quire.engine import Engine
+from quire.errors import RequestError
+from quire.frontend import Frontend
+from quire.request import FinishReason, Request, RequestOutput, SamplingParams
+from quire.text.input_processor import RenderedChat, prompt_text
+from quire.text.output_processor import Delta, OutputProcessor, Processed
+from quire.text.tokenizer import Tokenizer
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model, ready to generate.
+
+    `LLM(model, **options)` takes every option of `quire generate --help`, with underscores:
+    `LLM("demo", max_num_seqs=8)`. Not safe for threads.
+    Source: the names and arguments are those of vLLM's offline API.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """Check, then load. Raises: ConfigError, CheckpointError or PluginError."""
+        self._start(Frontend(EngineConfig.from_options({"model": str(model), **options})))
+
+    @classmethod
+    def from_frontend(cls, frontend: Frontend) -> LLM:
+        """Load a model whose files were checked."""
+        llm = cls.__new__(cls)
+        llm._start(frontend)
+        return llm
+
+    def _start(self, frontend: Frontend) -> None:
+        self.frontend = frontend
+        self.engine = Engine(frontend.prepared)
+        frontend.serve(self.engine.max_model_len)
+        self._outputs = OutputProcessor(frontend.tokenizer)
+        self._numbers = itertools.count()
+        for warning in frontend.warnings:
+            warnings.warn(warning, stacklevel=3)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. Raises: ConfigError where the checkpoint has none."""
+        return self.frontend.require_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return what generation_config.json recommends."""
+        return self.frontend.sampling_params()
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or several, in the order given.
+
+        A prompt is a text, a list of token ids, `{"prompt": ...}` or
+        `{"prompt_token_ids": [...]}`. One SamplingParams serves all prompts, or each has its own.
+        Raises: RequestError before anything runs if one of the prompts cannot be served;
+        EngineDeadError if the engine stopped.
+        """
+        items = _as_list(prompts)
+        params = self._params_of(sampling_params, len(items))
+        priorities = list(priority) if priority is not None else [0] * len(items)
+        if len(priorities) != len(items):
+            raise RequestError(
+                f"{len(priorities)} priorities for {len(items)} prompts; give one each.",
+                parameter="priority",
+            )
+        requests = []
+        for prompt, own, rank in zip(items, params, priorities, strict=True):
+            requests.append((self._request(prompt, own, rank), prompt_text(prompt)))
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; a conversation is a list of OpenAI's messages.
+
+        Raises: RequestError, ConfigError where the checkpoint has no chat template.
+        """
+        conversations = messages if _is_nested(messages) else [messages]
+        rendered = [
+            self.frontend.render(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(rendered, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Yield what is new of one prompt's answers after every step.
+
+        Raises: RequestError at the first `next`. Closing the iterator ends the request.
+        """
+        request = self._request(prompt, sampling_params or self.frontend.sampling_params(), 0)
+        self._add([(request, prompt_text(prompt))])
+        try:
+            yield from self._deltas(request)
+        finally:
+            self._forget([request])
+
+    def _deltas(self, request: Request) -> Iterator[Delta]:
+        for processed in self._steps():
+            changed = request.request_id in processed.changed
+            for index in range(request.params.n if changed else 0):
+                yield self._outputs.take_delta(request.request_id, index)
+
+    def _params_of(self, given: Params, count: int) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        params = list(given)
+        if len(params) != count:
+            raise RequestError(
+                f"{len(params)} sampling_params for {count} prompts; give one for all or one each.",
+                parameter="sampling_params",
+            )
+        return params
+
+    def _request(self, prompt: Any, params: SamplingParams, priority: int) -> Request:
+        return self.frontend.inputs.process(
+            prompt,
+            params,
+            request_id=str(next(self._numbers)),
+            arrival_s=self.engine.clock(),
+            priority=priority,
+        )
+
+    def _add(self, requests: Sequence[tuple[Request, str | None]]) -> None:
+        """Queue all requests, or none if one is refused."""
+        added: list[Request] = []
+        try:
+            for request, text in requests:
+                self.engine.add_request(request)
+                self._outputs.add_request(request, text)
+                added.append(request)
+        except Exception:
+            self._forget(added)
+            raise
+
+    def _forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.engine.abort(request.request_id)
+            if request.request_id in self._outputs:
+                self._outputs.remove(request.request_id)
+
+    def _steps(self) -> Iterator[Processed]:
+        while self.engine.has_unfinished():
+            with interrupt_deferred():
+                processed = self._outputs.process(self.engine.step())
+                for request_id, index in processed.to_finish:
+                    self.engine.finish_sequence(request_id, index, FinishReason.STOP)
+            yield processed
+
+    def _run(
+        self, requests: list[tuple[Request, str | None]], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        self._add(requests)
+        progress = Progress(len(requests)) if use_tqdm and requests else None
+        done: dict[str, RequestOutput] = {}
+        try:
+            for output in self._finished_outputs():
+                done[output.request_id] = output
+                if progress is not None:
+                    progress.add(output)
+        finally:
+            self._forget([r for r, _ in requests if r.request_id not in done])
+            if progress is not None:
+                progress.close()
+        return [done[request.request_id] for request, _ in requests]
+
+    def _finished_outputs(self) -> Iterator[RequestOutput]:
+        for processed in self._steps():
+            for request_id in processed.finished:
+                error = self._outputs.error(request_id)
+                if error is not None:
+                    warnings.warn(f"request {request_id} failed: {error}", stacklevel=5)
+                yield self._outputs.remove(request_id)
+
+
+@contextlib.contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is done: half a step would leave the engine unusable."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    received: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        previous(*received[0])
+
+
+class Progress:
+    """A bar of finished prompts, with tokens a second."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True)
+        self._begin = time.monotonic()
+        self._num_in = self._num_out = 0
+
+    def add(self, output: RequestOutput) -> None:
+        """Count a finished request."""
+        self._num_in += len(output.prompt_token_ids)
+        self._num_out += sum(len(completion.token_ids) for completion in output.outputs)
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        self._bar.set_postfix_str(
+            f"input: {self._num_in / seconds:.1f} tok/s, "
+            f"output: {self._num_out / seconds:.1f} tok/s",
+            refresh=False,
+        )
+        self._bar.update(1)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """Return a list of prompts; a list of token ids is one prompt."""
+    if isinstance(prompts, (str, Mapping, RenderedChat)):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        kind = type(prompts).__name__
+        raise RequestError(
+            f"prompts is a {kind}; allowed: a prompt or a list of prompts.", parameter="prompt"
+        )
+    is_ids = bool(prompts) and all(type(item) is int for item in prompts)
+    return [list(prompts)] if is_ids else list(prompts)
+
+
+def _is_nested(messages: Any) -> bool:
+    return isinstance(messages, (list, tuple)) and all(
+        isinstance(item, (list, tuple)) for item in messages
+    ) and bool(messages)
