@@ -1,0 +1,212 @@
+"""Greedy tokens in float32 equal Transformers' `generate`, however the engine cuts its steps.
+
+Equal means: the same tokens, or at the first difference the two candidates lie so close together in
+float64 that float32 cannot tell them apart. Such ties are warnings, which pytest counts and prints.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from attrs import frozen
+from transformers import PreTrainedModel
+
+from quire import LLM, SamplingParams
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer.json. no such file")
+
+NUM_NEW = 12
+VOCAB = 101
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "llama dynamic": (
+        "Llama",
+        {
+            "max_position_embeddings": 44,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0},
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+    "qwen2": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+# Ragged; some begin alike, so that the prefix cache finds their blocks again.
+PROMPT_LENS = (1, 2, 7, 16, 17, 33, 40, 41)
+SHARED = 16
+
+
+@frozen
+class Case:
+    """How the engine is set up: cuts of steps, of the cache, and of the batch."""
+
+    block_size: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    num_cached_tokens: int = 1024
+    enable_prefix_caching: bool = True
+
+
+CASES = {
+    "one step a prompt": Case(16, 2048, 8),
+    "chunks of 5, blocks of 1": Case(1, 5, 3),
+    "chunks of 16, blocks of 8": Case(8, 16, 8),
+    "alone, chunks of 7": Case(4, 7, 1, enable_prefix_caching=False),
+    "preempted": Case(4, 32, 8, num_cached_tokens=72),
+}
+
+
+@frozen
+class Checkpoint:
+    """A saved model, the real class, and what it generates for each prompt."""
+
+    folder: Path
+    oracle: PreTrainedModel
+    prompts: list[list[int]]
+    expected: list[list[int]]
+
+
+def make_oracle(name: str) -> PreTrainedModel:
+    """Make a tiny model of the real class with random weights, norms and biases included."""
+    family, changes = MODELS[name]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    config._attn_implementation = "eager"
+    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for weight_name, parameter in model.named_parameters():
+        parameter.data.normal_(0.0, 0.25).add_(1.0 if "norm" in weight_name else 0.0)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def make_prompts() -> list[list[int]]:
+    ids = torch.randint(0, VOCAB, (len(PROMPT_LENS), max(PROMPT_LENS))).tolist()
+    for row in ids[-2:]:
+        row[:SHARED] = ids[3][:SHARED]
+    return [row[:length] for row, length in zip(ids, PROMPT_LENS, strict=True)]
+
+
+@torch.inference_mode()
+def generate(oracle: PreTrainedModel, prompt: list[int]) -> list[int]:
+    given = torch.tensor([prompt])
+    found = oracle.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=NUM_NEW, do_sample=False
+    )
+    tokens: list[int] = found[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    oracle = make_oracle(request.param)
+    folder = tmp_path_factory.mktemp("model")
+    oracle.save_pretrained(folder)
+    prompts = make_prompts()
+    expected = [generate(oracle, prompt) for prompt in prompts]
+    return Checkpoint(folder, oracle, prompts, expected)
+
+
+@torch.inference_mode()
+def explain_difference(oracle: PreTrainedModel, tokens: list[int], ours: int, theirs: int) -> str:
+    """Warn of a tie after `tokens`, or say why it is none."""
+    plain = oracle(torch.tensor([tokens])).logits[0, -1].double()
+    exact_model = oracle.double()
+    exact = exact_model(torch.tensor([tokens])).logits[0, -1]
+    oracle.float()
+    unit = torch.finfo(torch.float32).eps * float(exact.abs().max())
+    # Each of the two logits may err by twice as much as plain PyTorch, plus one rounding.
+    bound = 2 * (2 * float((plain - exact).abs().max()) + unit)
+    gap = abs(float(exact[ours] - exact[theirs]))
+    if gap > bound:
+        return f"after {len(tokens)} tokens {ours} instead of {theirs}: {gap:.3g} > {bound:.3g}"
+    warnings.warn(f"a tie after {len(tokens)} tokens: {gap:.3g} <= {bound:.3g}", stacklevel=2)
+    return ""
+
+
+def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> str:
+    """Return what is wrong with the tokens found for a prompt, or nothing."""
+    prompt, expected = checkpoint.prompts[number], checkpoint.expected[number]
+    if len(found) != len(expected):
+        return f"prompt {number}: {len(found)} tokens instead of {len(expected)}"
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if ours != theirs:
+            tokens = prompt + expected[:i]
+            why = explain_difference(checkpoint.oracle, tokens, ours, theirs)
+            return why and f"prompt {number}: {why}"
+    return ""
+
+
+def make_llm(checkpoint: Checkpoint, case: Case) -> LLM:
+    config = checkpoint.oracle.config
+    head_dim = getattr(config, "head_dim", None) or SIZES["hidden_size"] // 4
+    elements = 2 * SIZES["num_hidden_layers"] * SIZES["num_key_value_heads"] * head_dim
+    return LLM(
+        str(checkpoint.folder),
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        max_model_len=max(PROMPT_LENS) + NUM_NEW,
+        block_size=case.block_size,
+        max_num_batched_tokens=case.max_num_batched_tokens,
+        max_num_seqs=case.max_num_seqs,
+        enable_prefix_caching=case.enable_prefix_caching,
+        kv_cache_memory_bytes=4 * elements * (case.num_cached_tokens + case.block_size),
+    )
+
+
+def complete(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False)
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(given, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_equal_transformers(checkpoint: Checkpoint, name: str) -> None:
+    found = complete(make_llm(checkpoint, CASES[name]), checkpoint.prompts)
+    wrong = [first_difference(checkpoint, i, tokens) for i, tokens in enumerate(found)]
+    assert [line for line in wrong if line] == []
+
+
+def test_greedy_tokens_equal_transformers_with_a_warm_prefix_cache(checkpoint: Checkpoint) -> None:
+    llm = make_llm(checkpoint, CASES["chunks of 16, blocks of 8"])
+    complete(llm, checkpoint.prompts)
+    found = complete(llm, checkpoint.prompts[::-1])[::-1]
+    wrong = [first_difference(checkpoint, i, tokens) for i, tokens in enumerate(found)]
+    assert [line for line in wrong if line] == []
