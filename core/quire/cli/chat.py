@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -69,6 +70,8 @@ def _talk(
     )
     interactive = sys.stdin.isatty()
     if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - importing it gives `input` editing and history
         print(HELP, file=sys.stderr)
     while True:
         try:
