@@ -11,7 +11,7 @@ import torch
 from attrs import define
 
 from quire.config import EngineConfig
-from quire.errors import EngineDeadError, QuireError
+from quire.errors import EngineDeadError, QuireError, RequestError
 from quire.execution import setup
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
@@ -25,11 +25,11 @@ from quire.hooks.selection import (
     select_logits_processors,
     select_sampler,
 )
-from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits
+from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.model import Model
-from quire.interfaces.plugin import Selection
+from quire.interfaces.plugin import AttentionPlugin, Selection
 from quire.preparation import Prepared, kv_request
-from quire.request import FinishReason, Request, SequenceUpdate
+from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from quire.scheduling.block_manager import BlockManager
 from quire.scheduling.output import SchedulerOutput, StepResult
 from quire.scheduling.scheduler import Scheduler
@@ -44,7 +44,6 @@ class Layout:
 
     groups: list[LayerGroup]
     selections: list[Selection]
-    options: dict[str, Any]
     kv_size: KVSize
     budget: MemoryBudget
     limits: BatchLimits
@@ -61,6 +60,7 @@ class Engine:
         self.prepared = prepared
         self.clock = clock
         starter = Starter(prepared)
+        self._processors = starter.processors
         self.runner, self.layout = starter.start()
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]
@@ -85,6 +85,7 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises: RequestError where it can never be served."""
         self._check_alive()
+        self._check_extra_args(request.params)
         self.scheduler.add_request(request)
 
     def abort(self, request_id: str) -> None:
@@ -132,6 +133,18 @@ class Engine:
         """Wait for a step's tokens."""
         return self.runner.collect(step)
 
+    def _check_extra_args(self, params: SamplingParams) -> None:
+        """Refuse arguments of logits processors that are not loaded, or that refuse them."""
+        for name, arguments in params.extra_args.items():
+            if name not in self._processors:
+                loaded = ", ".join(self._processors) or "none"
+                raise RequestError(
+                    f"extra_args has {name!r}, which is no loaded logits processor (loaded: "
+                    f"{loaded}); --logits-processors loads one.",
+                    parameter="extra_args",
+                )
+            self._processors[name].check_arguments(arguments, params)
+
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError(
@@ -153,6 +166,9 @@ class Starter:
             prepared.registry, self.config.plugins.sampler, self.device.type
         )
         self._classes = self._load_classes(sampler)
+        names = self.config.plugins.logits_processors
+        chosen = select_logits_processors(prepared.registry, names)
+        self.processors = {plugin.name: kind for plugin, kind in chosen}
 
     def _load_classes(self, sampler: type) -> setup.ChosenClasses:
         prepared = self.prepared
@@ -183,7 +199,7 @@ class Starter:
         return self._runner(model, layout, layout.kv_size.num_blocks, layout.limits), layout
 
     def _plan(self, model: Model) -> Layout:
-        backends, selections, options = self._choose_backends(model)
+        backends, selections = self._choose_backends(model)
         groups = setup.group_layers(model, backends)
         limits = self._limits(self._longest())
         measured = self._measure_host(model, groups, limits)
@@ -191,7 +207,6 @@ class Starter:
         return Layout(
             groups=groups,
             selections=[*selections, self._sampler_choice],
-            options=options,
             kv_size=size,
             budget=measured.with_blocks(_kv_bytes(groups, size)),
             limits=self._limits(size.max_model_len),
@@ -213,20 +228,19 @@ class Starter:
 
     def _limits(self, max_model_len: int) -> BatchLimits:
         options = self.config.scheduler
+        # A processor that reads tokens on the host needs each step collected before the next.
+        overlaps = not any(kind.needs_host_tokens for kind in self.processors.values())
         return BatchLimits(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=max_model_len,
-            max_steps_in_flight=STEPS_IN_FLIGHT[self.device.type],
+            max_steps_in_flight=STEPS_IN_FLIGHT[self.device.type] if overlaps else 1,
         )
 
     def _choose_backends(
         self, model: Model
-    ) -> tuple[dict[AttentionSpec, type[AttentionBackend]], list[Selection], dict[str, Any]]:
-        registry, plugins = self.prepared.registry, self.config.plugins
-        chosen: dict[AttentionSpec, type[AttentionBackend]] = {}
-        selections: list[Selection] = []
-        options: dict[str, Any] = {}
+    ) -> tuple[dict[AttentionSpec, setup.ChosenBackend], list[Selection]]:
+        requested = self.config.plugins.attention_backend
         specs = setup.attention_specs(
             model,
             dtype=self._dtype,
@@ -234,14 +248,32 @@ class Starter:
             block_size=self.config.cache.block_size,
             device=self.device.type,
         )
-        for spec in specs:
-            plugin, chosen[spec], choice = select_attention(
-                registry, plugins.attention_backend, spec
-            )
-            options = parse_attention_options(registry, plugin, plugins.attention_option)
+        found = {
+            spec: select_attention(self.prepared.registry, requested, spec) for spec in specs
+        }
+        selections: list[Selection] = []
+        for _, _, choice in found.values():
             if choice not in selections:
                 selections.append(choice)
-        return chosen, selections, options
+        options = self._backend_options({plugin.name: plugin for plugin, _, _ in found.values()})
+        chosen = {
+            spec: setup.ChosenBackend(backend_class=kind, options=options[plugin.name])
+            for spec, (plugin, kind, _) in found.items()
+        }
+        return chosen, selections
+
+    def _backend_options(
+        self, used: dict[str, AttentionPlugin]
+    ) -> dict[str, dict[str, Any]]:
+        """Return each used backend's options. Raises: ConfigError for options of any other."""
+        given: dict[str, list[str]] = {name: [] for name in used}
+        for text in self.config.plugins.attention_option:
+            name = text.partition("=")[0].rpartition(".")[0]
+            given.get(name, given[next(iter(used))]).append(text)
+        return {
+            name: parse_attention_options(self.prepared.registry, plugin, given[name])
+            for name, plugin in used.items()
+        }
 
     def _measure_host(
         self, model: Model, groups: list[LayerGroup], limits: BatchLimits
@@ -298,18 +330,15 @@ class Starter:
             groups=layout.groups,
             num_blocks=num_blocks,
             limits=limits,
-            options=layout.options,
             sampler=self._classes.sampler(),
             processors=self._processors(limits),
         )
 
     def _processors(self, limits: BatchLimits) -> ProcessorChain:
-        chosen = select_logits_processors(
-            self.prepared.registry, self.config.plugins.logits_processors
-        )
         vocab_size = self.prepared.model_config.vocab_size
         made = [
-            kind(vocab_size, limits.max_num_seqs, str(self.device)) for _, kind in chosen
+            kind(vocab_size, limits.max_num_seqs, str(self.device))
+            for kind in self.processors.values()
         ]
         return ProcessorChain(made, limits, self.device)
 

@@ -65,7 +65,10 @@ class Frontend:
             )
             return None
         tokenizer = Tokenizer.from_folder(self._tokenizer_folder)
-        tokenizer.check_fits(self.prepared.model_config.vocab_size)
+        try:
+            tokenizer.check_fits(self.prepared.model_config.vocab_size)
+        except ConfigError as error:
+            raise ConfigError(f"{self._tokenizer_folder}/{error}") from None
         return tokenizer
 
     def _open_template(self) -> ChatTemplate | None:

@@ -5,6 +5,8 @@ A wrong folder, key, option or header ends here, within a fraction of a second.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,17 @@ def prepare(config: EngineConfig) -> Prepared:
     )
     path = folder / CONFIG_FILE
     raw = read_config(folder)
-    names = architectures(raw, path)
-    model, model_choice = select_model(registry, names, config.plugins.model_implementation)
+    with _naming(path, "architectures"):
+        model, model_choice = select_model(
+            registry, architectures(raw, path), config.plugins.model_implementation
+        )
     _refuse_remote_code(raw, path, trusted=config.model.trust_remote_code)
     model_config = model.config_class.from_json(raw, source=str(path))
     _check_attention_options(config, registry)
-    quantization, quantization_choice = select_quantization(
-        registry, config.plugins.quantization, _quant_method(raw, path)
-    )
+    with _naming(path, "quantization_config"):
+        quantization, quantization_choice = select_quantization(
+            registry, config.plugins.quantization, _quant_method(raw, path)
+        )
     checkpoint = Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
     _check_lengths(config, model_config)
@@ -82,6 +87,17 @@ def prepare(config: EngineConfig) -> Prepared:
         selections=[model_choice, quantization_choice],
         warnings=list(model_config.warnings),
     )
+
+
+@contextlib.contextmanager
+def _naming(path: Path, key: str) -> Iterator[None]:
+    """Put file and key before an error that does not name the file yet."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"{path}: {key}: {error}") from error
 
 
 def _check_attention_options(config: EngineConfig, registry: Registry) -> None:

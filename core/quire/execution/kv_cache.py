@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from attrs import define
+from attrs import Factory, define
 from torch import Tensor
 
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits, KVLayout
@@ -24,6 +25,7 @@ class LayerGroup:
     layers: list[Attention]
     backend_class: type[AttentionBackend]
     layout: KVLayout
+    options: Mapping[str, Any] = Factory(dict)
 
     @property
     def bytes_per_block(self) -> int:
@@ -99,8 +101,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
 
-def make_backends(
-    groups: Sequence[LayerGroup], limits: BatchLimits, options: dict[str, object]
-) -> list[AttentionBackend]:
+def make_backends(groups: Sequence[LayerGroup], limits: BatchLimits) -> list[AttentionBackend]:
     """Make one backend instance a group."""
-    return [group.backend_class(group.spec, limits, options) for group in groups]
+    return [group.backend_class(group.spec, limits, group.options) for group in groups]

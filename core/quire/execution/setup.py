@@ -73,13 +73,19 @@ def attention_specs(
     )
 
 
-def group_layers(
-    model: Model, backends: Mapping[AttentionSpec, type[AttentionBackend]]
-) -> list[LayerGroup]:
+@define(kw_only=True)
+class ChosenBackend:
+    """The backend of one spec's layers, and its checked options."""
+
+    backend_class: type[AttentionBackend]
+    options: dict[str, Any]
+
+
+def group_layers(model: Model, chosen: Mapping[AttentionSpec, ChosenBackend]) -> list[LayerGroup]:
     """Group a model's attention layers by spec, each with its backend."""
-    if not backends:
+    if not chosen:
         raise ConfigError(f"{type(model).__name__} has no attention layer; Quire needs one.")
-    spec = next(iter(backends))
+    spec = next(iter(chosen))
     found = layers_by_spec(
         model,
         dtype=spec.dtype,
@@ -91,8 +97,9 @@ def group_layers(
         LayerGroup(
             spec=spec,
             layers=layers,
-            backend_class=backends[spec],
-            layout=backends[spec].kv_layout(spec),
+            backend_class=chosen[spec].backend_class,
+            layout=chosen[spec].backend_class.kv_layout(spec),
+            options=chosen[spec].options,
         )
         for spec, layers in found.items()
     ]
@@ -228,13 +235,12 @@ def make_runner(
     groups: list[LayerGroup],
     num_blocks: int,
     limits: BatchLimits,
-    options: dict[str, Any],
     sampler: Sampler,
     processors: ProcessorChain,
 ) -> ModelRunner:
     """Allocate the KV cache, bind it to the layers and return the runner."""
     device = next(model.parameters()).device
-    backends = make_backends(groups, limits, options)
+    backends = make_backends(groups, limits)
     kv_cache = KVCache(groups, num_blocks, device)
     kv_cache.bind(groups, backends)
     return ModelRunner(

@@ -62,7 +62,8 @@ class Candidates(Generic[Contract]):
         for position, plugin in enumerate(ranked, 1):
             reason, found = self._try(plugin)
             if found is not None:
-                passed_over += [(p.name, comes_after(p.priority[device])) for p in ranked[position:]]
+                later = ranked[position:]
+                passed_over += [(p.name, comes_after(p.priority[device])) for p in later]
                 why = f"priority {plugin.priority[device]} on {device}, the highest that can serve"
                 return plugin, found, self._selection(plugin, why, passed_over)
             passed_over.append((plugin.name, reason))

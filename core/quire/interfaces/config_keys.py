@@ -56,7 +56,8 @@ _ABSENT_UNLESS_DECLARED = """
     add_cross_attention alibi apply_residual_connection_post_layernorm attention_chunk_size
     attention_sink attention_sinks attn_config attn_layer_indices attn_layer_period
     attn_logit_softcapping attn_softcapping attn_temperature_tuning attn_use_sinks audio_config
-    block_types clip_qkv compression_config conv_L_cache cross_attention_hidden_size cross_attention_layers
+    block_types clip_qkv compression_config conv_L_cache cross_attention_hidden_size
+    cross_attention_layers
     dim_model_base embedding_fraction emb_scale ffn_config final_logit_softcapping
     first_k_dense_replace full_attn_idxs head_layer_norm hybrid_override_pattern
     is_encoder_decoder is_moe kv_lora_rank layers_block_type linear_attention_config lm_head_bias

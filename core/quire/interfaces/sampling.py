@@ -122,8 +122,8 @@ class LogitsProcessor(abc.ABC):
         self.max_num_seqs = max_num_seqs
         self.device = device
 
-    @classmethod
-    def check_arguments(cls, arguments: Any, params: SamplingParams) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def check_arguments(cls, arguments: Any, params: SamplingParams) -> None:
         """Raise RequestError if a request's arguments for this processor are wrong."""
 
     def add_row(self, row: int, arguments: Any, params: SamplingParams) -> None:  # noqa: B027

@@ -157,9 +157,11 @@ class DecoderStack(nn.Module):
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the last hidden states [num_tokens, hidden_size], final norm included."""
-        x, residual = hidden, None
+        x: Tensor = hidden
+        residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch)
+        assert residual is not None, "a model has at least one layer"
         normed: Tensor = self.norm.add(x, residual)[0]
         return normed
 

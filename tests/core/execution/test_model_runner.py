@@ -39,6 +39,9 @@ class Scripted(Sampler):
         return SampledTokens(token_ids=best, status=torch.zeros(len(best), dtype=torch.int32))
 
 
+REFERENCE = setup.ChosenBackend(backend_class=ReferenceAttention, options={})
+
+
 def make_runner() -> tuple[ModelRunner, Scripted]:
     model = build_toy(num_hidden_layers=2)
     tensors = toy_tensors(layers=2)
@@ -50,10 +53,9 @@ def make_runner() -> tuple[ModelRunner, Scripted]:
     sampler = Scripted()
     runner = setup.make_runner(
         model=model,
-        groups=setup.group_layers(model, {spec: ReferenceAttention}),
+        groups=setup.group_layers(model, {spec: REFERENCE}),
         num_blocks=NUM_BLOCKS,
         limits=LIMITS,
-        options={},
         sampler=sampler,
         processors=ProcessorChain([], LIMITS, torch.device("cpu")),
     )
@@ -205,7 +207,7 @@ def test_largest_batch_fills_the_budget_within_the_limits() -> None:
     spec = setup.attention_specs(
         model, dtype="float32", kv_dtype="auto", block_size=4, device="cpu"
     )[0]
-    groups = setup.group_layers(model, {spec: ReferenceAttention})
+    groups = setup.group_layers(model, {spec: REFERENCE})
 
     output = setup.largest_batch(LIMITS, groups)
 

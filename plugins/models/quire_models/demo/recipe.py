@@ -24,7 +24,7 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup: float = 0.05  # share of the steps
-    dropout: float = 0.2
+    dropout: float = 0.15
     label_smoothing: float = 0.0
     ema_decay: float = 0.995
     other_weight: float = 0.1  # weight of predicting what the assistant does not say
@@ -63,4 +63,6 @@ DRAFT = Recipe(
     weight_decay=0.05,
     learning_rate=4e-3,
     distillation=0.9,
+    epochs=8,
+    practice=0.15,
 )
