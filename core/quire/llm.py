@@ -63,8 +63,8 @@ class LLM:
         self,
         prompts: Any,
         sampling_params: Params = None,
-        *,
         use_tqdm: bool = True,
+        *,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or several, in the order given.

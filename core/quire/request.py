@@ -223,9 +223,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
-    @property
     def finished(self) -> bool:
-        """Whether this sequence has ended."""
+        """Return whether this sequence has ended; a method, as in vLLM."""
         return self.finish_reason is not None
 
 

@@ -90,7 +90,7 @@ def test_output_has_the_fields_of_vllms(llm: LLM) -> None:
     assert completion.finish_reason == "length"
     assert completion.stop_reason is None
     assert completion.logprobs is None
-    assert completion.finished
+    assert completion.finished()
 
 
 def test_one_params_serves_all_and_none_takes_the_models_defaults(llm: LLM) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.execution.checkpoint import Checkpoint, TensorInfo, listed, not_finite
@@ -185,12 +185,3 @@ def _is_finite(tensor: Tensor) -> bool:
     rows = max(1, CHECKED_ELEMENTS // max(1, tensor[0].numel())) if tensor.dim() else 1
     pieces = tensor.split(rows) if tensor.dim() else (tensor,)
     return all(bool(torch.isfinite(piece).all()) for piece in pieces)
-
-
-def fill_randomly(model: nn.Module, seed: int) -> None:
-    """Fill all parameters with small normal numbers, for runs without a checkpoint."""
-    generator: dict[torch.device, torch.Generator] = {}
-    for parameter in model.parameters():
-        if parameter.device not in generator:
-            generator[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
-        parameter.data.normal_(0.0, 0.02, generator=generator[parameter.device])

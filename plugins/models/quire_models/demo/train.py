@@ -1,8 +1,8 @@
 """Train the demo's tokenizer, model and draft.
 
-    python -m quire_models.demo.train --data FOLDER --output FOLDER [--draft]
+    python -m quire_models.demo.train --data FOLDER --output FOLDER [--only model|draft]
 
-The first run writes OUTPUT/model; one with `--draft` distils OUTPUT/model into OUTPUT/draft.
+Writes OUTPUT/model, then distils it into OUTPUT/draft.
 """
 
 import argparse
@@ -205,12 +205,15 @@ def make_draft(data: Path, output: Path, *, recipe: Recipe, device: torch.device
         shutil.copyfile(output / "model" / name, output / "draft" / name)
 
 
+MAKERS = {"model": (make_model, MODEL), "draft": (make_draft, DRAFT)}
+
+
 def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo model or its draft.")
+    parser = argparse.ArgumentParser(description="Train the demo model and its draft.")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with train.jsonl and valid.jsonl"
     )
@@ -218,17 +221,19 @@ def main() -> None:
         "--output", type=Path, required=True, help="folder to write model/ and draft/ into"
     )
     parser.add_argument(
-        "--draft", action="store_true", help="make the draft from the model that OUTPUT holds"
+        "--only", choices=MAKERS, help="one of the two; the draft needs the model in OUTPUT"
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipes"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    make, recipe = (make_draft, DRAFT) if arguments.draft else (make_model, MODEL)
-    recipe = recipe.override(arguments.set)
-    print(recipe, flush=True)
-    make(arguments.data, arguments.output, recipe=recipe, device=torch.device(arguments.device))
+    device = torch.device(arguments.device)
+    for name in (arguments.only,) if arguments.only else MAKERS:
+        make, recipe = MAKERS[name]
+        recipe = recipe.override(arguments.set)
+        print(recipe, flush=True)
+        make(arguments.data, arguments.output, recipe=recipe, device=device)
 
 
 if __name__ == "__main__":
