@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def explain(frontend: Frontend) -> dict[str, Any]:
     """Return settings, choices, memory and warnings as plain values."""
-    from quire.engine import Starter
+    from quire.start import Starter
 
     starter = Starter(frontend.prepared)
     layout = starter.plan()

@@ -1,0 +1,236 @@
+"""From checked files to a runner: choose backends, size the memory, load the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import define
+
+from quire.errors import QuireError
+from quire.execution import setup
+from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_sizing import KVSize, size_kv_cache
+from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes
+from quire.execution.model_runner import ModelRunner
+from quire.execution.processors import ProcessorChain
+from quire.execution.weights import load_weights
+from quire.hooks.selection import (
+    parse_attention_options,
+    select_attention,
+    select_logits_processors,
+    select_sampler,
+)
+from quire.interfaces.attention import AttentionSpec, BatchLimits
+from quire.interfaces.model import Model
+from quire.interfaces.plugin import AttentionPlugin, Selection
+from quire.preparation import Prepared, kv_request
+
+# A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
+STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
+
+
+@define(kw_only=True)
+class Layout:
+    """How the engine uses its device: what was chosen, and where the memory goes."""
+
+    groups: list[LayerGroup]
+    selections: list[Selection]
+    kv_size: KVSize
+    budget: MemoryBudget
+    limits: BatchLimits
+
+
+class Starter:
+    """From checked files to a runner with weights and KV blocks."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        self.device = setup.pick_device(self.config.device.device)
+        if self.device.type == "cpu":
+            setup.set_threads(self.config.device.num_threads)
+        self._dtype = self.config.model.dtype
+        _, sampler, self._sampler_choice = select_sampler(
+            prepared.registry, self.config.plugins.sampler, self.device.type
+        )
+        self._classes = self._load_classes(sampler)
+        names = self.config.plugins.logits_processors
+        chosen = select_logits_processors(prepared.registry, names)
+        self.processors = {plugin.name: kind for plugin, kind in chosen}
+
+    def _load_classes(self, sampler: type) -> setup.ChosenClasses:
+        prepared = self.prepared
+        quantization = prepared.quantization.load_class()
+        dense = prepared.registry.quantization("none").load_class()
+        model = prepared.model.load_class()
+        if not issubclass(model, Model):
+            raise QuireError(f"{prepared.model.load} is not a quire.interfaces.model.Model.")
+        return setup.ChosenClasses(
+            model=model,
+            quantization=quantization(prepared.raw_config.get("quantization_config") or {}),
+            dense=dense({}),
+            sampler=sampler,
+        )
+
+    def plan(self) -> Layout:
+        """Choose and size everything without weights: what `quire explain` shows."""
+        return self._plan(self._build("meta"))
+
+    def start(self) -> tuple[ModelRunner, Layout]:
+        """Build, plan, load, measure on a GPU, and allocate the KV cache."""
+        # Not on `meta` first: its operations in Python cost seconds of imports.
+        model = self._build(str(self.device))
+        layout = self._plan(model)
+        load_weights(model, self.prepared.checkpoint)
+        if self.device.type == "cuda":
+            self._measure_on_gpu(model, layout)
+        return self._runner(model, layout, layout.kv_size.num_blocks, layout.limits), layout
+
+    def _plan(self, model: Model) -> Layout:
+        backends, selections = self._choose_backends(model)
+        groups = setup.group_layers(model, backends)
+        limits = self._limits(self._longest())
+        measured = self._measure_host(model, groups, limits)
+        size = self._size(groups, self._kv_bytes(measured))
+        return Layout(
+            groups=groups,
+            selections=[*selections, self._sampler_choice],
+            kv_size=size,
+            budget=measured.with_blocks(_kv_bytes(groups, size)),
+            limits=self._limits(size.max_model_len),
+        )
+
+    def _build(self, device: str) -> Model:
+        return setup.build_model(
+            self._classes,
+            self.prepared.model_config,
+            dtype=self._dtype,
+            device=device,
+            max_model_len=self._longest(),
+        )
+
+    def _longest(self) -> int:
+        wanted = self.config.model.max_model_len
+        own = self.prepared.model_config.max_model_len
+        return wanted if isinstance(wanted, int) else own
+
+    def _limits(self, max_model_len: int) -> BatchLimits:
+        options = self.config.scheduler
+        # A processor that reads tokens on the host needs each step collected before the next.
+        overlaps = not any(kind.needs_host_tokens for kind in self.processors.values())
+        return BatchLimits(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_steps_in_flight=STEPS_IN_FLIGHT[self.device.type] if overlaps else 1,
+        )
+
+    def _choose_backends(
+        self, model: Model
+    ) -> tuple[dict[AttentionSpec, setup.ChosenBackend], list[Selection]]:
+        requested = self.config.plugins.attention_backend
+        specs = setup.attention_specs(
+            model,
+            dtype=self._dtype,
+            kv_dtype=self.config.cache.kv_cache_dtype,
+            block_size=self.config.cache.block_size,
+            device=self.device.type,
+        )
+        found = {
+            spec: select_attention(self.prepared.registry, requested, spec) for spec in specs
+        }
+        selections: list[Selection] = []
+        for _, _, choice in found.values():
+            if choice not in selections:
+                selections.append(choice)
+        options = self._backend_options({plugin.name: plugin for plugin, _, _ in found.values()})
+        chosen = {
+            spec: setup.ChosenBackend(backend_class=kind, options=options[plugin.name])
+            for spec, (plugin, kind, _) in found.items()
+        }
+        return chosen, selections
+
+    def _backend_options(
+        self, used: dict[str, AttentionPlugin]
+    ) -> dict[str, dict[str, Any]]:
+        """Return each used backend's options. Raises: ConfigError for options of any other."""
+        given: dict[str, list[str]] = {name: [] for name in used}
+        for text in self.config.plugins.attention_option:
+            name = text.partition("=")[0].rpartition(".")[0]
+            given.get(name, given[next(iter(used))]).append(text)
+        return {
+            name: parse_attention_options(self.prepared.registry, plugin, given[name])
+            for name, plugin in used.items()
+        }
+
+    def _measure_host(
+        self, model: Model, groups: list[LayerGroup], limits: BatchLimits
+    ) -> setup.Measured:
+        """Estimate before weights are loaded; a GPU's memory is measured again after."""
+        activations = setup.estimated_activation_bytes(
+            self.prepared.model_config, limits, self._dtype
+        )
+        measured = setup.measure_host(
+            weights=setup.weight_bytes(model),
+            activations=activations,
+            workspace=setup.workspace_bytes(groups, limits),
+        )
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            measured.total = int(free * self.config.cache.gpu_memory_utilization)
+        return measured
+
+    def _kv_bytes(self, measured: setup.Measured) -> int:
+        given = self.config.cache.kv_cache_memory_bytes
+        if given is not None:
+            return given
+        if self.device.type == "cpu":
+            return min(measured.available, default_cpu_kv_bytes())
+        return measured.available
+
+    def _size(self, groups: list[LayerGroup], available: int) -> KVSize:
+        request = kv_request(
+            self.config,
+            self.prepared.model_config,
+            available_bytes=available,
+            bytes_per_block=sum(group.bytes_per_block for group in groups),
+        )
+        return size_kv_cache(request)
+
+    def _measure_on_gpu(self, model: Model, layout: Layout) -> None:
+        runner = self._runner(model, layout, 2, layout.limits)
+        measured = setup.measure_gpu(
+            runner,
+            layout.groups,
+            layout.limits,
+            share=self.config.cache.gpu_memory_utilization,
+            weights=layout.budget.weights,
+        )
+        layout.kv_size = self._size(layout.groups, self._kv_bytes(measured))
+        layout.budget = measured.with_blocks(_kv_bytes(layout.groups, layout.kv_size))
+        layout.limits = self._limits(layout.kv_size.max_model_len)
+
+    def _runner(
+        self, model: Model, layout: Layout, num_blocks: int, limits: BatchLimits
+    ) -> ModelRunner:
+        return setup.make_runner(
+            model=model,
+            groups=layout.groups,
+            num_blocks=num_blocks,
+            limits=limits,
+            sampler=self._classes.sampler(),
+            processors=self._processors(limits),
+        )
+
+    def _processors(self, limits: BatchLimits) -> ProcessorChain:
+        vocab_size = self.prepared.model_config.vocab_size
+        made = [
+            kind(vocab_size, limits.max_num_seqs, str(self.device))
+            for kind in self.processors.values()
+        ]
+        return ProcessorChain(made, limits, self.device)
+
+
+def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
+    return size.num_blocks * sum(group.bytes_per_block for group in groups)
