@@ -15,6 +15,7 @@ from attrs import Attribute, Factory, evolve, field, fields, frozen
 from quire.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as vLLM spells them too
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
 
@@ -62,8 +63,12 @@ def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
                 f"{option_name(attribute.name)} is {_short(value)}; allowed: {listed}.{hint}"
             )
 
-    metadata = {"meaning": meaning, "unit": "", "kind": str, "allowed": listed}
-    return field(default=default, validator=validate, metadata={**metadata, "choices": choices})
+    def without_alias(value: Any) -> Any:
+        return DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    metadata: dict[str, Any] = {"meaning": meaning, "unit": "", "kind": str, "allowed": listed}
+    metadata["choices"] = choices
+    return field(default=default, converter=without_alias, validator=validate, metadata=metadata)
 
 
 def _text(default: str | None, meaning: str, *, optional: bool = False) -> Any:

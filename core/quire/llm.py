@@ -65,6 +65,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or several, in the order given.
@@ -74,6 +75,11 @@ class LLM:
         Raises: RequestError before anything runs if one of the prompts cannot be served;
         EngineDeadError if the engine stopped.
         """
+        if lora_request is not None:
+            raise RequestError(
+                "lora_request is not supported by this version of Quire; leave it out.",
+                parameter="lora_request",
+            )
         items = _as_list(prompts)
         params = self._params_of(sampling_params, len(items))
         priorities = list(priority) if priority is not None else [0] * len(items)
@@ -128,10 +134,18 @@ class LLM:
             self._forget([request])
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
-        for processed in self._steps():
-            changed = request.request_id in processed.changed
-            for index in range(request.params.n if changed else 0):
-                yield self._outputs.take_delta(request.request_id, index)
+        unfinished = set(range(request.params.n))
+        while unfinished:
+            # Also what the steps of another call on this engine gave.
+            for index in sorted(unfinished):
+                delta = self._outputs.take_delta(request.request_id, index)
+                if delta.finish_reason is not None:
+                    unfinished.remove(index)
+                if delta.text or delta.token_ids or delta.finish_reason:
+                    yield delta
+            if unfinished:
+                self._step()
+        self._collect_the_rest()
 
     def _params_of(self, given: Params, count: int) -> list[SamplingParams]:
         if given is None:
@@ -173,13 +187,18 @@ class LLM:
             if request.request_id in self._outputs:
                 self._outputs.remove(request.request_id)
 
-    def _steps(self) -> Iterator[Processed]:
-        while self.engine.has_unfinished():
-            with interrupt_deferred():
-                processed = self._outputs.process(self.engine.step())
-                for request_id, index in processed.to_finish:
-                    self.engine.finish_sequence(request_id, index, FinishReason.STOP)
-            yield processed
+    def _step(self) -> Processed:
+        """Run one step of the engine, for all requests that are in it."""
+        with interrupt_deferred():
+            processed = self._outputs.process(self.engine.step())
+            for request_id, index in processed.to_finish:
+                self.engine.finish_sequence(request_id, index, FinishReason.STOP)
+        return processed
+
+    def _collect_the_rest(self) -> None:
+        """Collect the steps in flight that nobody waits for, so that their blocks come back."""
+        while self.engine.has_unfinished() and not self.engine.scheduler.has_unfinished():
+            self._step()
 
     def _run(
         self, requests: list[tuple[Request, str | None]], use_tqdm: bool
@@ -188,7 +207,7 @@ class LLM:
         progress = Progress(len(requests)) if use_tqdm and requests else None
         done: dict[str, RequestOutput] = {}
         try:
-            for output in self._finished_outputs():
+            for output in self._finished_outputs({r.request_id for r, _ in requests}):
                 done[output.request_id] = output
                 if progress is not None:
                     progress.add(output)
@@ -198,13 +217,15 @@ class LLM:
                 progress.close()
         return [done[request.request_id] for request, _ in requests]
 
-    def _finished_outputs(self) -> Iterator[RequestOutput]:
-        for processed in self._steps():
-            for request_id in processed.finished:
+    def _finished_outputs(self, waiting: set[str]) -> Iterator[RequestOutput]:
+        while waiting:
+            for request_id in waiting.intersection(self._step().finished):
+                waiting.remove(request_id)
                 error = self._outputs.error(request_id)
                 if error is not None:
                     warnings.warn(f"request {request_id} failed: {error}", stacklevel=5)
                 yield self._outputs.remove(request_id)
+        self._collect_the_rest()
 
 
 @contextlib.contextmanager

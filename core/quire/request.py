@@ -68,6 +68,14 @@ def _to_strings(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
+def _to_mapping(value: Any) -> Any:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _fail("extra_args", value, "a mapping from a logits processor's name to arguments")
+    return value
+
+
 def _to_tuple(value: Any) -> Any:
     if value is None:
         return ()
@@ -96,7 +104,8 @@ def _not_yet(name: str, neutral: Any) -> Any:
     """A parameter of vLLM's that Quire does not honour yet: refused by name, never ignored."""
 
     def check(_instance: object, _attribute: Any, value: Any) -> None:
-        if value != neutral:
+        is_empty = neutral is None and value is not None and value in ((), [], {})
+        if value != neutral and not is_empty:
             raise RequestError(
                 f"{name} is not supported by this version of Quire; leave it at {neutral!r}.",
                 parameter=name,
@@ -151,7 +160,8 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = _not_yet("allowed_token_ids", None)
     bad_words: Sequence[str] | None = _not_yet("bad_words", None)
     truncate_prompt_tokens: int | None = _not_yet("truncate_prompt_tokens", None)
-    extra_args: Mapping[str, Any] = field(factory=dict)
+    structured_outputs: Mapping[str, Any] | None = _not_yet("structured_outputs", None)
+    extra_args: Mapping[str, Any] = field(factory=dict, converter=_to_mapping)
 
     def __attrs_post_init__(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -163,6 +173,10 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken each time; so small a temperature rounds to it."""
         return self.temperature < 1e-5
+
+    def clone(self) -> SamplingParams:
+        """Return an equal copy, as vLLM's scripts ask for."""
+        return evolve(self)
 
     def with_values(self, **changes: Any) -> SamplingParams:
         """Return a copy with other values, checked like the first."""

@@ -53,13 +53,15 @@ def _read_tools(name: str | None) -> Any:
         return None
     try:
         return json.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--tools {name}: cannot be read as JSON ({error}).") from None
 
 
 def _talk(
     frontend: Frontend, params: SamplingParams, system: str | None, tools: Any
 ) -> int:
+    if sys.stdin is None:
+        raise ConfigError("a chat reads standard input, which is closed.")
     from quire.llm import LLM
 
     beginning = [{"role": "system", "content": system}] if system else []

@@ -75,11 +75,12 @@ def _params(frontend: Frontend, given: dict[str, Any]) -> SamplingParams:
 
 def read_prompts(arguments: argparse.Namespace) -> list[Any]:
     """Return the prompts of `-p` and `--prompts-file`, in this order. Raises: ConfigError."""
-    prompts: list[Any] = [sys.stdin.read() if p == "-" else p for p in arguments.prompt]
+    prompts: list[Any] = [_read_input() if p == "-" else p for p in arguments.prompt]
     if arguments.prompts_file is not None:
         path = Path(arguments.prompts_file)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Lines end at line feeds only: other separators may stand in a prompt.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts-file {path}: cannot be read ({error}).") from None
         prompts += [_parse_line(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -88,12 +89,18 @@ def read_prompts(arguments: argparse.Namespace) -> list[Any]:
     return prompts
 
 
+def _read_input() -> str:
+    if sys.stdin is None:
+        raise ConfigError("-p - reads standard input, which is closed.")
+    return sys.stdin.read()
+
+
 def _parse_line(path: Path, number: int, line: str) -> Any:
     if not line.lstrip().startswith("{"):
         return line
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--prompts-file {path}, line {number}: not JSON ({error}).") from None
     return found
 

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
@@ -63,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _run_to_the_end(argv)
+        if sys.stdout is None:
+            raise ConfigError("standard output is closed; there is nowhere to print to.")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run_to_the_end(argv)
         sys.stdout.flush()
     except QuireError as error:
         return _report(error, argv)
@@ -145,8 +150,18 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
 def _report(error: QuireError, argv: Sequence[str]) -> int:
     if "--traceback" in argv:
         traceback.print_exception(error)
-    print(f"quire: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"quire: error: {_one_line(error)}", file=sys.stderr)
     return error.exit_code
+
+
+def _one_line(message: object) -> str:
+    """Return a message on one line; a checkpoint's words must not steer the terminal."""
+    words = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+def _show_warning(message: Warning | str, *_details: object, **_options: object) -> None:
+    print(f"quire: warning: {_one_line(message)}", file=sys.stderr)
 
 
 def _drop_output() -> None:

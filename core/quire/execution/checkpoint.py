@@ -83,7 +83,7 @@ def _plain_files(folder: Path) -> list[Path]:
     single = folder / WEIGHTS_FILE
     if single.is_file():
         return [single]
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if found:
         return found
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES)
@@ -116,6 +116,8 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if name != Path(name).name or name in ("", ".", ".."):
             raise CheckpointError(f"{index}: shard {name!r} escapes the model's folder.")
+        if len(name) > 255:
+            raise CheckpointError(f"{index}: a shard's name has {len(name)} characters.")
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard {name!r} is not a safetensors file.")
     missing = [name for name in names if not (folder / name).is_file()]

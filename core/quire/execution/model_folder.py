@@ -74,6 +74,8 @@ def _download(model: str, revision: str | None) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model's folder. Raises: ConfigError naming the file and the cause."""
     path = folder / CONFIG_FILE
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: not a file; expected a JSON object of keys.")
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -68,10 +68,10 @@ class Candidates(Generic[Contract]):
                 return plugin, found, self._selection(plugin, why, passed_over)
             passed_over.append((plugin.name, reason))
         title = KINDS[self.kind].title
-        reasons = " ".join(f"{name}: {reason}" for name, reason in passed_over)
+        reasons = "".join(f" {name}: {reason}" for name, reason in passed_over)
         raise ConfigError(
-            f"no {title} can serve this model on {device}. {reasons or 'None is installed.'} "
-            f"`quire plugins` lists all."
+            f"no {title} can serve this model on {device}; "
+            f"{self.registry.installed(self.kind)}.{reasons} `quire plugins` lists all."
         )
 
     def _selection(

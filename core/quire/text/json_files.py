@@ -32,8 +32,9 @@ def read_text(path: Path) -> str:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises: ConfigError, naming the file."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}."

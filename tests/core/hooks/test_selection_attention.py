@@ -106,8 +106,8 @@ def test_auto_attention_without_a_candidate_lists_every_reason(
         select_attention(registry, "auto", SPEC)
 
     assert str(caught.value) == (
-        "no attention backend can serve this model on cpu. b: auto never picks it on cpu. "
-        "a: it takes no sinks. `quire plugins` lists all."
+        "no attention backend can serve this model on cpu; installed: a, b. "
+        "b: auto never picks it on cpu. a: it takes no sinks. `quire plugins` lists all."
     )
 
 
@@ -281,7 +281,7 @@ def test_attention_options_given_twice_are_refused(installed: Installed, make: M
 
 
 def test_selection_without_attention_backends_says_so(installed: Installed) -> None:
-    with pytest.raises(ConfigError, match="on cpu. None is installed."):
+    with pytest.raises(ConfigError, match="on cpu; installed: none."):
         select_attention(load_plugins(), "auto", SPEC)
 
 
