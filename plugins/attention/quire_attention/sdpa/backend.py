@@ -20,8 +20,8 @@ from quire.interfaces.batch import Batch
 class Together:
     """Sequences with one token: where their visible tokens lie.
 
-    Of one sequence the `blocks` are gathered and `visible` of their tokens attended; of several
-    the `slots` [num_seqs * width], with `mask` [num_seqs, 1, 1, width] added to the scores.
+    Where all are equally long, their `blocks` are gathered and `visible` of each one's tokens
+    attended; else the `slots` [num_seqs * width], with `mask` [num_seqs, 1, 1, width] added.
     """
 
     num_seqs: int
@@ -97,11 +97,13 @@ class SdpaAttention(AttentionBackend):
 
     def _plan_together(self, batch: Batch, tables: Tensor, num_seqs: int) -> Together:
         longest = max(batch.seq_lens_bound[:num_seqs])
+        shortest = min(batch.seq_lens_bound[:num_seqs])
         size, window = self.spec.block_size, self.spec.sliding_window or longest
         width = min(longest, window)
-        if num_seqs == 1:
-            blocks, visible = _cut(tables[0], longest - width, longest, size)
-            return Together(num_seqs=1, blocks=blocks, visible=visible)
+        if shortest == longest:
+            # One slice hides the same tokens in all: whole blocks are gathered, and no mask.
+            blocks, visible = _cut(tables[:num_seqs], longest - width, longest, size)
+            return Together(num_seqs=num_seqs, blocks=blocks.flatten(), visible=visible)
         lengths = batch.seq_lens[:num_seqs, None]
         positions = torch.arange(width, device=tables.device) + (lengths - width).clamp_(min=0)
         hidden = positions >= lengths
@@ -176,7 +178,8 @@ class SdpaAttention(AttentionBackend):
     def _attend_together(self, q: Tensor, kv_cache: Tensor, part: Together, out: Tensor) -> None:
         num_seqs, head_dim = part.num_seqs, self.spec.head_dim
         if part.blocks is not None:
-            kv = kv_cache.index_select(0, part.blocks).flatten(0, 1)[part.visible].unsqueeze(0)
+            kv = kv_cache.index_select(0, part.blocks).view(num_seqs, -1, *kv_cache.shape[2:])
+            kv = kv[:, part.visible]
         else:
             assert part.slots is not None
             kv = kv_cache.flatten(0, 1).index_select(0, part.slots).unflatten(0, (num_seqs, -1))
@@ -212,7 +215,10 @@ class SdpaAttention(AttentionBackend):
 
 
 def _cut(table: Tensor, begin: int, end: int, block_size: int) -> tuple[Tensor, slice]:
-    """Return the blocks that hold positions [begin, end), and where these lie in them."""
+    """Return the blocks that hold positions [begin, end), and where these lie in them.
+
+    `table` [max_blocks], or [num_seqs, max_blocks] for several sequences.
+    """
     first = begin // block_size
-    blocks = table[first : -(-end // block_size)]
+    blocks = table[..., first : -(-end // block_size)]
     return blocks, slice(begin - first * block_size, end - first * block_size)
