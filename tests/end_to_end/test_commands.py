@@ -96,16 +96,7 @@ def test_output_to_a_full_disk_is_one_clear_error() -> None:
 
 
 def test_an_interrupted_chat_keeps_what_there_is_and_goes_on() -> None:
-    primary, secondary = pty.openpty()
-    chat = subprocess.Popen(
-        [*QUIRE, "chat", "demo", "--ignore-eos", *SMALL],
-        stdin=secondary,
-        stdout=secondary,
-        stderr=subprocess.PIPE,
-        env=ONE_THREAD,
-        start_new_session=True,
-    )
-    os.close(secondary)
+    chat, primary = chat_in_a_terminal("--ignore-eos")
     try:
         shown = read_until(primary, b"> ")
         os.write(primary, b"Tell me everything\n")
@@ -122,16 +113,7 @@ def test_an_interrupted_chat_keeps_what_there_is_and_goes_on() -> None:
 
 
 def test_a_chat_interrupted_while_it_waits_ends_with_130() -> None:
-    primary, secondary = pty.openpty()
-    chat = subprocess.Popen(
-        [*QUIRE, "chat", "demo", *SMALL],
-        stdin=secondary,
-        stdout=secondary,
-        stderr=subprocess.PIPE,
-        env=ONE_THREAD,
-        start_new_session=True,
-    )
-    os.close(secondary)
+    chat, primary = chat_in_a_terminal()
     try:
         read_until(primary, b"> ")
         chat.send_signal(signal.SIGINT)
@@ -141,6 +123,21 @@ def test_a_chat_interrupted_while_it_waits_ends_with_130() -> None:
         os.close(primary)
     assert chat.returncode == 130
     assert b"Traceback" not in errors
+
+
+def chat_in_a_terminal(*options: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `quire chat demo` in a terminal and return it with the terminal's other end."""
+    primary, secondary = pty.openpty()
+    chat = subprocess.Popen(
+        [*QUIRE, "chat", "demo", *options, *SMALL],
+        stdin=secondary,
+        stdout=secondary,
+        stderr=subprocess.PIPE,
+        env=ONE_THREAD,
+        start_new_session=True,
+    )
+    os.close(secondary)
+    return chat, primary
 
 
 def read_until(terminal: int, wanted: bytes, timeout_s: float = 60.0) -> bytes:
