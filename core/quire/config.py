@@ -144,9 +144,7 @@ class ModelOptions:
     skip_tokenizer_init: bool = _flag(
         False, "load no tokenizer: prompts are token ids, and outputs have no text"
     )
-    revision: str | None = _text(
-        None, "branch, tag or commit of a Hugging Face id", optional=True
-    )
+    revision: str | None = _text(None, "branch, tag or commit of a Hugging Face id", optional=True)
     dtype: str = _choice("auto", DTYPES, "number format of weights and activations")
     max_model_len: int | str | None = setting(
         None,

@@ -35,9 +35,7 @@ class Engine:
         size = self.layout.kv_size.num_blocks
         groups = [group.to_cache_group(size) for group in self.layout.groups]
         cache = prepared.config.cache
-        self.block_manager = BlockManager(
-            groups, enable_prefix_caching=cache.enable_prefix_caching
-        )
+        self.block_manager = BlockManager(groups, enable_prefix_caching=cache.enable_prefix_caching)
         self.scheduler = Scheduler(
             prepared.config.scheduler, self.block_manager, self.max_model_len, clock
         )

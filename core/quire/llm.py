@@ -286,6 +286,8 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _is_nested(messages: Any) -> bool:
-    return isinstance(messages, (list, tuple)) and all(
-        isinstance(item, (list, tuple)) for item in messages
-    ) and bool(messages)
+    return (
+        isinstance(messages, (list, tuple))
+        and all(isinstance(item, (list, tuple)) for item in messages)
+        and bool(messages)
+    )

@@ -139,9 +139,7 @@ class SamplingParams:
         ),
     )
     stop: tuple[str, ...] = field(default=(), converter=_to_strings, validator=_stop_strings)
-    stop_token_ids: tuple[int, ...] = field(
-        default=(), converter=_to_tuple, validator=_token_ids
-    )
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=_to_tuple, validator=_token_ids)
     include_stop_str_in_output: bool = field(default=False, validator=_boolean)
     ignore_eos: bool = field(default=False, validator=_boolean)
     max_tokens: int | None = field(

@@ -137,9 +137,7 @@ class Starter:
             block_size=self.config.cache.block_size,
             device=self.device.type,
         )
-        found = {
-            spec: select_attention(self.prepared.registry, requested, spec) for spec in specs
-        }
+        found = {spec: select_attention(self.prepared.registry, requested, spec) for spec in specs}
         selections: list[Selection] = []
         for _, _, choice in found.values():
             if choice not in selections:
@@ -151,9 +149,7 @@ class Starter:
         }
         return chosen, selections
 
-    def _backend_options(
-        self, used: dict[str, AttentionPlugin]
-    ) -> dict[str, dict[str, Any]]:
+    def _backend_options(self, used: dict[str, AttentionPlugin]) -> dict[str, dict[str, Any]]:
         """Return each used backend's options. Raises: ConfigError for options of any other."""
         given: dict[str, list[str]] = {name: [] for name in used}
         for text in self.config.plugins.attention_option:

@@ -191,9 +191,7 @@ def test_aborted_request_gives_its_blocks_back(engine: Engine, num_steps: int) -
     assert has_all_blocks(engine)
 
 
-def test_nan_in_one_request_ends_that_request_alone(
-    folder: Path, alone: Tokens
-) -> None:
+def test_nan_in_one_request_ends_that_request_alone(folder: Path, alone: Tokens) -> None:
     engine = make_engine(folder, max_num_seqs=4)
     poison = 50
     good = [one for one in requests_of_all_lengths() if poison not in alone[one.request_id, 0]]

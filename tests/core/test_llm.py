@@ -131,9 +131,7 @@ def test_stop_string_ends_the_text_before_it_and_later_tokens_do_not_count(llm: 
 
     params = GREEDY.with_values(max_tokens=40, stop=[stop])
     (found,) = llm.generate("stop here", params, **QUIET)
-    kept = llm.generate(
-        "stop here", params.with_values(include_stop_str_in_output=True), **QUIET
-    )
+    kept = llm.generate("stop here", params.with_values(include_stop_str_in_output=True), **QUIET)
 
     assert found.outputs[0].text == text[:at]
     assert found.outputs[0].finish_reason == "stop"
@@ -273,9 +271,7 @@ def test_request_that_fails_is_warned_about_and_the_others_are_served(folder: Pa
     clean, _ = llm.generate([[1, 2, 3], [4, 5]], GREEDY.with_values(max_tokens=1), **QUIET)
 
     with pytest.warns(UserWarning, match="not finite"):
-        good, bad = llm.generate(
-            [[1, 2, 3], [4, 9]], GREEDY.with_values(max_tokens=1), **QUIET
-        )
+        good, bad = llm.generate([[1, 2, 3], [4, 9]], GREEDY.with_values(max_tokens=1), **QUIET)
 
     assert bad.outputs[0].finish_reason == "error"
     assert bad.outputs[0].token_ids == []

@@ -159,9 +159,7 @@ EARLY: dict[str, Case] = {
     ),
     "remote code": Case(
         ("config.json", "auto_map", "--trust-remote-code"),
-        both(
-            config(auto_map={"AutoModelForCausalLM": "evil.Evil"}), file("evil.py", EVIL_PYTHON)
-        ),
+        both(config(auto_map={"AutoModelForCausalLM": "evil.Evil"}), file("evil.py", EVIL_PYTHON)),
     ),
     "unknown quantization of the checkpoint": Case(
         ("fancy4",), config(quantization_config={"quant_method": "fancy4"})
@@ -197,9 +195,7 @@ EARLY: dict[str, Case] = {
     "tokenizer not JSON": Case(("tokenizer.json",), file("tokenizer.json", "{")),
     "missing tokenizer": Case(("tokenizer.json", "--tokenizer"), file("tokenizer.json", None)),
     "tokenizer larger than the model": Case(("tokenizer", "100"), config(vocab_size=100)),
-    "missing template file": Case(
-        ("/no/template",), options=("--chat-template", "/no/template")
-    ),
+    "missing template file": Case(("/no/template",), options=("--chat-template", "/no/template")),
     "template syntax": Case(("template",), template("{% for m in messages %}"), seconds=5),
     "template that raises": Case(
         ("template", "boom"), template("{{ raise_exception('boom') }}"), seconds=5
@@ -215,9 +211,7 @@ EARLY: dict[str, Case] = {
         ),
         seconds=8,
     ),
-    "template of two gigabytes": Case(
-        ("template",), template("{{ 'a' * 2000000000 }}"), seconds=8
-    ),
+    "template of two gigabytes": Case(("template",), template("{{ 'a' * 2000000000 }}"), seconds=8),
 }
 """Decided before torch is imported."""
 

@@ -40,9 +40,7 @@ def arguments_of(case: Case, good: Path, folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def results(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     root = tmp_path_factory.mktemp("bad")
-    commands = [
-        arguments_of(case, good, root / str(i)) for i, case in enumerate(EARLY.values())
-    ]
+    commands = [arguments_of(case, good, root / str(i)) for i, case in enumerate(EARLY.values())]
     script = Path(__file__).with_name("run_commands.py")
     done = subprocess.run(
         [sys.executable, str(script)],

@@ -57,9 +57,7 @@ def _read_tools(name: str | None) -> Any:
         raise ConfigError(f"--tools {name}: cannot be read as JSON ({error}).") from None
 
 
-def _talk(
-    frontend: Frontend, params: SamplingParams, system: str | None, tools: Any
-) -> int:
+def _talk(frontend: Frontend, params: SamplingParams, system: str | None, tools: Any) -> int:
     if sys.stdin is None:
         raise ConfigError("a chat reads standard input, which is closed.")
     from quire.llm import LLM

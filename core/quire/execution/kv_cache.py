@@ -51,9 +51,7 @@ def layers_by_spec(
     found: dict[AttentionSpec, list[Attention]] = {}
     for module in model.modules():
         if isinstance(module, Attention):
-            spec = module.spec(
-                dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, device=device
-            )
+            spec = module.spec(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, device=device)
             found.setdefault(spec, []).append(module)
     return found
 
@@ -61,18 +59,14 @@ def layers_by_spec(
 class KVCache:
     """One tensor [num_blocks, *block_shape] a layer, bound to it."""
 
-    def __init__(
-        self, groups: Sequence[LayerGroup], num_blocks: int, device: torch.device
-    ) -> None:
+    def __init__(self, groups: Sequence[LayerGroup], num_blocks: int, device: torch.device) -> None:
         self.tensors: list[list[Tensor]] = []
         for group in groups:
             shape = (num_blocks, *group.layout.block_shape)
             dtype = getattr(torch, group.layout.dtype)
             self.tensors.append([_zeros(shape, dtype, device) for _ in group.layers])
 
-    def bind(
-        self, groups: Sequence[LayerGroup], backends: Sequence[AttentionBackend]
-    ) -> None:
+    def bind(self, groups: Sequence[LayerGroup], backends: Sequence[AttentionBackend]) -> None:
         """Give every layer its backend and tensor."""
         for number, (group, backend) in enumerate(zip(groups, backends, strict=True)):
             for layer, tensor in zip(group.layers, self.tensors[number], strict=True):

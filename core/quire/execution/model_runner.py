@@ -91,7 +91,9 @@ class ModelRunner:
         hidden = self.model(self.model.embed(batch.token_ids), batch)
         logits = None
         if built.sampled_ids:
-            logits = self.model.logits(hidden.index_select(0, batch.logit_rows))
+            if hidden.shape[0] != batch.logit_rows.shape[0]:
+                hidden = hidden.index_select(0, batch.logit_rows)
+            logits = self.model.logits(hidden)
         return Forwarded(step_id=output.step_id, built=built, logits=logits)
 
     @torch.inference_mode()

@@ -117,9 +117,7 @@ def _ignored_names(model: Model, checkpoint: Checkpoint) -> set[str]:
     }
 
 
-def _check_names(
-    expected: Mapping[str, Place], checkpoint: Checkpoint, ignored: set[str]
-) -> None:
+def _check_names(expected: Mapping[str, Place], checkpoint: Checkpoint, ignored: set[str]) -> None:
     given = set(checkpoint.tensors) - ignored
     problems = []
     missing = sorted(set(expected) - given)

@@ -60,3 +60,11 @@ class Batch:
     def num_seqs(self) -> int:
         """Sequences in the batch, padding rows not counted."""
         return len(self.query_lens)
+
+    def rows_to_keep(self) -> Tensor | None:
+        """Return `logit_rows` where they are some of the tokens, None where none or all are.
+
+        After its last attention layer a model may go on with these rows alone.
+        """
+        wanted = self.logit_rows.shape[0]
+        return self.logit_rows if 0 < wanted < self.token_ids.shape[0] else None

@@ -108,7 +108,11 @@ class Model(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return the last hidden states [num_tokens, hidden_size], final norm included."""
+        """Return the last hidden states [num_tokens, hidden_size], final norm included.
+
+        Where `batch.rows_to_keep()` gives rows, those alone may be returned, in their order:
+        [num_logit_rows, hidden_size].
+        """
 
     @abc.abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

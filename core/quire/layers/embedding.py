@@ -27,9 +27,7 @@ class Head(WeightStore):
 
     spec: EmbeddingSpec
 
-    def __init__(
-        self, spec: EmbeddingSpec, method: LayerMethod, tied_to: Embedding | None
-    ) -> None:
+    def __init__(self, spec: EmbeddingSpec, method: LayerMethod, tied_to: Embedding | None) -> None:
         super().__init__(spec, method)
         # Held in a tuple, so that the embedding is not a child of the head in the module tree.
         self._tied = (tied_to,)

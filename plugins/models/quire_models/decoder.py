@@ -78,9 +78,12 @@ class SelfAttention(nn.Module):
         self.attn = build.attention(name, attention)
         self.o_proj = build.linear(f"{name}.o_proj", q_size, hidden, bias=options.output_bias)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """Return [num_tokens, hidden_size]."""
-        out: Tensor = self.o_proj(self.attn(self.qkv_proj(x), batch))
+    def forward(self, x: Tensor, batch: Batch, keep: Tensor | None) -> Tensor:
+        """Return [num_tokens, hidden_size], or the rows in `keep` of it."""
+        attended = self.attn(self.qkv_proj(x), batch)
+        if keep is not None:
+            attended = attended.index_select(0, keep)
+        out: Tensor = self.o_proj(attended)
         return out
 
 
@@ -119,16 +122,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, eps, build)
         self.mlp = MLP(f"{name}.mlp", config, options.mlp_bias, build)
 
-    def forward(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return what the layer adds and the residual to add it to.
 
-        The addition is left to the next norm, so that both are one operation.
+        The addition is left to the next norm, so that both are one operation. With `keep`, rows
+        of tokens, both are made for these alone.
         """
         if residual is None:
             normed, residual = self.input_layernorm(x), x
         else:
             normed, residual = self.input_layernorm.add(x, residual)
-        attended = self.self_attn(normed, batch)
+        attended = self.self_attn(normed, batch, keep)
+        if keep is not None:
+            residual = residual.index_select(0, keep)
         normed, residual = self.post_attention_layernorm.add(attended, residual)
         return self.mlp(normed), residual
 
@@ -156,11 +164,16 @@ class DecoderStack(nn.Module):
         self.norm = Norm(config.hidden_size, config.rms_norm_eps, build)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return the last hidden states [num_tokens, hidden_size], final norm included."""
+        """Return the last hidden states, final norm included, of the tokens that are wanted.
+
+        The last layer's values are read by nobody but the head, so its projections and MLP are
+        computed for the rows that get logits: of a prompt, one.
+        """
         x: Tensor = hidden
         residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, batch, batch.rows_to_keep() if index == last else None)
         assert residual is not None, "a model has at least one layer"
         normed: Tensor = self.norm.add(x, residual)[0]
         return normed
@@ -197,7 +210,7 @@ class DecoderForCausalLM(Model):
         return hidden
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return the last hidden states [num_tokens, hidden_size], final norm included."""
+        """Return the last hidden states of the tokens that are wanted, final norm included."""
         last: Tensor = self.model(hidden, batch)
         return last
 

@@ -44,9 +44,7 @@ def one_sequence(length: int, *, row: int = 0, computed: int = 0) -> NaiveSequen
 
 @settings(max_examples=150, deadline=None)
 @given(SEEDS, BLOCK_SIZES)
-def test_batches_equal_the_naive_ones_over_a_random_life(
-    seed: int, block_sizes: list[int]
-) -> None:
+def test_batches_equal_the_naive_ones_over_a_random_life(seed: int, block_sizes: list[int]) -> None:
     scheduler = NaiveScheduler(random=random.Random(seed), block_sizes=block_sizes, limits=LIMITS)
     builder = make_builder(block_sizes)
     kept = []
@@ -143,9 +141,7 @@ def test_only_the_token_that_the_host_lacks_is_read_from_the_device(num_known: i
 
 def test_step_that_samples_nothing_has_no_logit_rows() -> None:
     builder = make_builder([4])
-    output = SchedulerOutput(
-        step_id=1, added=[added(one_sequence(9))], num_scheduled_tokens={7: 4}
-    )
+    output = SchedulerOutput(step_id=1, added=[added(one_sequence(9))], num_scheduled_tokens={7: 4})
     builder.apply_difference(output)
 
     built = builder.build(output)
@@ -157,9 +153,7 @@ def test_step_that_samples_nothing_has_no_logit_rows() -> None:
 def test_reused_row_forgets_the_sequence_before_it() -> None:
     builder = make_builder([4])
     old = one_sequence(12)
-    new = NaiveSequence(
-        sequence_id=8, token_ids=[5, 6], num_prompt_tokens=2, row=0, tables=[[9]]
-    )
+    new = NaiveSequence(sequence_id=8, token_ids=[5, 6], num_prompt_tokens=2, row=0, tables=[[9]])
     first = SchedulerOutput(step_id=1, added=[added(old)], num_scheduled_tokens={7: 12})
     builder.apply_difference(first)
     builder.build(first)
@@ -180,9 +174,7 @@ def test_reused_row_forgets_the_sequence_before_it() -> None:
 def test_sequence_of_the_greatest_length_fits_in_its_table() -> None:
     limits = BatchLimits(max_num_seqs=1, max_num_batched_tokens=64, max_model_len=9)
     builder = make_builder([4], limits)
-    output = SchedulerOutput(
-        step_id=1, added=[added(one_sequence(9))], num_scheduled_tokens={7: 9}
-    )
+    output = SchedulerOutput(step_id=1, added=[added(one_sequence(9))], num_scheduled_tokens={7: 9})
     builder.apply_difference(output)
 
     batch = builder.build(output).batch

@@ -104,9 +104,7 @@ def test_machine_that_tells_nothing_is_taken_for_a_small_one(tmp_path: Path) -> 
     assert memory.host_memory_left(tmp_path) == 8 * GIB
 
 
-@pytest.mark.parametrize(
-    ("left", "expected"), [(100 * GIB, 4 * GIB), (5 * GIB, 2 * GIB), (0, 0)]
-)
+@pytest.mark.parametrize(("left", "expected"), [(100 * GIB, 4 * GIB), (5 * GIB, 2 * GIB), (0, 0)])
 def test_kv_cache_on_a_cpu_takes_the_smaller_of_4_gib_and_40_percent(
     left: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

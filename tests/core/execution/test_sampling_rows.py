@@ -126,9 +126,7 @@ def test_seed_keeps_its_64_bits(seed: int, bits: int) -> None:
 
 def test_stop_tokens_are_suppressed_until_min_tokens() -> None:
     # A prompt of 3: position 3 holds the first token, so min_tokens=2 frees position 5.
-    rows = make_rows(
-        (2, SamplingParams(min_tokens=2)), stop_token_ids=frozenset({7, 4})
-    )
+    rows = make_rows((2, SamplingParams(min_tokens=2)), stop_token_ids=frozenset({7, 4}))
     put(rows, 5, SamplingParams())
 
     pairs = [batch_of(rows, [5, 2], [p, p]).suppressed for p in (3, 4, 5)]

@@ -62,9 +62,7 @@ def test_sharded_checkpoint_fills_the_same_model(tmp_path: Path) -> None:
 
     whole = tmp_path / "whole"
     whole.mkdir()
-    for ours, theirs in zip(
-        model.parameters(), filled(whole, tensors).parameters(), strict=True
-    ):
+    for ours, theirs in zip(model.parameters(), filled(whole, tensors).parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -70,9 +70,7 @@ def quire_models() -> list[ModelPlugin]:
 def quire_samplers() -> list[SamplerPlugin]:
     """Offer `fake-sampler`, first on CPUs."""
     return [
-        SamplerPlugin(
-            name="fake-sampler", load="fake_sampling:FakeSampler", priority={"cpu": 1000}
-        )
+        SamplerPlugin(name="fake-sampler", load="fake_sampling:FakeSampler", priority={"cpu": 1000})
     ]
 
 

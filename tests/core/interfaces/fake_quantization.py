@@ -126,5 +126,3 @@ class ScaledCache(LayerMethod):
     ) -> Tensor:
         """A cache has no product."""
         raise NotImplementedError
-
-

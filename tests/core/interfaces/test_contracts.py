@@ -263,9 +263,7 @@ def test_sequences_were_preempted_copied_and_chunked(story: Story) -> None:
     assert any(seen.child_index.tolist() == [0, 1] for seen in FakeSampler.seen)
 
 
-def test_fused_write_gives_the_tokens_of_the_separate_steps(
-    story: Story, tmp_path: Path
-) -> None:
+def test_fused_write_gives_the_tokens_of_the_separate_steps(story: Story, tmp_path: Path) -> None:
     write_folder(tmp_path)
     fused = [backend for backend in FakeAttention.made if backend.num_fused]
     plain = run(make_engine(tmp_path, attention_option=()))

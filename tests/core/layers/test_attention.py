@@ -84,9 +84,7 @@ def make_layer(backend: AttentionBackend, **changes: Any) -> Attention:
         "scale": 0.5,
     }
     cached = changes.pop("cached", True)
-    layer = Attention(
-        AttentionOptions(**{**values, **changes}), torch.float32, torch.device("cpu")
-    )
+    layer = Attention(AttentionOptions(**{**values, **changes}), torch.float32, torch.device("cpu"))
     for parameter in layer.parameters():
         parameter.data.copy_(torch.randn(parameter.shape))
     layer.bind(backend, torch.zeros(1) if cached else None, 1)

@@ -105,9 +105,7 @@ def make_tables(case: Case) -> tuple[list[list[int]], int]:
     return tables, num_blocks
 
 
-def make_batch(
-    spans: Sequence[tuple[int, int]], tables: list[list[int]], block_size: int
-) -> Batch:
+def make_batch(spans: Sequence[tuple[int, int]], tables: list[list[int]], block_size: int) -> Batch:
     """Return the batch that computes positions [first, last) of each sequence."""
     positions, slots, query_lens = [], [], []
     for (first, last), table in zip(spans, tables, strict=True):

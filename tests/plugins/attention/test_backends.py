@@ -1,5 +1,7 @@
 """Each backend against a dense float64 attention, on poisoned caches."""
 
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import Case, Inputs, Layer, make_batch, make_inputs, make_spec, run
@@ -11,7 +13,17 @@ from quire.interfaces.attention import AttentionBackend, AttentionSpec
 from quire_attention.reference.backend import ReferenceAttention
 from quire_attention.sdpa.backend import SdpaAttention
 
-BACKENDS = pytest.mark.parametrize("backend", [ReferenceAttention, SdpaAttention])
+
+class SdpaOneQueryAProduct(SdpaAttention):
+    """What `sdpa` does with bfloat16 on processors with AMX."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._one_query_a_product = True
+
+
+KINDS = [ReferenceAttention, SdpaAttention, SdpaOneQueryAProduct]
+BACKENDS = pytest.mark.parametrize("backend", KINDS)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 # Rounding is a matter of luck, so the examples are always the same ones: never a rerun.
 QUICK = settings(
@@ -183,8 +195,7 @@ def log_sums(case: Case, inputs: Inputs) -> list[torch.Tensor]:
     from dense_attention import scores_of
 
     return [
-        scores_of(case, inputs, i, torch.float64).logsumexp(-1).T
-        for i in range(len(case.lengths))
+        scores_of(case, inputs, i, torch.float64).logsumexp(-1).T for i in range(len(case.lengths))
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from config_oracle import saved
-from dense_model import build, copy_weights, logits_of, read_config
+from dense_model import batch_of, build, copy_weights, logits_of, read_config
 from transformers import PreTrainedModel
 
 torch.set_num_threads(1)
@@ -151,3 +151,21 @@ def test_old_checkpoints_rotary_frequencies_are_ignored(name: str) -> None:
 
     patterns = DecoderForCausalLM.weight_names.ignored
     assert any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+@torch.inference_mode()
+def test_wanted_rows_alone_equal_the_rows_of_all() -> None:
+    oracle = make_oracle("Qwen3", {"head_dim": 16}).double()
+    config = read_config("Qwen3ForCausalLM", saved(oracle.config))
+    model = build("Qwen3ForCausalLM", config, dtype=torch.float64)
+    copy_weights(model, oracle)
+    wanted = torch.tensor([23, 24, 35], dtype=torch.int32)
+    batch = batch_of(SEQUENCES)
+    hidden = model.embed(batch.token_ids)
+    everything = model(hidden.clone(), batch)
+
+    batch.logit_rows = wanted
+    found = model(hidden.clone(), batch)
+
+    assert everything.shape[0] == 36
+    assert torch.allclose(found, everything[wanted.long()], rtol=0, atol=1e-12)
