@@ -53,7 +53,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
+def choice_setting(default: str, choices: tuple[str, ...], meaning: str) -> Any:
+    """Declare a text out of a few."""
     listed = ", ".join(choices)
 
     def validate(_instance: object, attribute: Attribute[Any], value: Any) -> None:
@@ -71,14 +72,18 @@ def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
     return field(default=default, converter=without_alias, validator=validate, metadata=metadata)
 
 
-def _text(default: str | None, meaning: str, *, optional: bool = False) -> Any:
+def text_setting(default: str | None, meaning: str, *, optional: bool = False) -> Any:
+    """Declare a text that is not empty."""
+
     def check(value: Any) -> bool:
         return (value is None and optional) or (isinstance(value, str) and value != "")
 
     return setting(default, meaning, kind=str, allowed="a text that is not empty", check=check)
 
 
-def _flag(default: bool, meaning: str) -> Any:
+def flag_setting(default: bool, meaning: str) -> Any:
+    """Declare a switch."""
+
     def check(value: Any) -> bool:
         return isinstance(value, bool)
 
@@ -89,7 +94,9 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _count(default: int | None, meaning: str, *, low: int, high: int, unit: str = "") -> Any:
+def count_setting(default: int | None, meaning: str, *, low: int, high: int, unit: str = "") -> Any:
+    """Declare a whole number; optional where the default is None."""
+
     def check(value: Any) -> bool:
         return (value is None and default is None) or (_is_whole(value) and low <= value <= high)
 
@@ -97,7 +104,9 @@ def _count(default: int | None, meaning: str, *, low: int, high: int, unit: str 
     return setting(default, meaning, kind=int, allowed=allowed, check=check, unit=unit)
 
 
-def _fraction(default: float, meaning: str) -> Any:
+def fraction_setting(default: float, meaning: str) -> Any:
+    """Declare a share above 0, up to 1."""
+
     def check(value: Any) -> bool:
         real = isinstance(value, (int, float)) and not isinstance(value, bool)
         return real and math.isfinite(value) and 0 < value <= 1
@@ -107,7 +116,9 @@ def _fraction(default: float, meaning: str) -> Any:
     )
 
 
-def _names(meaning: str) -> Any:
+def names_setting(meaning: str) -> Any:
+    """Declare a list of names."""
+
     def check(value: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
 
@@ -125,6 +136,17 @@ def _names(meaning: str) -> Any:
     return field(default=(), converter=to_tuple, validator=validate, metadata=metadata)
 
 
+def seconds_setting(default: float, meaning: str) -> Any:
+    """Declare a span of time, above 0."""
+
+    def check(value: Any) -> bool:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return real and math.isfinite(value) and value > 0
+
+    allowed = "finite numbers above 0"
+    return setting(default, meaning, kind=float, allowed=allowed, check=check, unit="seconds")
+
+
 def _is_context_length(value: Any) -> bool:
     return value in (None, "auto") or (_is_whole(value) and 1 <= value <= 2**30)
 
@@ -137,15 +159,19 @@ def _is_block_size(value: Any) -> bool:
 class ModelOptions:
     """What to load."""
 
-    model: str = _text("demo", "folder, Hugging Face id, or the name of a bundled checkpoint")
-    tokenizer: str | None = _text(
+    model: str = text_setting(
+        "demo", "folder, Hugging Face id, or the name of a bundled checkpoint"
+    )
+    tokenizer: str | None = text_setting(
         None, "folder or id of the tokenizer, where it is not the model's own", optional=True
     )
-    skip_tokenizer_init: bool = _flag(
+    skip_tokenizer_init: bool = flag_setting(
         False, "load no tokenizer: prompts are token ids, and outputs have no text"
     )
-    revision: str | None = _text(None, "branch, tag or commit of a Hugging Face id", optional=True)
-    dtype: str = _choice("auto", DTYPES, "number format of weights and activations")
+    revision: str | None = text_setting(
+        None, "branch, tag or commit of a Hugging Face id", optional=True
+    )
+    dtype: str = choice_setting("auto", DTYPES, "number format of weights and activations")
     max_model_len: int | str | None = setting(
         None,
         "longest prompt and answer together; auto: the largest that fits; "
@@ -155,10 +181,10 @@ class ModelOptions:
         check=_is_context_length,
         unit="tokens",
     )
-    chat_template: str | None = _text(
+    chat_template: str | None = text_setting(
         None, "file with a chat template instead of the checkpoint's own", optional=True
     )
-    trust_remote_code: bool = _flag(
+    trust_remote_code: bool = flag_setting(
         False, "allow code that a checkpoint carries; no installed plugin runs any today"
     )
 
@@ -175,36 +201,35 @@ class CacheOptions:
         check=_is_block_size,
         unit="tokens",
     )
-    kv_cache_memory_bytes: int | None = _count(
+    kv_cache_memory_bytes: int | None = count_setting(
         None, "memory for KV blocks; not given: measured", low=1, high=2**50, unit="bytes"
     )
-    gpu_memory_utilization: float = _fraction(
+    gpu_memory_utilization: float = fraction_setting(
         0.9, "share of the GPU's memory that the engine may use in all"
     )
-    kv_cache_dtype: str = _choice("auto", DTYPES, "number format of the KV cache; auto: as dtype")
-    enable_prefix_caching: bool = _flag(True, "find the blocks of equal prompt beginnings again")
+    kv_cache_dtype: str = choice_setting(
+        "auto", DTYPES, "number format of the KV cache; auto: as dtype"
+    )
+    enable_prefix_caching: bool = flag_setting(
+        True, "find the blocks of equal prompt beginnings again"
+    )
 
 
 @frozen(kw_only=True)
 class SchedulerOptions:
     """How requests share the steps."""
 
-    max_num_seqs: int = _count(
+    max_num_seqs: int = count_setting(
         256, "sequences that may run at once", low=1, high=65536, unit="sequences"
     )
-    max_num_batched_tokens: int = _count(
+    max_num_batched_tokens: int = count_setting(
         2048, "tokens computed in one step", low=1, high=2**20, unit="tokens"
     )
-    scheduling_policy: str = _choice(
+    scheduling_policy: str = choice_setting(
         "fcfs", POLICIES, "fcfs: by arrival; priority: lower numbers first, waiting ages"
     )
-    priority_aging_s: float = setting(
-        10.0,
-        "waiting time that improves a request's priority by one",
-        kind=float,
-        allowed="finite numbers above 0",
-        check=lambda v: isinstance(v, (int, float)) and math.isfinite(v) and v > 0,
-        unit="seconds",
+    priority_aging_s: float = seconds_setting(
+        10.0, "waiting time that improves a request's priority by one"
     )
 
 
@@ -212,28 +237,30 @@ class SchedulerOptions:
 class PluginOptions:
     """Which plugins do the work. `auto` picks by priority among the usable ones."""
 
-    attention_backend: str = _text("auto", "attention backend by name")
-    attention_option: tuple[str, ...] = _names("NAME.key=value for an attention backend")
-    quantization: str | None = _text(
+    attention_backend: str = text_setting("auto", "attention backend by name")
+    attention_option: tuple[str, ...] = names_setting("NAME.key=value for an attention backend")
+    quantization: str | None = text_setting(
         None, "quantization method by name; not given: as the checkpoint says", optional=True
     )
-    model_implementation: str = _text("auto", "model plugin by name")
-    sampler: str = _text("auto", "sampler plugin by name")
-    logits_processors: tuple[str, ...] = _names("logits processors to load, by name")
-    disable_plugin: tuple[str, ...] = _names("plugins that are not loaded, by entry-point name")
+    model_implementation: str = text_setting("auto", "model plugin by name")
+    sampler: str = text_setting("auto", "sampler plugin by name")
+    logits_processors: tuple[str, ...] = names_setting("logits processors to load, by name")
+    disable_plugin: tuple[str, ...] = names_setting(
+        "plugins that are not loaded, by entry-point name"
+    )
 
 
 @frozen(kw_only=True)
 class DeviceOptions:
     """Where and how to compute."""
 
-    device: str = _choice("auto", DEVICES, "auto: a GPU where there is one")
-    tensor_parallel_size: int = _count(
+    device: str = choice_setting("auto", DEVICES, "auto: a GPU where there is one")
+    tensor_parallel_size: int = count_setting(
         1, "GPUs that share the model; one in this version", low=1, high=1
     )
-    enforce_eager: bool = _flag(False, "never use CUDA graphs")
-    seed: int = _count(0, "where seeds of unseeded requests start", low=0, high=2**63 - 1)
-    num_threads: int | None = _count(
+    enforce_eager: bool = flag_setting(False, "never use CUDA graphs")
+    seed: int = count_setting(0, "where seeds of unseeded requests start", low=0, high=2**63 - 1)
+    num_threads: int | None = count_setting(
         None, "compute threads on a CPU; not given: PyTorch's", low=1, high=1024
     )
 
@@ -309,22 +336,24 @@ PARTS: dict[str, type] = {
 }
 
 
-def _rows() -> dict[str, Option]:
+def option_rows(part: str, kind: type) -> dict[str, Option]:
+    """Return the rows of one part's attrs class, by name."""
     rows = {}
-    for part, kind in PARTS.items():
-        for a in fields(kind):
-            meta = a.metadata
-            rows[a.name] = Option(
-                name=a.name,
-                part=part,
-                default=a.default,
-                kind=meta["kind"],
-                meaning=meta["meaning"],
-                unit=meta["unit"],
-                allowed=meta["allowed"],
-                choices=meta.get("choices"),
-            )
+    for a in fields(kind):
+        meta = a.metadata
+        rows[a.name] = Option(
+            name=a.name,
+            part=part,
+            default=a.default,
+            kind=meta["kind"],
+            meaning=meta["meaning"],
+            unit=meta["unit"],
+            allowed=meta["allowed"],
+            choices=meta.get("choices"),
+        )
     return rows
 
 
-OPTIONS: dict[str, Option] = _rows()
+OPTIONS: dict[str, Option] = {
+    name: row for part, kind in PARTS.items() for name, row in option_rows(part, kind).items()
+}

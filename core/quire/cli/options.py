@@ -29,6 +29,13 @@ def add_options(parser: argparse.ArgumentParser, *, without: Iterable[str] = ())
                 _add_option(group, row)
 
 
+def add_rows(parser: argparse.ArgumentParser, title: str, rows: Iterable[Option]) -> None:
+    """Add one command-line option for each row of another table, in a group of its own."""
+    group = parser.add_argument_group(title)
+    for row in rows:
+        _add_option(group, row)
+
+
 def add_option(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the command-line option for one row of the table."""
     _add_option(parser, OPTIONS[name])
