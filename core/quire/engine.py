@@ -6,6 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from attrs import Factory, define
+
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, RequestError
 from quire.execution.model_runner import InFlight
@@ -15,6 +17,26 @@ from quire.scheduling.block_manager import BlockManager
 from quire.scheduling.output import SchedulerOutput, StepResult
 from quire.scheduling.scheduler import Scheduler
 from quire.start import Starter
+
+
+@define
+class StepTiming:
+    """The last step: how long the call took, how much of it the host worked, and on how much.
+
+    `started` are the requests that computed for the first time.
+    """
+
+    step_s: float = 0.0
+    host_s: float = 0.0
+    num_tokens: int = 0
+    num_seqs: int = 0
+    started: list[str] = Factory(list)
+
+    def note(self, output: SchedulerOutput) -> None:
+        """Take down what a step computes."""
+        self.num_tokens = output.num_tokens
+        self.num_seqs = len(output.num_scheduled_tokens)
+        self.started += [added.request_id for added in output.added if added.index == 0]
 
 
 class Engine:
@@ -42,6 +64,7 @@ class Engine:
         self._depth = self.layout.limits.max_steps_in_flight
         self._in_flight: deque[InFlight] = deque()
         self._failure: Exception | None = None
+        self.timing = StepTiming()
 
     @property
     def config(self) -> EngineConfig:
@@ -72,15 +95,24 @@ class Engine:
         Raises: EngineDeadError if the step failed as a whole; the engine cannot be used again.
         """
         self._check_alive()
+        begin = time.perf_counter()
+        self.timing.started.clear()
         try:
             while len(self._in_flight) < self._depth:
                 output = self.schedule()
                 if output is None:
                     break
                 self._in_flight.append(self.dispatch(output))
+                self.timing.note(output)
             if not self._in_flight:
                 return []
-            return self.scheduler.update(self.collect(self._in_flight.popleft()))
+            waited = time.perf_counter()
+            result = self.collect(self._in_flight.popleft())
+            waited = time.perf_counter() - waited
+            updates = self.scheduler.update(result)
+            self.timing.step_s = time.perf_counter() - begin
+            self.timing.host_s = self.timing.step_s - waited
+            return updates
         except Exception as error:
             self._failure = error
             raise EngineDeadError(

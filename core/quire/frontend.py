@@ -40,7 +40,8 @@ class Frontend:
         # Tokenizing needs a limit before the engine knows the real one; `serve` replaces it.
         wanted = self.config.model.max_model_len
         own = self.prepared.model_config.max_model_len
-        self.inputs = self._input_processor(wanted if isinstance(wanted, int) else own)
+        self.max_model_len = wanted if isinstance(wanted, int) else own
+        self.inputs = self._input_processor(self.max_model_len)
 
     def _find_tokenizer(self) -> Path:
         options, registry = self.config.model, self.prepared.registry
@@ -121,6 +122,7 @@ class Frontend:
 
     def serve(self, max_model_len: int) -> None:
         """Take over the context length that the engine settled on."""
+        self.max_model_len = max_model_len
         self.inputs = self._input_processor(max_model_len)
 
     def sampling_params(self, given: Mapping[str, Any] | None = None) -> SamplingParams:

@@ -15,6 +15,8 @@ MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_LENGTH = 1024
+MAX_LOGIT_BIAS = 2**18
+MAX_LOGPROBS = 20
 SEED_BITS = 64
 
 
@@ -82,6 +84,38 @@ def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else value
 
 
+def _to_token_id(key: Any) -> Any:
+    """Return the id that OpenAI's clients write as a text; anything else stays as it is."""
+    is_number = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+    return int(key) if is_number else key
+
+
+def _to_bias(value: Any) -> Any:
+    """Return a logit bias by whole numbers, None for an empty one."""
+    if value is None or (isinstance(value, (Mapping, list, tuple)) and not value):
+        return None
+    if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIAS:
+        return value
+    bias = {_to_token_id(key): number for key, number in value.items()}
+    if len(bias) < len(value):
+        raise _fail("logit_bias", "twice for one token", "each token id once")
+    return bias
+
+
+def _bias(_instance: object, attribute: Any, value: Any) -> None:
+    allowed = f"up to {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100"
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIAS:
+        raise _fail(attribute.name, type(value).__name__, allowed)
+    for token_id, number in value.items():
+        if type(token_id) is not int or token_id < 0:
+            raise _fail(attribute.name, token_id, allowed)
+        # Not a comparison's opposite: NaN is refused too.
+        if type(number) not in (int, float) or not -100 <= number <= 100:
+            raise _fail(attribute.name, number, allowed)
+
+
 def _stop_strings(_instance: object, attribute: Any, value: Any) -> None:
     allowed = f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters"
     if not isinstance(value, tuple) or len(value) > MAX_STOP_STRINGS:
@@ -114,9 +148,16 @@ def _not_yet(name: str, neutral: Any) -> Any:
     return field(default=neutral, validator=check)
 
 
+_NUM_LOGPROBS = _integer(0, MAX_LOGPROBS, f"whole numbers from 0 to {MAX_LOGPROBS}", optional=True)
+
+
 @frozen(kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop; every field is checked when it is constructed.
+
+    `presence_penalty` and `frequency_penalty` count generated tokens, `repetition_penalty` the
+    prompt's too. `logprobs` and `prompt_logprobs` ask for the token's own log-probability and so
+    many of the most likely ones, of the model's logits before anything changes them.
 
     Raises: RequestError, naming the field, the value and what is allowed.
     """
@@ -149,12 +190,20 @@ class SamplingParams:
     detokenize: bool = field(default=True, validator=_boolean)
     skip_special_tokens: bool = field(default=True, validator=_boolean)
     spaces_between_special_tokens: bool = _not_yet("spaces_between_special_tokens", True)
-    presence_penalty: float = _not_yet("presence_penalty", 0.0)
-    frequency_penalty: float = _not_yet("frequency_penalty", 0.0)
-    repetition_penalty: float = _not_yet("repetition_penalty", 1.0)
-    logprobs: int | None = _not_yet("logprobs", None)
-    prompt_logprobs: int | None = _not_yet("prompt_logprobs", None)
-    logit_bias: Mapping[int, float] | None = _not_yet("logit_bias", None)
+    presence_penalty: float = field(
+        default=0.0, validator=_number(-2.0, 2.0, "numbers from -2 to 2")
+    )
+    frequency_penalty: float = field(
+        default=0.0, validator=_number(-2.0, 2.0, "numbers from -2 to 2")
+    )
+    repetition_penalty: float = field(
+        default=1.0, validator=_number(1e-3, 1e3, "numbers from 0.001 to 1000")
+    )
+    logprobs: int | None = field(default=None, validator=_NUM_LOGPROBS)
+    prompt_logprobs: int | None = field(default=None, validator=_NUM_LOGPROBS)
+    logit_bias: Mapping[int, float] | None = field(
+        default=None, converter=_to_bias, validator=_bias
+    )
     allowed_token_ids: Sequence[int] | None = _not_yet("allowed_token_ids", None)
     bad_words: Sequence[str] | None = _not_yet("bad_words", None)
     truncate_prompt_tokens: int | None = _not_yet("truncate_prompt_tokens", None)
@@ -171,6 +220,15 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken each time; so small a temperature rounds to it."""
         return self.temperature < 1e-5
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was said before changes what is said next."""
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
 
     def clone(self) -> SamplingParams:
         """Return an equal copy, as vLLM's scripts ask for."""
@@ -205,6 +263,19 @@ class Request:
     cache_salt: str = ""
 
 
+@define(kw_only=True)
+class TokenLogprobs:
+    """How likely a token was, and which were the most likely ones, best first.
+
+    `rank` counts from 1. All numbers are finite: -9999.0 stands for what is as good as never.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
 # Not frozen: one is made for each sequence and step, and freezing costs 1 us of the 1.8 us.
 @define(kw_only=True)
 class SequenceUpdate:
@@ -212,6 +283,8 @@ class SequenceUpdate:
 
     `stop_reason` is the stop token that ended it, None for an end token. `error` says in a
     sentence why a row failed. `num_cached_tokens` counts prompt tokens found in the prefix cache.
+    `logprobs` has one entry a token. `prompt_logprobs` comes once, with the first token of index
+    0: one entry a token of the prompt, None for the first.
     """
 
     request_id: str
@@ -221,17 +294,31 @@ class SequenceUpdate:
     stop_reason: int | str | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+@frozen
+class Logprob:
+    """One token's log-probability. `rank` counts from 1, the most likely token's."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
 
 
 @frozen(kw_only=True)
 class CompletionOutput:
-    """One generated sequence of a request. The stop string or end token is not in `text`."""
+    """One generated sequence of a request. The stop string or end token is not in `text`.
+
+    `logprobs`, where they were asked for, is one dict a token: the chosen one first.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: Any | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -249,6 +336,6 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: Any | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: Mapping[str, float] = Factory(dict)

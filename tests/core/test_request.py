@@ -37,6 +37,31 @@ from quire.errors import RequestError
         ("stop_token_ids", [True]),
         ("ignore_eos", 1),
         ("extra_args", []),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", True),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-30),
+        ("repetition_penalty", 1e30),
+        ("repetition_penalty", "x"),
+        ("logprobs", 21),
+        ("logprobs", -2),
+        ("logprobs", True),
+        ("prompt_logprobs", 10**6),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", {5: math.inf}),
+        ("logit_bias", {5: 1e9}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {5: None}),
+        ("logit_bias", {"5": 1, 5: 2}),
+        ("logit_bias", {"9" * 400: 1}),
+        ("logit_bias", [1]),
+        ("logit_bias", 0),
     ],
 )
 def test_sampling_params_refuse_a_bad_value_by_name(name: str, value: Any) -> None:
@@ -48,7 +73,12 @@ def test_sampling_params_refuse_a_bad_value_by_name(name: str, value: Any) -> No
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("presence_penalty", 0.5), ("logprobs", 1), ("bad_words", ["x"]), ("logit_bias", {1: 2.0})],
+    [
+        ("allowed_token_ids", [1]),
+        ("bad_words", ["x"]),
+        ("structured_outputs", {"regex": "a"}),
+        ("truncate_prompt_tokens", 5),
+    ],
 )
 def test_sampling_params_refuse_by_name_what_is_not_honoured_yet(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"{name} is not supported"):
@@ -74,3 +104,23 @@ def test_sampling_params_refuse_more_min_tokens_than_max_tokens() -> None:
 @pytest.mark.parametrize("temperature", [0, 1e-40])
 def test_a_temperature_of_almost_nothing_is_greedy(temperature: float) -> None:
     assert SamplingParams(temperature=temperature).is_greedy
+
+
+def test_bias_takes_the_ids_that_openais_clients_write_as_texts() -> None:
+    assert SamplingParams(logit_bias={"5": 1, 7: -100}).logit_bias == {5: 1, 7: -100}
+
+
+def test_all_ids_of_a_vocabulary_may_be_biased() -> None:
+    bias = dict.fromkeys(range(4096), -100)
+
+    assert SamplingParams(logit_bias=bias).logit_bias == bias
+
+
+@pytest.mark.parametrize("values", [{}, {"logit_bias": {}}, {"logprobs": 0}])
+def test_params_without_penalties_say_so(values: dict[str, Any]) -> None:
+    assert not SamplingParams(**values).has_penalties
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_params_with_a_penalty_say_so(name: str) -> None:
+    assert SamplingParams(**{name: 0.5}).has_penalties

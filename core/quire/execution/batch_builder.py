@@ -22,13 +22,41 @@ Ints = NDArray[np.int32]
 
 
 @define(kw_only=True)
+class PromptRows:
+    """Tokens of prompts whose log-probabilities are wanted, all sequences end to end.
+
+    `places` are rows of `logit_rows` whose logits foretell `target_ids`; `num_top` is each row's
+    number of best tokens. `counts` says how many rows belong to each sequence id, also none.
+    """
+
+    places: list[int]
+    target_ids: list[int]
+    num_top: list[int]
+    counts: dict[int, int]
+
+
+@define(kw_only=True)
 class BuiltBatch:
-    """A batch and whose logits are sampled: sequence ids, rows and positions of the new tokens."""
+    """A batch and whose logits are sampled: sequence ids, rows and positions of the new tokens.
+
+    `sampled_places` are the sampled ones' places in `logit_rows`, None where those are all.
+    """
 
     batch: Batch
     sampled_ids: list[int]
     sampled_rows: list[int]
     sampled_positions: Ints
+    sampled_places: list[int] | None = None
+    prompt: PromptRows | None = None
+
+
+def wants_prompt_logprobs(added: AddedSequence) -> bool:
+    """Whether a sequence's prompt is still to be scored: the first one's, before any token."""
+    return (
+        added.params.prompt_logprobs is not None
+        and added.index == 0
+        and len(added.token_ids) == added.num_prompt_tokens
+    )
 
 
 class BatchBuilder:
@@ -49,6 +77,7 @@ class BatchBuilder:
         self._computed = np.zeros(rows, np.int32)
         self._num_known = np.zeros(rows, np.int32)
         self._known: list[Ints] = [np.zeros(0, np.int32) for _ in range(rows)]
+        self._prompts: dict[int, int] = {}  # row to number of best tokens, where prompts are scored
         # The last sampled token of each row; a step's own inputs are read from here, so that the
         # host need not know them yet.
         self.last_tokens = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -77,6 +106,9 @@ class BatchBuilder:
         self._num_known[row] = len(added.token_ids)
         self._computed[row] = added.num_computed_tokens
         self._table_lens[:, row] = 0
+        self._prompts.pop(row, None)
+        if wants_prompt_logprobs(added):
+            self._prompts[row] = added.params.prompt_logprobs or 0
         for group, block_ids in enumerate(added.block_tables):
             self._append(group, row, block_ids)
 
@@ -97,7 +129,17 @@ class BatchBuilder:
         parts = self._tokens(rows, query_lens, starts, ends)
         cu_seqlens = np.zeros(len(ids) + 1, np.int32)
         cu_seqlens[1:] = ends
-        parts += [cu_seqlens, seq_lens, ends[sampled] - 1, rows]
+        logit_rows = ends[sampled] - 1
+        prompt = sampled_places = None
+        if self._prompts:
+            prompt, wanted = self._prompt_rows(ids, rows, query_lens, ends)
+            # In the order of the tokens: a model may return the rows that it is asked for.
+            every = np.union1d(logit_rows, wanted).astype(np.int32)
+            if prompt is not None:
+                prompt.places = np.searchsorted(every, wanted).tolist()
+                sampled_places = np.searchsorted(every, logit_rows).tolist()
+                logit_rows = every
+        parts += [cu_seqlens, seq_lens, logit_rows, rows]
         batch = self._to_batch(parts, rows, query_lens, seq_lens, step=output.step_id)
         self._computed[rows] = seq_lens
         return BuiltBatch(
@@ -105,7 +147,31 @@ class BatchBuilder:
             sampled_ids=[ids[i] for i in sampled],
             sampled_rows=rows[sampled].tolist(),
             sampled_positions=seq_lens[sampled],
+            sampled_places=sampled_places,
+            prompt=prompt,
         )
+
+    def _prompt_rows(
+        self, ids: list[int], rows: Ints, query_lens: Ints, ends: Ints
+    ) -> tuple[PromptRows | None, Ints]:
+        """Return the prompts' tokens to score, and whose logits are wanted for that."""
+        found = PromptRows(places=[], target_ids=[], num_top=[], counts={})
+        wanted: list[Ints] = [np.zeros(0, np.int32)]
+        for i, row in enumerate(rows.tolist()):
+            num_top = self._prompts.get(row)
+            if num_top is None:
+                continue
+            start, count = int(self._computed[row]), int(query_lens[i])
+            # The prompt's last token foretells what is sampled.
+            targets = self._known[row][start + 1 : start + 1 + count].tolist()
+            if start + count >= self._num_known[row]:
+                del self._prompts[row]
+            begin = ends[i] - count
+            wanted.append(np.arange(begin, begin + len(targets), dtype=np.int32))
+            found.target_ids += targets
+            found.num_top += [num_top] * len(targets)
+            found.counts[ids[i]] = len(targets)
+        return (found if found.counts else None), np.concatenate(wanted)
 
     def _tokens(self, rows: Ints, query_lens: Ints, starts: Ints, ends: Ints) -> list[Ints]:
         """Return what belongs to each token: id, position, row to read from, slots by group.

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from attrs import define
+from attrs import Factory, define
 from torch import Tensor
 
-from quire.execution.batch_builder import BatchBuilder, BuiltBatch
+from quire.execution.adjustments import LogitAdjustments, to_device
+from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
 from quire.execution.kv_cache import KVCache
+from quire.execution.logprobs import LogprobRows, Scores, score_prompt
 from quire.execution.processors import ProcessorChain
 from quire.execution.sampling_rows import SamplingRows
 from quire.interfaces.attention import AttentionBackend, BatchLimits
 from quire.interfaces.model import Model
-from quire.interfaces.sampling import RowStatus, SampledTokens, Sampler
+from quire.interfaces.sampling import RowStatus, Sampler
+from quire.request import TokenLogprobs
 from quire.scheduling.output import KVCacheGroup, SchedulerOutput, StepResult
+
+# Logits of so many rows are made at once for a prompt's log-probabilities.
+MAX_PROMPT_SLICE = 256
 
 ROW_ERRORS = {
     RowStatus.NOT_FINITE: "the model's logits are not finite (NaN or infinity)",
@@ -30,6 +36,7 @@ class Forwarded:
     step_id: int
     built: BuiltBatch
     logits: Tensor | None
+    prompt_scores: Scores | None = None
 
 
 @define(kw_only=True)
@@ -38,10 +45,14 @@ class InFlight:
 
     step_id: int
     sampled_ids: list[int]
-    token_ids: Tensor | None
-    num_tokens: Tensor | None
-    status: Tensor | None
-    ready: torch.cuda.Event | None
+    token_ids: Tensor | None = None
+    num_tokens: Tensor | None = None
+    status: Tensor | None = None
+    scored_ids: list[int] = Factory(list)
+    scores: Scores | None = None
+    prompt: PromptRows | None = None
+    prompt_scores: Scores | None = None
+    ready: torch.cuda.Event | None = None
 
 
 class ModelRunner:
@@ -67,6 +78,10 @@ class ModelRunner:
         self._processors = processors
         self._builder = BatchBuilder(groups, limits, self.device)
         self._sampling = SamplingRows(limits.max_num_seqs, self.vocab_size, self.device)
+        self._adjustments = LogitAdjustments(limits.max_num_seqs, self.vocab_size, self.device)
+        self._logprobs = LogprobRows(self.device)
+        # No more than a step's own logits, whose memory is measured at the start.
+        self._prompt_slice = min(limits.max_num_seqs, MAX_PROMPT_SLICE)
 
     @torch.inference_mode()
     def dispatch(self, output: SchedulerOutput) -> InFlight:
@@ -80,6 +95,8 @@ class ModelRunner:
         self._builder.apply_difference(output)
         for added in (*output.added, *output.resumed):
             self._sampling.add(added)
+            self._adjustments.add(added)
+            self._logprobs.add(added)
             self._processors.add(added)
         if output.block_copies:
             self._kv_cache.copy_blocks(output.block_copies)
@@ -89,61 +106,67 @@ class ModelRunner:
         for backend, plan in zip(self._backends, batch.plans, strict=True):
             backend.prepare(plan)
         hidden = self.model(self.model.embed(batch.token_ids), batch)
-        logits = None
+        return self._logits(output.step_id, built, hidden)
+
+    def _logits(self, step_id: int, built: BuiltBatch, hidden: Tensor) -> Forwarded:
+        """Make the logits that are sampled, and score the tokens of prompts."""
+        wanted, prompt = built.batch.logit_rows, built.prompt
+        forwarded = Forwarded(step_id=step_id, built=built, logits=None)
+        if wanted.shape[0] and hidden.shape[0] != wanted.shape[0]:
+            hidden = hidden.index_select(0, wanted)
+        if prompt is not None and prompt.places:
+            forwarded.prompt_scores = score_prompt(
+                self.model.logits, hidden, prompt, slice_rows=self._prompt_slice
+            )
         if built.sampled_ids:
-            if hidden.shape[0] != batch.logit_rows.shape[0]:
-                hidden = hidden.index_select(0, batch.logit_rows)
-            logits = self.model.logits(hidden)
-        return Forwarded(step_id=output.step_id, built=built, logits=logits)
+            if built.sampled_places is not None:
+                places = to_device(built.sampled_places, torch.int64, str(self.device))
+                hidden = hidden.index_select(0, places)
+            forwarded.logits = self.model.logits(hidden)
+        return forwarded
 
     @torch.inference_mode()
     def sample(self, forwarded: Forwarded) -> InFlight:
         """Sample the rows whose last token was computed and keep their tokens on the device."""
         built, logits = forwarded.built, forwarded.logits
-        sampled = None
-        if logits is not None:
-            batch = self._sampling.batch(built)
-            if self._processors:
-                logits = self._processors.apply(logits, built, batch.rows)
-            sampled = self._sampler.sample(logits, batch)
-            # A token that is out of range is reported when it is collected; the step that is
-            # launched before that must not look it up.
-            token_ids = sampled.token_ids[:, 0].clamp(0, self.vocab_size - 1).int()
-            self._builder.last_tokens.index_copy_(0, batch.rows.long(), token_ids)
-            if self._processors:
-                self._processors.append(batch.rows, token_ids)
-        return self._in_flight(forwarded.step_id, built.sampled_ids, sampled)
-
-    def _in_flight(
-        self, step_id: int, sampled_ids: list[int], sampled: SampledTokens | None
-    ) -> InFlight:
-        token_ids = num_tokens = status = ready = None
-        if sampled is not None:
-            token_ids, status = sampled.token_ids, sampled.status
-            num_tokens = sampled.num_tokens
-            if self.device.type == "cuda":
-                token_ids = _to_host(token_ids)
-                status = _to_host(status)
-                num_tokens = None if num_tokens is None else _to_host(num_tokens)
-        if self.device.type == "cuda":
-            # Also for a step without tokens: its staging buffer is written again after `collect`.
-            ready = torch.cuda.Event()
-            ready.record()
-        return InFlight(
-            step_id=step_id,
-            sampled_ids=sampled_ids,
-            token_ids=token_ids,
-            num_tokens=num_tokens,
-            status=status,
-            ready=ready,
+        step = InFlight(
+            step_id=forwarded.step_id,
+            sampled_ids=built.sampled_ids,
+            prompt=built.prompt,
+            prompt_scores=forwarded.prompt_scores,
         )
+        if logits is not None:
+            self._sample(logits, built, step)
+        if self.device.type == "cuda":
+            _send_to_host(step)
+        return step
+
+    def _sample(self, logits: Tensor, built: BuiltBatch, step: InFlight) -> None:
+        batch, rows = self._sampling.batch(built), built.sampled_rows
+        kept = self._logprobs.keep(logits, rows, built.sampled_ids)
+        logits = self._adjustments.apply(logits, rows)
+        if self._processors:
+            logits = self._processors.apply(logits, built, batch.rows)
+        sampled = self._sampler.sample(logits, batch)
+        # A token that is out of range is reported when it is collected; the step that is
+        # launched before that must not look it up.
+        token_ids = sampled.token_ids[:, 0].clamp(0, self.vocab_size - 1)
+        self._builder.last_tokens.index_copy_(0, batch.rows.long(), token_ids.int())
+        self._adjustments.count(token_ids, rows)
+        if self._processors:
+            self._processors.append(batch.rows, token_ids.int())
+        step.token_ids, step.status = sampled.token_ids, sampled.status
+        step.num_tokens = sampled.num_tokens
+        if kept is not None:
+            step.scored_ids, step.scores = kept.sequence_ids, kept.score(token_ids)
 
     def collect(self, step: InFlight) -> StepResult:
         """Wait for a step and return its tokens on the host, and which rows failed."""
         if step.ready is not None:
             step.ready.synchronize()
+        prompts = _prompt_entries(step)
         if step.token_ids is None or step.status is None:
-            return StepResult(step_id=step.step_id, token_ids={})
+            return StepResult(step_id=step.step_id, token_ids={}, prompt_logprobs=prompts)
         tokens: dict[int, list[int]] = {}
         errors: dict[int, str] = {}
         drawn = step.token_ids.tolist()
@@ -157,7 +180,45 @@ class ModelRunner:
                 tokens[sequence_id] = token_ids
             else:
                 errors[sequence_id] = ROW_ERRORS[RowStatus(status)]
-        return StepResult(step_id=step.step_id, token_ids=tokens, errors=errors)
+        return StepResult(
+            step_id=step.step_id,
+            token_ids=tokens,
+            errors=errors,
+            logprobs=_sampled_entries(step),
+            prompt_logprobs=prompts,
+        )
+
+
+def _sampled_entries(step: InFlight) -> dict[int, TokenLogprobs]:
+    if step.scores is None:
+        return {}
+    return dict(zip(step.scored_ids, step.scores.entries(), strict=True))
+
+
+def _prompt_entries(step: InFlight) -> dict[int, list[TokenLogprobs]]:
+    """Return the entries by sequence; a sequence whose step scored nothing has an empty list."""
+    if step.prompt is None:
+        return {}
+    entries = [] if step.prompt_scores is None else step.prompt_scores.entries()
+    found, begin = {}, 0
+    for sequence_id, count in step.prompt.counts.items():
+        found[sequence_id] = entries[begin : begin + count]
+        begin += count
+    return found
+
+
+def _send_to_host(step: InFlight) -> None:
+    """Start the copies of all that the host wants to know, and mark where they end."""
+    for name in ("token_ids", "num_tokens", "status"):
+        tensor = getattr(step, name)
+        if tensor is not None:
+            setattr(step, name, _to_host(tensor))
+    for scores in (step.scores, step.prompt_scores):
+        if scores is not None:
+            scores.values, scores.ids = _to_host(scores.values), _to_host(scores.ids)
+    # Also for a step without tokens: its staging buffer is written again after `collect`.
+    step.ready = torch.cuda.Event()
+    step.ready.record()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.quantization import QuantizationMethod
 from quire.interfaces.sampling import Sampler
 from quire.layers.build import LayerBuilder
-from quire.request import SamplingParams
+from quire.request import MAX_LOGPROBS, SamplingParams
 from quire.scheduling.output import AddedSequence, SchedulerOutput
 
 
@@ -219,7 +219,9 @@ def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOut
                 num_prompt_tokens=length,
                 num_computed_tokens=0,
                 block_tables=[[1] * -(-length // group.spec.block_size) for group in groups],
-                params=SamplingParams(temperature=1.0, top_p=0.9),
+                params=SamplingParams(
+                    temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MAX_LOGPROBS
+                ),
                 seed=0,
             )
         )

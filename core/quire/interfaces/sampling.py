@@ -30,7 +30,8 @@ class SamplingBatch:
     `temperature` (0 is greedy), `top_p`, `min_p` float32; `top_k` int64 (the vocabulary's size:
     off); `seed`, `child_index`, `position` int64: the draw's counter. `rows` int32: persistent
     rows. The host's flags say what no row asks for, so that it need not be computed.
-    `suppressed` holds (row, token id) index tensors of tokens that must not be drawn.
+    `suppressed` holds (row, token id) index tensors of tokens that must not be drawn. What is not
+    here, the core has done: logit bias and penalties are in the logits, log-probabilities taken.
     """
 
     temperature: Tensor
@@ -54,7 +55,8 @@ class SampledTokens:
     """What a sampler drew, on the device.
 
     `token_ids` int64 [num_rows, k], of which the first `num_tokens` int32 [num_rows] count (None:
-    all); `status` int32 [num_rows] of RowStatus; `logprobs` float32 [num_rows, k] or None.
+    all); `status` int32 [num_rows] of RowStatus; `logprobs` float32 [num_rows, k] of the
+    distribution that was drawn from, or None. Users get those of the model's own logits instead.
     """
 
     token_ids: Tensor
@@ -107,7 +109,7 @@ class LogitsState:
 
 
 class LogitsProcessor(abc.ABC):
-    """Change the logits of the rows that ask for it, before the sampler.
+    """Change the logits of the rows that ask for it, after bias and penalties, before the sampler.
 
     Arguments come from `SamplingParams.extra_args[name]`; a request cannot bring code.
     With `needs_host_tokens` no further step is scheduled before a row's tokens are on the host.

@@ -52,6 +52,16 @@ class BlockManager:
         return min(pool.num_free for pool in self.pools)
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that can be handed out at all, in the group that has the fewest."""
+        return min(pool.num_usable for pool in self.pools)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that some table names, in the group that has the most of them."""
+        return max(pool.num_usable - pool.num_free for pool in self.pools)
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that some table names, in the fullest group, from 0 to 1."""
         return max(1 - pool.num_free / pool.num_usable for pool in self.pools)
@@ -210,7 +220,7 @@ class BlockManager:
 
     def _find_prefix(self, sequence: Sequence) -> BlockTables:
         """Find the longest beginning that every group still has, without the last token."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or sequence.owes_prompt_logprobs:
             return [[] for _ in self.pools]
         num_tokens = sequence.num_tokens - 1
         hits: BlockTables = []

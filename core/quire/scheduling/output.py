@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import Factory, define, field, frozen
 
-from quire.request import SamplingParams
+from quire.request import SamplingParams, TokenLogprobs
 
 
 @frozen(kw_only=True)
@@ -70,8 +70,14 @@ class SchedulerOutput:
 
 @frozen(kw_only=True)
 class StepResult:
-    """What the runner gives back for one step: sampled tokens and failed rows, by sequence id."""
+    """What the runner gives back for one step: sampled tokens and failed rows, by sequence id.
+
+    `logprobs` are of the sampled tokens, `prompt_logprobs` of the prompt's tokens that this
+    step's logits foretell; only of sequences that ask for them.
+    """
 
     step_id: int
     token_ids: dict[int, list[int]]
     errors: dict[int, str] = Factory(dict)
+    logprobs: dict[int, TokenLogprobs] = Factory(dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = Factory(dict)

@@ -14,6 +14,7 @@ from quire.errors import RequestError
 from quire.request import FinishReason, Request, SequenceUpdate
 from quire.scheduling.admission import Admission
 from quire.scheduling.block_manager import BlockManager
+from quire.scheduling.logprobs import add_logprobs
 from quire.scheduling.output import SchedulerOutput, StepResult
 from quire.scheduling.queues import SequenceList, WaitingQueue
 from quire.scheduling.sequence import Sequence, SequenceStatus
@@ -296,6 +297,7 @@ class Scheduler:
         is_new = sequence.status is not PREEMPTED
         if not is_new:
             sequence.num_tokens_at_resume = sequence.num_tokens
+            sequence.prompt_logprobs = []  # a prompt that was computed in part begins anew
         sequence.parent = None
         sequence.status = RUNNING
         sequence.row = self._free_rows.pop()
@@ -337,6 +339,8 @@ class Scheduler:
                 )
             )
         updates.extend(self._update_chunks(step, errors))
+        if result.logprobs or result.prompt_logprobs:
+            add_logprobs(step, result, updates)
         for tables in step.releases:
             self._blocks.give_back(tables)
         return updates

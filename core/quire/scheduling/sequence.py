@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 
-from quire.request import FinishReason, Request
+from quire.request import FinishReason, Request, TokenLogprobs
 
 NEVER = sys.maxsize
 
@@ -48,6 +48,7 @@ class Sequence:
         "num_tokens_at_resume",
         "parent",
         "preempted_in_step",
+        "prompt_logprobs",
         "request",
         "request_id",
         "row",
@@ -84,6 +85,8 @@ class Sequence:
         self.num_tokens_at_resume = 0
         self.preempted_in_step = 0  # the youngest step in flight then; resumes after it
 
+        self.prompt_logprobs: list[TokenLogprobs] = []  # collected until its first token comes
+
         # Kept by the block manager.
         self.block_tables: list[list[int]] = []  # one list of block ids a group
         self.num_reserved_tokens = 0  # positions that every group has a block for
@@ -115,3 +118,12 @@ class Sequence:
     def owes_a_token(self) -> bool:
         """Whether it was resumed and has no token since: preempting it again would be a cycle."""
         return self.num_tokens == self.num_tokens_at_resume
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether all positions of its prompt must be computed, for their log-probabilities."""
+        return (
+            self.index == 0
+            and self.request.params.prompt_logprobs is not None
+            and len(self.token_ids) == self.num_prompt_tokens
+        )

@@ -167,6 +167,12 @@ class InputProcessor:
                     f"stop_token_ids has {shorten(token_id)}; allowed: 0 to {vocab_size - 1}.",
                     parameter="stop_token_ids",
                 )
+        for token_id in params.logit_bias or ():
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"logit_bias has {shorten(token_id)}; allowed: 0 to {vocab_size - 1}.",
+                    parameter="logit_bias",
+                )
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer.", parameter="stop")
 

@@ -15,6 +15,7 @@ from quire.request import (
     SequenceUpdate,
 )
 from quire.text.detokenizer import IncrementalDetokenizer
+from quire.text.logprob_entries import Entry, entry_of
 from quire.text.stop_strings import StopChecker
 from quire.text.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class Delta:
     finish_reason: str | None
     stop_reason: int | str | None
     error: str | None = None
+    logprobs: list[Entry] | None = None
 
 
 @frozen(kw_only=True)
@@ -55,6 +57,7 @@ class _Output:
     checker: StopChecker | None
     min_tokens: int
     include_stop: bool
+    logprobs: list[Entry] | None = None  # may be longer than token_ids, of which a stop cuts off
     token_ids: list[int] = field(factory=list)
     texts: list[str] = field(factory=list)
     ends: list[int] = field(factory=list)
@@ -153,6 +156,7 @@ class _RequestState:
     prompt: str | None
     outputs: list[_Output]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[Entry | None] | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -195,6 +199,8 @@ class OutputProcessor:
                 continue
             output = state.outputs[update.index]
             state.num_cached_tokens = max(state.num_cached_tokens, update.num_cached_tokens)
+            if update.logprobs is not None or update.prompt_logprobs is not None:
+                self._take_logprobs(state, output, update)
             try:
                 output.add(update)
             except Exception as error:  # noqa: BLE001  one request's failure is its own
@@ -218,6 +224,7 @@ class OutputProcessor:
             outputs=[_completion(output) for output in state.outputs],
             finished=state.is_finished,
             num_cached_tokens=state.num_cached_tokens,
+            prompt_logprobs=state.prompt_logprobs,
         )
 
     def take_delta(self, request_id: str, index: int) -> Delta:
@@ -229,6 +236,7 @@ class OutputProcessor:
             index=index,
             text=text,
             token_ids=output.token_ids[first : output.num_taken],
+            logprobs=None if output.logprobs is None else output.logprobs[first : output.num_taken],
             finish_reason=_value(output.finish_reason),
             stop_reason=output.stop_reason,
             error=output.error,
@@ -238,6 +246,14 @@ class OutputProcessor:
         """Return why a request ended with FinishReason.ERROR, None where it did not."""
         outputs = self._requests[request_id].outputs
         return next((output.error for output in outputs if output.error is not None), None)
+
+    def num_cached_tokens(self, request_id: str) -> int:
+        """Return how many prompt tokens the prefix cache had."""
+        return self._requests[request_id].num_cached_tokens
+
+    def prompt_logprobs(self, request_id: str) -> list[Entry | None] | None:
+        """Return the prompt's log-probabilities, None where they were not asked for."""
+        return self._requests[request_id].prompt_logprobs
 
     def abort(self, request_id: str) -> None:
         """End what still runs of a request with FinishReason.ABORT; its output stays."""
@@ -250,6 +266,18 @@ class OutputProcessor:
         output = self.output(request_id)
         del self._requests[request_id]
         return output
+
+    def _take_logprobs(self, state: _RequestState, output: _Output, update: SequenceUpdate) -> None:
+        tokenizer = self._tokenizer if state.request.params.detokenize else None
+        if update.prompt_logprobs is not None:
+            prompt = zip(state.request.prompt_token_ids, update.prompt_logprobs, strict=True)
+            state.prompt_logprobs = [
+                None if found is None else entry_of(token_id, found, tokenizer)
+                for token_id, found in prompt
+            ]
+        if update.logprobs is not None and output.logprobs is not None:
+            pairs = zip(update.token_ids, update.logprobs, strict=True)
+            output.logprobs += [entry_of(token_id, found, tokenizer) for token_id, found in pairs]
 
     def _new_output(self, request: Request, index: int) -> _Output:
         params = request.params
@@ -265,6 +293,7 @@ class OutputProcessor:
             checker=StopChecker(params.stop, include) if params.stop and detokenizer else None,
             min_tokens=params.min_tokens,
             include_stop=include,
+            logprobs=None if params.logprobs is None else [],
         )
 
 
@@ -273,10 +302,19 @@ def _value(reason: FinishReason | None) -> str | None:
 
 
 def _completion(output: _Output) -> CompletionOutput:
+    num_visible = output.num_visible
+    token_ids = output.token_ids[:num_visible]
+    logprobs = cumulative = None
+    if output.logprobs is not None:
+        logprobs = output.logprobs[:num_visible]
+        pairs = zip(token_ids, logprobs, strict=True)
+        cumulative = sum(entry[token_id].logprob for token_id, entry in pairs)
     return CompletionOutput(
         index=output.index,
         text=output.text(),
-        token_ids=output.token_ids[: output.num_visible],
+        token_ids=token_ids,
+        cumulative_logprob=cumulative,
+        logprobs=logprobs,
         finish_reason=_value(output.finish_reason),
         stop_reason=output.stop_reason,
     )

@@ -136,6 +136,25 @@ class Tokenizer:
         """Return a token as the vocabulary spells it, None for an id without a token."""
         return self._backend.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for inside a text, b"" for an id without a token.
+
+        Special tokens give their spelling. A token that begins a word has its space, which
+        `decode` drops where the text begins.
+        """
+        piece, plan = self.pieces[token_id], self.pieces.plan
+        if piece is None:
+            return b""
+        if isinstance(piece, bytes):
+            return piece
+        if plan is None:  # a decoder that works on whole lists only
+            return self._decode_ids([token_id], False).encode()
+        if isinstance(piece, int):
+            return bytes([piece])
+        if plan.metaspace:
+            piece = piece.replace(plan.metaspace, " ")
+        return (plan.separator + piece).encode()
+
     def check_fits(self, model_vocab_size: int) -> None:
         """Refuse a tokenizer with ids that the model cannot embed.
 

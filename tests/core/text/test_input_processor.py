@@ -225,6 +225,8 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "id_control": ({"request_id": "a\nb"}, "request_id"),
     "stop_id": ({"params": SamplingParams(stop_token_ids=[VOCAB])}, "stop_token_ids"),
     "stop_id_huge": ({"params": SamplingParams(stop_token_ids=[2**70])}, "stop_token_ids"),
+    "bias_id": ({"params": SamplingParams(logit_bias={VOCAB: 1})}, "logit_bias"),
+    "bias_id_huge": ({"params": SamplingParams(logit_bias={2**70: 1})}, "logit_bias"),
     "params": ({"params": {"temperature": 1}}, "sampling_params"),
 }
 

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quire.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceUpdate
+from quire.request import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceUpdate,
+    TokenLogprobs,
+)
 from quire.text.output_processor import OutputProcessor
 from quire.text.tokenizer import Tokenizer
 
@@ -262,3 +270,77 @@ def test_an_aborted_request_keeps_what_it_had(gpt2: Tokenizer) -> None:
     assert (only(output).text, only(output).finish_reason) == ("a fox", "abort")
     assert "r" not in processor
     assert len(processor) == 0
+
+
+def scored(ids: list[int], **values: Any) -> SequenceUpdate:
+    """Return an update whose token i has log-probability -i, after a better one, token 390."""
+    found = tuple(
+        TokenLogprobs(logprob=-float(i), rank=2, top_ids=(390, i), top_logprobs=(-0.1, -float(i)))
+        for i in ids
+    )
+    return update(ids, logprobs=found, **values)
+
+
+def test_chosen_token_comes_first_in_its_dict_and_is_not_there_twice(gpt2: Tokenizer) -> None:
+    processor = OutputProcessor(gpt2)
+    processor.add_request(build_request(gpt2, logprobs=2))
+
+    processor.process([scored([40]), scored([41])])
+
+    completion = only(processor.output("r"))
+    assert [list(entry) for entry in completion.logprobs] == [[40, 390], [41, 390]]
+    first = completion.logprobs[0]
+    assert first[40] == Logprob(-40.0, 2, gpt2.decode([40]))
+    assert (first[390].logprob, first[390].rank) == (-0.1, 1)
+    assert completion.cumulative_logprob == -81.0
+
+
+def test_prompt_logprobs_begin_with_none_and_stay(gpt2: Tokenizer) -> None:
+    processor = OutputProcessor(gpt2)
+    request = build_request(gpt2, prompt_logprobs=0)
+    processor.add_request(request)
+    assert processor.prompt_logprobs("r") is None
+    others = request.prompt_token_ids[1:]
+    found = (None, *(TokenLogprobs(logprob=-0.5, rank=3) for _ in others))
+
+    processor.process([update([40], prompt_logprobs=found)])
+
+    entries = processor.prompt_logprobs("r")
+    assert entries is not None
+    assert entries[0] is None
+    assert [list(entry or ()) for entry in entries[1:]] == [[i] for i in others]
+    assert processor.output("r").prompt_logprobs == entries
+    assert only(processor.output("r")).logprobs is None
+
+
+@RELAXED
+@given(
+    ids=st.lists(st.integers(0, 389), max_size=40),
+    size=st.integers(1, 5),
+    stops=st.lists(st.text(st.sampled_from("ae t."), min_size=1, max_size=3), max_size=3),
+)
+def test_there_is_one_entry_for_each_token_that_is_shown(
+    ids: list[int], size: int, stops: list[str], gpt2: Tokenizer
+) -> None:
+    processor = OutputProcessor(gpt2)
+    processor.add_request(build_request(gpt2, stop=stops, logprobs=1))
+    deltas = []
+    for first in range(0, len(ids), size):
+        processor.process([scored(ids[first : first + size])])
+        deltas.append(processor.take_delta("r", 0))
+    processor.process([update([], FinishReason.LENGTH)])
+    deltas.append(processor.take_delta("r", 0))
+
+    final = only(processor.output("r"))
+
+    assert [next(iter(entry)) for entry in final.logprobs] == final.token_ids
+    assert [entry for delta in deltas for entry in delta.logprobs] == final.logprobs
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
+
+
+def test_without_logprobs_asked_for_there_are_none(gpt2: Tokenizer) -> None:
+    processor, _ = run_text(gpt2, " world", FinishReason.LENGTH)
+
+    assert processor.take_delta("r", 0).logprobs is None
+    assert only(processor.output("r")).logprobs is None
+    assert only(processor.output("r")).cumulative_logprob is None

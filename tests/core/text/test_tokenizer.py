@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_kinds import build_words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_kinds import CORPUS, build_words
 
 from quire.errors import ConfigError, RequestError
 from quire.text.tokenizer import Tokenizer
@@ -178,3 +180,44 @@ def test_importing_the_text_modules_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+JOINING = ("gpt2", "qwen2", "llama2", "llama2_legacy", "mistral", "gemma", "unigram", "words")
+
+
+@pytest.mark.parametrize("kind", JOINING)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_bytes_of_tokens_put_together_are_the_bytes_of_the_text(
+    kind: str, data: st.DataObject, tokenizer_of: Callable[[str], Tokenizer]
+) -> None:
+    tokenizer = tokenizer_of(kind)
+    text = data.draw(st.text(max_size=40) | st.sampled_from(CORPUS))
+    ids = tokenizer.encode(text)
+
+    together = b"".join(tokenizer.token_bytes(token_id) for token_id in ids)
+
+    decoded = tokenizer.decode(ids, skip_special_tokens=False)
+    assert together.decode("utf-8", "replace").removeprefix(" ") == decoded.removeprefix(" ")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama2", "gemma"])
+def test_half_a_character_keeps_its_exact_bytes(
+    kind: str, tokenizer_of: Callable[[str], Tokenizer]
+) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids = tokenizer.encode("a\U0001f9ffb", add_special_tokens=False)
+
+    together = b"".join(tokenizer.token_bytes(token_id) for token_id in ids)
+
+    assert together.removeprefix(b" ") == "a\U0001f9ffb".encode()
+    assert len(ids) > 3, "the character is several tokens"
+
+
+def test_special_token_has_the_bytes_of_its_spelling_and_no_token_has_none(
+    tokenizer_of: Callable[[str], Tokenizer],
+) -> None:
+    tokenizer = tokenizer_of("llama3")
+
+    assert tokenizer.token_bytes(0) == b"<|begin_of_text|>"
+    assert tokenizer.token_bytes(10**6) == b""
