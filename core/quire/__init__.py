@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from quire.request import CompletionOutput as CompletionOutput
     from quire.request import RequestOutput as RequestOutput
     from quire.request import SamplingParams as SamplingParams
+    from quire.server.async_engine import AsyncEngine as AsyncEngine
 
     __version__: str
 
 _HOMES = {
     "LLM": "quire.llm",
+    "AsyncEngine": "quire.server.async_engine",
     "SamplingParams": "quire.request",
     "RequestOutput": "quire.request",
     "CompletionOutput": "quire.request",
@@ -28,6 +30,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",

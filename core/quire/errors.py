@@ -6,6 +6,7 @@
     ├── RequestError (ValueError)      one request that cannot be served; the engine goes on
     ├── PluginError                    a plugin that cannot be loaded or breaks its contract
     ├── KernelError                    a kernel that cannot run here or gave a wrong result
+    ├── OverloadedError                nothing more can be taken on now; the same may work later
     ├── OutOfBlocks                    no free KV block; the caller's state is unchanged
     └── EngineDeadError                the engine stopped; every waiting request ends with it
 
@@ -50,6 +51,18 @@ class PluginError(QuireError):
 
 class KernelError(QuireError):
     """Report a kernel that cannot run on this machine or gave a wrong result."""
+
+
+class OverloadedError(QuireError):
+    """Report that nothing more can be taken on now: a queue is full, a start or an end goes on.
+
+    `code` is a word for programs, `retry_after_s` when asking again makes sense.
+    """
+
+    def __init__(self, message: str, *, code: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class OutOfBlocks(QuireError):

@@ -44,7 +44,11 @@ class ServerOptions:
         2, "threads that tokenize and render chat templates", low=1, high=256, unit="threads"
     )
     max_queued_requests: int = count_setting(
-        1024, "requests that may wait, beyond those that can run", low=1, high=2**20, unit="requests"
+        1024,
+        "requests that may wait, beyond those that can run",
+        low=1,
+        high=2**20,
+        unit="requests",
     )
     max_queued_tokens: int = count_setting(
         2**22, "prompt tokens of all waiting requests together", low=1, high=2**40, unit="tokens"
@@ -72,9 +76,6 @@ class ServerOptions:
     log_level: str = choice_setting("info", LOG_LEVELS, "least important lines that are logged")
     log_json: bool = flag_setting(False, "log one JSON object a line")
     log_prompts: bool = flag_setting(False, "log what is asked and answered")
-    otel_endpoint: str | None = text_setting(
-        None, "collector for OpenTelemetry traces, such as http://127.0.0.1:4318", optional=True
-    )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ServerOptions:

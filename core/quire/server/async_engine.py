@@ -1,0 +1,359 @@
+"""The engine behind `await`: requests in, outputs out, while the engine runs in its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+from attrs import frozen
+
+from quire.config import EngineConfig
+from quire.errors import EngineDeadError, OverloadedError, RequestError
+from quire.frontend import Frontend
+from quire.request import Request, RequestOutput, SamplingParams, SequenceUpdate
+from quire.server.admission import Admission
+from quire.server.engine_client import ENGINE_MODULE, Death, EngineClient, EngineStartError
+from quire.server.messages import (
+    Abort,
+    Finish,
+    FromEngine,
+    Ready,
+    Refused,
+    Stepped,
+    StepStats,
+    add_of,
+)
+from quire.server.stream import News, Stream
+from quire.text.input_processor import RenderedChat, prompt_text
+from quire.text.output_processor import OutputProcessor
+
+log = logging.getLogger("quire.server")
+
+RESTART_WINDOW_S = 3600.0
+STOP_GRACE_S = 5.0
+# What is shorter is tokenized at once: a thread costs more, and waits for its turn.
+INLINE_CHARS = 4096
+
+
+@frozen(kw_only=True)
+class ServingLimits:
+    """How much an `AsyncEngine` takes on. Units as in `ServerOptions`."""
+
+    tokenizer_pool_size: int = 2
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 2**22
+    max_engine_restarts: int = 3
+
+
+class AsyncEngine:
+    """A model in a process of its own, for programs that run an event loop.
+
+    `AsyncEngine(model, **options)` takes the options of `LLM`. Use it as
+
+        async with AsyncEngine("demo") as engine:
+            async for output in engine.generate("Hello", SamplingParams(max_tokens=8)):
+                ...
+
+    All methods belong to the event loop that started it.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """Check options and files. Raises: ConfigError, CheckpointError or PluginError."""
+        config = EngineConfig.from_options({"model": str(model), **options})
+        self._prepare(Frontend(config), ServingLimits(), ENGINE_MODULE)
+
+    @classmethod
+    def from_frontend(
+        cls, frontend: Frontend, limits: ServingLimits, *, module: str = ENGINE_MODULE
+    ) -> AsyncEngine:
+        """Make one whose files were checked; `module` is what the engine's process runs."""
+        engine = cls.__new__(cls)
+        engine._prepare(frontend, limits, module)
+        return engine
+
+    def _prepare(self, frontend: Frontend, limits: ServingLimits, module: str) -> None:
+        self.frontend = frontend
+        self.limits = limits
+        self.stats = StepStats()
+        self.last_message_s = time.monotonic()
+        self.on_stats: Callable[[StepStats], None] = lambda stats: None
+        self.on_restart: Callable[[], None] = lambda: None
+        self.on_given_up: Callable[[Death], None] = lambda death: None
+        running = frontend.config.scheduler.max_num_seqs
+        self.admission = Admission(
+            max_requests=running + limits.max_queued_requests,
+            max_tokens=limits.max_queued_tokens,
+        )
+        self._module = module
+        self._outputs = OutputProcessor(frontend.tokenizer)
+        self._streams: dict[str, Stream] = {}
+        self._num_incomplete = 0  # streams that the engine still works for
+        self._numbers = itertools.count()
+        self._pool = ThreadPoolExecutor(limits.tokenizer_pool_size, "quire-tokenizer")
+        self._client: EngineClient | None = None
+        self._is_ready = False
+        self._deaths: deque[float] = deque()
+        self._restart: asyncio.Task[None] | None = None
+        self._stopped = False
+
+    async def __aenter__(self) -> AsyncEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.stop()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken on."""
+        return self._is_ready and not self._stopped
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process id, None before the start."""
+        return None if self._client is None else self._client.pid
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Every request that is not closed."""
+        return tuple(self._streams.values())
+
+    def idle_s(self) -> float:
+        """Return for how long the engine has said nothing although it has work; 0 without work."""
+        return time.monotonic() - self.last_message_s if self._num_incomplete else 0.0
+
+    # Start and end
+
+    async def start(self) -> Ready:
+        """Load the model. Raises: EngineStartError where the process ended instead."""
+        self._client = EngineClient(
+            self.frontend.config.to_options(),
+            on_message=self._take_message,
+            on_death=self._take_death,
+            module=self._module,
+        )
+        ready = await self._client.start()
+        self.frontend.serve(ready.max_model_len)
+        self.stats = StepStats(num_blocks=ready.num_blocks)
+        self._is_ready = True
+        return ready
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """End the engine; requests that still run end with an error. May be called again."""
+        self._stopped = True
+        if self._restart is not None:
+            self._restart.cancel()
+        self.fail_all("the engine was stopped.")
+        if self._client is not None:
+            await self._client.stop(grace_s)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.frontend.close()
+
+    def kill(self) -> None:
+        """End the engine's process now, without a word."""
+        self._stopped = True
+        if self._client is not None:
+            self._client.kill()
+
+    # Requests
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield all that a request has so far, whenever there is more.
+
+        Leaving the loop ends the request. Raises: RequestError, OverloadedError, EngineDeadError.
+        """
+        params = sampling_params or self.frontend.sampling_params()
+        stream = await self.submit(prompt, params, request_id=request_id, priority=priority)
+        try:
+            while not stream.is_finished:
+                if await stream.next():
+                    yield stream.output()
+        finally:
+            stream.close()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its output ends with finish_reason `abort`. Unknown ids are no error."""
+        stream = self._streams.get(request_id)
+        if stream is not None and not stream.is_complete:
+            self._outputs.abort(request_id)
+            self._end_in_engine(stream)
+            stream.news.ring()
+
+    async def submit(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        news: News | None = None,
+    ) -> Stream:
+        """Queue a request and return its stream, which must be closed.
+
+        Raises: RequestError, OverloadedError.
+        """
+        arrival_s = time.monotonic()
+        self._check_ready()
+        if request_id is None:
+            request_id = f"quire-{next(self._numbers)}"
+        self.admission.take_request()
+        try:
+            options: dict[str, Any] = {
+                "arrival_s": arrival_s,
+                "priority": priority,
+                "cache_salt": cache_salt,
+            }
+            process = self.frontend.inputs.process
+            if _is_short(prompt):
+                request = process(prompt, params, request_id=request_id, **options)
+            else:
+                request = await self.in_pool(
+                    lambda: process(prompt, params, request_id=request_id, **options)
+                )
+            return self._send(request, prompt_text(prompt), news)
+        except BaseException:
+            self.admission.give_request()
+            raise
+
+    async def render(self, messages: Any, **options: Any) -> RenderedChat:
+        """Return the prompt of a conversation. Raises: RequestError, ConfigError."""
+        return await self.in_pool(lambda: self.frontend.render(messages, **options))
+
+    async def in_pool(self, work: Callable[[], Any]) -> Any:
+        """Run work of the tokenizer in one of its threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _send(self, request: Request, text: str | None, news: News | None) -> Stream:
+        self._check_ready()
+        if request.request_id in self._streams:
+            raise RequestError(
+                f"request id {request.request_id!r} is in use; give each request its own.",
+                parameter="request_id",
+            )
+        self.admission.take_tokens(len(request.prompt_token_ids))
+        self._outputs.add_request(request, text)
+        stream = Stream(request, self._outputs, on_close=self._close, news=news)
+        if self._num_incomplete == 0:
+            self.last_message_s = time.monotonic()
+        self._num_incomplete += 1
+        self._streams[request.request_id] = stream
+        assert self._client is not None, "an engine that is ready has a process"
+        self._client.send(add_of(request))
+        return stream
+
+    def _check_ready(self) -> None:
+        if not self.is_ready:
+            raise OverloadedError(
+                "the engine is not ready; try again soon.", code="not_ready", retry_after_s=2
+            )
+
+    def _close(self, stream: Stream) -> None:
+        self._end_in_engine(stream)
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._outputs.remove(stream.request_id)
+            self.admission.give_request()
+
+    def _end_in_engine(self, stream: Stream) -> None:
+        if not stream.is_complete and self._client is not None:
+            self._client.send(Abort([stream.request_id]))
+        self._complete(stream)
+
+    def _complete(self, stream: Stream) -> None:
+        """Note that the engine has nothing more for a stream."""
+        if not stream.is_complete:
+            stream.is_complete = True
+            self._num_incomplete -= 1
+        self._leave_queue(stream)
+
+    def _leave_queue(self, stream: Stream) -> None:
+        if stream.is_queued:
+            stream.is_queued = False
+            self.admission.give_tokens(stream.num_prompt_tokens)
+
+    # What the engine says
+
+    def _take_message(self, message: FromEngine) -> None:
+        self.last_message_s = time.monotonic()
+        if isinstance(message, Stepped):
+            self._take_step(message)
+        elif isinstance(message, Refused):
+            stream = self._streams.get(message.request_id)
+            if stream is not None:
+                self._complete(stream)
+                stream.fail(RequestError(message.message, parameter=message.parameter))
+
+    def _take_step(self, message: Stepped) -> None:
+        processed = self._outputs.process(cast(list[SequenceUpdate], message.updates))
+        if processed.to_finish and self._client is not None:
+            self._client.send(Finish(list(processed.to_finish)))
+        now_s = self.last_message_s
+        streams = self._streams
+        for request_id in message.started:
+            if request_id in streams:
+                streams[request_id].scheduled_s = now_s - message.stats.step_time_s
+        for request_id in processed.finished:
+            self._complete(streams[request_id])
+        for request_id in processed.changed:
+            stream = streams[request_id]
+            if stream.is_queued:
+                self._leave_queue(stream)
+            stream.notify(now_s)
+        self.stats = message.stats
+        self.on_stats(message.stats)
+
+    def _take_death(self, death: Death) -> None:
+        """End every request with an error, and start the engine again if that may help."""
+        log.error("%s", death.message, extra={"fields": {"traceback": death.traceback}})
+        self._is_ready = False
+        self.stats = StepStats()
+        self.fail_all(f"the engine stopped: {death.message}.")
+        if self._client is not None:
+            self._client.close()
+        if self._stopped:
+            return
+        now_s = time.monotonic()
+        while self._deaths and now_s - self._deaths[0] > RESTART_WINDOW_S:
+            self._deaths.popleft()
+        self._deaths.append(now_s)
+        if death.exit_code == 2 or len(self._deaths) > self.limits.max_engine_restarts:
+            self.on_given_up(death)
+            return
+        self._restart = asyncio.create_task(self._start_again())
+
+    async def _start_again(self) -> None:
+        log.warning("starting the engine again")
+        try:
+            await self.start()
+        except EngineStartError as error:
+            self._take_death(error.death)
+            return
+        self.on_restart()
+        log.warning("the engine is ready again")
+
+    def fail_all(self, reason: str) -> None:
+        """End every request with an error; the engine stops working for them."""
+        for stream in self._streams.values():
+            if not stream.is_complete:
+                self._end_in_engine(stream)
+                stream.fail(EngineDeadError(reason))
+
+
+def _is_short(prompt: Any) -> bool:
+    """Whether a prompt is checked and tokenized in less time than handing it to a thread takes."""
+    if isinstance(prompt, RenderedChat):
+        prompt = prompt.text
+    return isinstance(prompt, (str, list, tuple)) and len(prompt) <= INLINE_CHARS

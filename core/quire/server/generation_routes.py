@@ -1,0 +1,134 @@
+"""The routes that generate: completions, chat completions, responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from quire.errors import ConfigError, RequestError
+from quire.request import SamplingParams
+from quire.server.access import combined_salt
+from quire.server.answers import AnswerOptions, Answers, ChatAnswers, CompletionAnswers
+from quire.server.generation import Asked, Generation
+from quire.server.protocol.chat import ChatCompletionRequest
+from quire.server.protocol.completions import CompletionRequest
+from quire.server.protocol.parsing import parse
+from quire.server.records import record_of
+from quire.server.replies import EventReply, WholeReply
+from quire.server.requests import body_of
+from quire.server.service import Service
+from quire.server.sources import AnswerSource
+from quire.server.stream import Stream
+from quire.text.tokenizer import Tokenizer
+
+
+class GenerationRoutes:
+    """Handlers of the routes that generate."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def completions(self, request: Request) -> Response:
+        """Complete one prompt or several."""
+        asked = parse(await body_of(request, self._service.options), CompletionRequest)
+        self._check(asked.model)
+        params = asked.sampling_params(self._defaults())
+        answers = CompletionAnswers(self._completion_options(asked), self._prompt_text)
+        wanted = self._asked(request.scope, asked, asked.prompts(), params)
+        generation = await self._begin(request.scope, wanted)
+        return self._reply(generation, answers, stream=bool(asked.stream))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        asked = parse(await body_of(request, self._service.options), ChatCompletionRequest)
+        generation, answers = await self.begin_chat(request.scope, asked)
+        return self._reply(generation, answers, stream=bool(asked.stream))
+
+    async def begin_chat(
+        self, scope: Any, asked: ChatCompletionRequest
+    ) -> tuple[Generation, Answers]:
+        """Queue a conversation. Raises: RequestError, OverloadedError, ApiError."""
+        self._check(asked.model)
+        params = asked.sampling_params(self._defaults())
+        answers = ChatAnswers(self._chat_options(asked))
+        prompt = await self.render(asked.messages, asked.template_options())
+        generation = await self._begin(scope, self._asked(scope, asked, [prompt], params))
+        return generation, answers
+
+    async def render(self, messages: Any, options: Mapping[str, Any]) -> Any:
+        """Return the prompt of a conversation. Raises: RequestError."""
+        self._service.check_open()
+        try:
+            return await self._service.engine.render(messages, **options)
+        except ConfigError as error:  # the checkpoint has no template
+            raise RequestError(str(error), parameter="messages") from error
+
+    def _check(self, model: str) -> None:
+        self._service.check_open()
+        self._service.check_model(model)
+
+    def _defaults(self) -> dict[str, Any]:
+        return self._service.frontend.defaults.sampling_defaults()
+
+    def _asked(self, scope: Any, body: Any, prompts: Any, params: SamplingParams) -> Asked:
+        key = scope["state"].get("quire_key")
+        return Asked(
+            prompts=prompts,
+            params=params,
+            priority=body.priority or 0,
+            cache_salt=combined_salt(key, body.cache_salt) or None,
+        )
+
+    async def _begin(self, scope: Any, asked: Asked) -> Generation:
+        generation = await Generation.begin(self._service.engine, asked)
+        record_of(scope).generation = generation
+        return generation
+
+    def _reply(self, generation: Generation, answers: Answers, *, stream: bool) -> Response:
+        if not stream:
+            return WholeReply(generation, answers.whole)
+        source = AnswerSource(generation, answers)
+        return EventReply(generation, source, self._service.patience)
+
+    def _completion_options(self, asked: CompletionRequest) -> AnswerOptions:
+        return self._options(
+            asked,
+            num_logprobs=asked.num_logprobs,
+            echo=bool(asked.echo),
+            generates=not asked.wants_no_generation,
+        )
+
+    def _chat_options(self, asked: ChatCompletionRequest) -> AnswerOptions:
+        return self._options(asked, num_logprobs=asked.num_logprobs)
+
+    def _options(self, asked: Any, **own: Any) -> AnswerOptions:
+        stream_options = asked.stream_options
+        return AnswerOptions(
+            model=asked.model,
+            token_bytes=self._tokenizer().token_bytes if own["num_logprobs"] is not None else _none,
+            fingerprint=self._service.fingerprint,
+            include_usage=bool(stream_options and stream_options.include_usage),
+            continuous_usage=bool(stream_options and stream_options.continuous_usage_stats),
+            token_ids=bool(asked.return_token_ids),
+            **own,
+        )
+
+    def _tokenizer(self) -> Tokenizer:
+        try:
+            return self._service.frontend.require_tokenizer()
+        except ConfigError as error:
+            raise RequestError(str(error), parameter="logprobs") from error
+
+    def _prompt_text(self, stream: Stream) -> str:
+        """Return the text of a prompt to echo, also where it came as token ids."""
+        text = stream.output().prompt
+        if text is not None:
+            return text
+        return self._tokenizer().decode(stream.request.prompt_token_ids, False)
+
+
+def _none(token_id: int) -> bytes:
+    raise AssertionError("no log-probabilities were asked for")

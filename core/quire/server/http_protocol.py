@@ -1,0 +1,127 @@
+"""HTTP/1.1 with bounds: headers in bytes, number and time, and our own words for bad bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from quire.server.errors import ApiError, header_too_large, malformed, timed_out, too_large
+from quire.server.options import ServerOptions
+
+MAX_HEADERS = 100
+MAX_URL_BYTES = 8192
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol on httptools, which has no bounds of its own."""
+
+    options: ServerOptions
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin; a connection that sends nothing is closed."""
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._in_head = True
+        self._refused = False
+        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(
+            self.options.idle_timeout_s, self._close_idle
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timer."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count bytes before they are parsed: a header that never ends is never parsed."""
+        if self._refused:
+            return
+        if self._in_head:
+            if self._head_bytes == 0:
+                self._start_timer()
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self.options.max_header_bytes:
+            self._refuse(header_too_large(self.options.max_header_bytes))
+
+    def on_url(self, url: bytes) -> None:
+        """Take the path."""
+        super().on_url(url)
+        if len(self.url) > MAX_URL_BYTES:
+            self._refuse(malformed(f"the path is longer than {MAX_URL_BYTES} bytes"))
+
+    def on_headers_complete(self) -> None:
+        """Check what was sent before a request is made of it."""
+        self._stop_timer()
+        self._in_head = False
+        self._head_bytes = 0
+        self.scope["state"]["quire_hang_up"] = self.transport.abort
+        if self._refused:
+            return
+        error = self._head_error()
+        if error is not None:
+            self._refuse(error)
+            return
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Be ready for the next request on the connection."""
+        if not self._refused:
+            super().on_message_complete()
+        self._in_head = True
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        if not self._refused:
+            super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP."""
+        self._refuse(malformed("the bytes cannot be parsed"))
+
+    def _head_error(self) -> ApiError | None:
+        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
+        if size > self.options.max_header_bytes or len(self.headers) > MAX_HEADERS:
+            return header_too_large(self.options.max_header_bytes)
+        names = [name for name, _ in self.headers]
+        if b"content-length" in names and b"transfer-encoding" in names:
+            return malformed("Content-Length and Transfer-Encoding exclude each other")
+        for name, value in self.headers:
+            if name == b"content-length" and int(value) > self.options.max_body_bytes:
+                return too_large(self.options.max_body_bytes)
+        return None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer and close; what still arrives is dropped."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        body = error.body()
+        reason = {400: "Bad Request", 408: "Request Timeout", 413: "Content Too Large"}
+        status = f"HTTP/1.1 {error.status} {reason.get(error.status, 'Error')}\r\n"
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write((status + head + "connection: close\r\n\r\n").encode() + body)
+        self.transport.close()
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(self.options.header_timeout_s, self._time_out)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _time_out(self) -> None:
+        self._refuse(timed_out("request's head"))
+
+    def _close_idle(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+def limited_protocol(options: ServerOptions) -> type[LimitedHttpProtocol]:
+    """Return the protocol class that uvicorn makes one of for each connection."""
+    return type("Protocol", (LimitedHttpProtocol,), {"options": options})

@@ -1,0 +1,109 @@
+"""What the bodies of all routes that generate have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from quire.errors import RequestError
+from quire.request import SamplingParams
+from quire.server.protocol import fields as f
+from quire.server.protocol.sampling import sampling_params
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a stream tells of its usage. Obfuscation is never sent."""
+
+    include_usage: f.Flag | None = None
+    continuous_usage_stats: f.Flag | None = None
+    include_obfuscation: f.Flag | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Fields of every route that generates; null is as good as absent.
+
+    First OpenAI's, then vLLM's; then those that change nothing, and those that are refused.
+    """
+
+    model: f.Name
+    temperature: f.Temperature | None = None
+    top_p: f.TopP | None = None
+    stop: f.Stop | None = None
+    seed: f.Integer64 | None = None
+    logit_bias: f.LogitBias | None = None
+    presence_penalty: f.Penalty | None = None
+    frequency_penalty: f.Penalty | None = None
+    stream: f.Flag | None = None
+    stream_options: StreamOptions | None = None
+
+    top_k: f.TopK | None = None
+    min_p: f.MinP | None = None
+    repetition_penalty: f.RepetitionPenalty | None = None
+    stop_token_ids: f.StopTokenIds | None = None
+    ignore_eos: f.Flag | None = None
+    min_tokens: f.CountOrZero | None = None
+    skip_special_tokens: f.Flag | None = None
+    include_stop_str_in_output: f.Flag | None = None
+    prompt_logprobs: f.NumLogprobs | None = None
+    return_token_ids: f.Flag | None = None
+    return_tokens_as_token_ids: f.Flag | None = None
+    priority: f.Integer64 | None = None
+    cache_salt: f.CacheSalt | None = None
+    request_id: f.RequestId | None = None
+
+    metadata: f.Metadata | None = None
+    store: f.Flag | None = None
+    service_tier: f.Ignored | None = None
+    prompt_cache_key: f.Ignored | None = None
+    prompt_cache_retention: f.Ignored | None = None
+    safety_identifier: f.Ignored | None = None
+    user: f.Ignored | None = None
+
+    use_beam_search: Literal[False] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    guided_json: f.Refused = None
+    guided_regex: f.Refused = None
+    guided_choice: f.Refused = None
+    guided_grammar: f.Refused = None
+    structured_outputs: f.Refused = None
+    allowed_token_ids: f.Refused = None
+    bad_words: f.Refused = None
+    truncate_prompt_tokens: f.Refused = None
+    prompt_embeds: f.Refused = None
+    logits_processors: f.Refused = None
+    length_penalty: f.Refused = None
+    kv_transfer_params: f.Refused = None
+    moderation: f.Refused = None
+    prompt_cache_options: f.Refused = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many other tokens each token's log-probability comes with; None: no such list."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
+
+    def length_limit(self) -> tuple[str, int | None]:
+        """Return the field that limits the answer's tokens, and what SamplingParams gets of it."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse fields that do not fit together. Raises: RequestError."""
+        if self.stream_options is not None and not self.stream:
+            raise conflict("stream_options", "needs stream; set stream to true or leave it out")
+        if self.prompt_logprobs is not None and self.stream:
+            raise conflict("prompt_logprobs", "cannot be streamed; set stream to false")
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return how to choose tokens and when to stop. Raises: RequestError."""
+        return sampling_params(self, defaults)
+
+
+def conflict(name: str, fact: str) -> RequestError:
+    """Return the error for a field that does not fit to another."""
+    return RequestError(f"{name} {fact}.", parameter=name)

@@ -1,0 +1,191 @@
+"""From bytes to a typed body: the first wrong thing ends it, in C and in one sentence."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from quire.config import nearest
+from quire.errors import RequestError
+from quire.server.protocol.fields import REFUSED
+from quire.text.json_files import shorten
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+MAX_SHOWN = 60
+MAX_LOOKED_BACK = 4096  # bytes before a mistake in which its field is searched
+
+_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
+_KEY = re.compile(rb'"(\w{1,64})"\s*:')
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+_NOT_FINITE = re.compile(rb"-?(NaN|Inf)")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def parse(data: bytes, kind: type[Body]) -> Body:
+    """Return the body of a request. Raises: RequestError, naming the field."""
+    if not data.strip():
+        raise RequestError("the body is empty; send a JSON object.")
+    try:
+        return _decoder(kind).decode(data)
+    except msgspec.ValidationError as error:
+        raise _Mistake(str(error), data, kind).explain() from None
+    except msgspec.DecodeError as error:
+        raise _not_json(data, str(error), kind) from None
+    except UnicodeDecodeError:
+        raise RequestError("the body is not UTF-8; send JSON in UTF-8.") from None
+    except RecursionError:
+        raise RequestError("the body is nested too deeply; send plainer JSON.") from None
+
+
+@functools.cache
+def _decoder(kind: type[Body]) -> msgspec.json.Decoder[Body]:
+    return msgspec.json.Decoder(kind)
+
+
+def _not_json(data: bytes, text: str, kind: type[msgspec.Struct]) -> RequestError:
+    half = _HALF_PAIR.search(data) if "truncated" in text or "surrogate" in text else None
+    if half is not None:
+        name = _field_before(data, half.start(), kind)
+        fact = "has half a surrogate pair, which is not a character; leave it out"
+        return RequestError(f"{name or 'the body'} {fact}.", parameter=name)
+    found = re.search(r"\(byte (\d+)\)", text)
+    position = int(found[1]) if found else len(data)
+    if _NOT_FINITE.match(data, position) or _NOT_FINITE.match(data, max(0, position - 1)):
+        name = _field_before(data, position, kind)
+        fact = "has NaN or an infinity; allowed: finite numbers"
+        return RequestError(f"{name or 'the body'} {fact}.", parameter=name)
+    reason = shorten(text.removeprefix("JSON is malformed: "), 100).strip("'\"")
+    return RequestError(f"the body is not JSON: {reason}; send a JSON object.")
+
+
+def _field_before(data: bytes, position: int, kind: type[msgspec.Struct]) -> str | None:
+    """Return the last field that was named before a position."""
+    before = data[max(0, position - MAX_LOOKED_BACK) : position]
+    names = [match.decode("ascii", "replace") for match in _KEY.findall(before)]
+    known = set(kind.__struct_encode_fields__)
+    return next((name for name in reversed(names) if name in known), None)
+
+
+class _Mistake:
+    """What the decoder says of the first value that does not fit, in our words."""
+
+    def __init__(self, text: str, data: bytes, kind: type[msgspec.Struct]) -> None:
+        found = _PLACE.search(text)
+        self.path = found[1] if found else ""
+        self.text = text[: found.start()] if found else text
+        self.field = re.split(r"[.\[]", self.path, maxsplit=1)[0] or None
+        self._data = data
+        self._kind = kind
+
+    def explain(self) -> RequestError:
+        """Return the error for the client."""
+        unknown = re.match(r"Object contains unknown field `(.*)`\Z", self.text, re.DOTALL)
+        if unknown is not None:
+            return self._unknown_field(unknown[1])
+        missing = re.match(r"Object missing required field `(.*)`", self.text)
+        if missing is not None:
+            where = f"{self.path}.{missing[1]}" if self.path else missing[1]
+            return self._error(f"{where} is missing; it is required.", missing[1])
+        if not self.path:
+            return RequestError(f"the body is {self._given()}; send a JSON object.")
+        notes = _notes(self._kind)
+        general = re.sub(r"\[[^]]*\]", "[]", self.path)
+        allowed = _closest(notes, general)
+        if allowed is None:
+            fact = "is not supported by this version of Quire; leave it out"
+            return self._error(f"{self.path} {fact}.")
+        return self._error(f"{self.path} is {self._given()}; allowed: {allowed}.")
+
+    def _error(self, message: str, name: str | None = None) -> RequestError:
+        return RequestError(message, parameter=self.field or name)
+
+    def _unknown_field(self, name: str) -> RequestError:
+        if self.path:
+            return self._error(
+                f"{self.path} has the unknown field {shorten(name, MAX_SHOWN)}; leave it out."
+            )
+        short = name if len(name) <= MAX_SHOWN else name[: MAX_SHOWN - 3] + "..."
+        hint = nearest(short, self._kind.__struct_encode_fields__)
+        shown = shorten(name, MAX_SHOWN)
+        return RequestError(f"unknown field {shown}.{hint} Leave it out.", parameter=short)
+
+    def _given(self) -> str:
+        """Say what was given: a plain value of the body's own fields, else its kind."""
+        raw = self._raw_value() if self.path and self.path == self.field else b""
+        if raw and raw[:1] not in b"[{":
+            text = raw[: 2 * MAX_SHOWN].decode("utf-8", "replace")
+            return text if len(raw) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+        got = re.search(r", got `(\w+)`\Z", self.text)
+        if got is not None:
+            return _KINDS.get(got[1], got[1])
+        value = re.match(r"Invalid enum value (.*)\Z", self.text, re.DOTALL)
+        if value is not None:
+            return shorten(value[1].strip("'"), MAX_SHOWN)
+        if "length" in self.text:
+            return "empty" if ">= 1" in self.text else "too long"
+        return "out of range"
+
+    def _raw_value(self) -> bytes:
+        try:
+            fields = msgspec.json.decode(self._data, type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return b""
+        return bytes(fields.get(self.field or "", b""))
+
+
+def _closest(notes: dict[str, str | None], path: str) -> str | None:
+    """Return what is allowed at a path: of the place itself, or of what holds it."""
+    while path not in notes and path:
+        path = path[: max(path.rfind("."), path.rfind("["), 0)]
+    return notes.get(path, "what the OpenAPI document says")
+
+
+@functools.cache
+def _notes(kind: type[msgspec.Struct]) -> dict[str, str | None]:
+    """Return what is allowed by path (`messages[].role`); None where all is refused."""
+    notes: dict[str, str | None] = {}
+    _collect(inspect.type_info(kind), "", notes)
+    return notes
+
+
+def _collect(info: Any, path: str, notes: dict[str, str | None]) -> None:
+    if isinstance(info, inspect.Metadata):
+        schema = info.extra_json_schema or {}
+        if "description" in schema and path not in notes:
+            is_refused = bool((info.extra or {}).get(REFUSED))
+            notes[path] = None if is_refused else str(schema["description"])
+        _collect(info.type, path, notes)
+    elif isinstance(info, inspect.UnionType):
+        for member in info.types:
+            _collect(member, path, notes)
+    elif isinstance(info, inspect.StructType):
+        for field in info.fields:
+            _collect(field.type, f"{path}.{field.encode_name}".lstrip("."), notes)
+    elif isinstance(info, inspect.ListType):
+        _collect(info.item_type, f"{path}[]", notes)
+    elif path not in notes:
+        notes[path] = _plain_kind(info)
+
+
+def _plain_kind(info: Any) -> str:
+    """Say what a type without a description allows."""
+    if isinstance(info, inspect.LiteralType):
+        return ", ".join(msgspec.json.encode(value).decode() for value in info.values)
+    name = type(info).__name__.removesuffix("Type").lower()
+    return _KINDS.get({"dict": "object"}.get(name, name), "what the OpenAPI document says")

@@ -1,0 +1,205 @@
+"""The body of `POST /v1/responses`, and the conversation that it stands for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from quire.server.protocol import fields as f
+from quire.server.protocol.chat import ToolChoice
+from quire.server.protocol.generation import GenerationBody, conflict
+
+
+class ResponsePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A piece of text, of the user's or of an earlier answer."""
+
+    type: Annotated[
+        Literal["input_text", "output_text"],
+        Meta(description="input_text, output_text; this version takes no other parts"),
+    ]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A message, a call of a function, or what a function gave; without a type, a message."""
+
+    type: Annotated[
+        Literal["message", "function_call", "function_call_output"],
+        Meta(description="message, function_call, function_call_output"),
+    ] = "message"
+    role: (
+        Annotated[
+            Literal["system", "developer", "user", "assistant"],
+            Meta(description="system, developer, user, assistant"),
+        ]
+        | None
+    ) = None
+    content: str | list[ResponsePart] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[ResponsePart] | None = None
+
+
+class FlatTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A function that the model may call."""
+
+    type: Annotated[Literal["function"], Meta(description="function; others are not supported")]
+    name: f.FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: f.Flag | None = None
+
+
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The form of an answer."""
+
+    type: Annotated[Literal["text"], Meta(description="text; others are not supported yet")]
+    name: f.Refused = None
+    schema: f.Refused = None
+    strict: f.Refused = None
+    description: f.Refused = None
+
+
+class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How an answer is written."""
+
+    format: TextFormat | None = None
+    verbosity: f.Ignored | None = None
+
+
+Input = Annotated[
+    Annotated[str, Meta(min_length=1)]
+    | Annotated[list[InputItem], Meta(min_length=1, max_length=f.MAX_MESSAGES)],
+    Meta(description=f"a text, or a list of 1 to {f.MAX_MESSAGES} items; not empty"),
+]
+FlatTools = Annotated[
+    list[FlatTool], Meta(max_length=f.MAX_TOOLS, description=f"up to {f.MAX_TOOLS} functions")
+]
+
+
+class ResponsesRequest(
+    GenerationBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """A text or a conversation to be answered."""
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: f.Count | None = None
+    top_logprobs: f.NumLogprobs | None = None
+    tools: FlatTools | None = None
+    tool_choice: ToolChoice | None = None
+    text: TextOptions | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+
+    reasoning: (
+        Annotated[dict[str, Any], Meta(description="an object; it changes nothing")] | None
+    ) = None
+    parallel_tool_calls: f.Flag | None = None
+
+    previous_response_id: f.Refused = None
+    conversation: f.Refused = None
+    max_tool_calls: f.Refused = None
+    prompt: f.Refused = None
+    access_programs: f.Refused = None
+    background_options: f.Refused = None
+    context_management: f.Refused = None
+    image: f.Refused = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The log-probabilities asked for: by their number, or by `include`."""
+        return self.top_logprobs if self.top_logprobs or not self.include else 0
+
+    def length_limit(self) -> tuple[str, int | None]:
+        """Return `max_output_tokens`."""
+        return "max_output_tokens", self.max_output_tokens
+
+    def check(self) -> None:
+        """Refuse fields that do not fit together. Raises: RequestError."""
+        super().check()
+        if self.tool_choice == "auto" and self.tools is None:
+            raise conflict("tool_choice", "needs tools; give some or leave it out")
+        to_messages(self)
+
+
+def to_chat_tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
+    """Return the tools in the form that chat templates read."""
+    if not request.tools or request.tool_choice == "none":
+        return None
+    tools = []
+    for tool in request.tools:
+        function = msgspec.to_builtins(tool)
+        tools.append({"type": function.pop("type"), "function": function})
+    return tools
+
+
+def to_messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """Return the conversation as chat messages. Raises: RequestError, naming `input`.
+
+    Calls that stand together, and those after the assistant's text, become one message.
+    """
+    messages: list[dict[str, Any]] = []
+    if request.instructions is not None:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        return [*messages, {"role": "user", "content": request.input}]
+    for position, item in enumerate(request.input):
+        where = f"input[{position}]"
+        if item.type == "function_call":
+            _add_call(messages, item, where)
+        elif item.type == "function_call_output":
+            messages.append(_output(item, where))
+        else:
+            messages.append(_message(item, where))
+    return messages
+
+
+def _message(item: InputItem, where: str) -> dict[str, Any]:
+    role = _required(item.role, f"{where}.role")
+    return {"role": role, "content": _text(_required(item.content, f"{where}.content"))}
+
+
+def _add_call(messages: list[dict[str, Any]], item: InputItem, where: str) -> None:
+    call = {
+        "id": _required(item.call_id, f"{where}.call_id"),
+        "type": "function",
+        "function": {
+            "name": _required(item.name or None, f"{where}.name"),
+            "arguments": _required(item.arguments, f"{where}.arguments"),
+        },
+    }
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _output(item: InputItem, where: str) -> dict[str, Any]:
+    return {
+        "role": "tool",
+        "tool_call_id": _required(item.call_id, f"{where}.call_id"),
+        "content": _text(_required(item.output, f"{where}.output")),
+    }
+
+
+def _text(content: str | list[ResponsePart]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return [{"type": "text", "text": part.text} for part in content]
+
+
+def _required(value: Any, where: str) -> Any:
+    if value is None:
+        error = conflict(where, "is missing; it is required")
+        error.parameter = "input"
+        raise error
+    return value

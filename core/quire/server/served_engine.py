@@ -1,0 +1,83 @@
+"""The engine as its process serves it: with figures for `/metrics`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from quire.engine import Engine
+from quire.server.messages import Ready, StepStats
+
+GPU_PERIOD_S = 2.0  # asking the driver takes up to a millisecond
+
+
+class ServedEngine:
+    """An engine and what is told of it after each step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._gpu = _gpu_of(engine)
+        self._gpu_asked_at = float("-inf")
+        self.add_request = engine.add_request
+        self.abort = engine.abort
+        self.has_unfinished = engine.has_unfinished
+        self.step = engine.step
+        self.finish_sequence = engine.finish_sequence
+
+    def ready(self, phases_s: dict[str, float]) -> Ready:
+        """Say what was loaded."""
+        engine = self._engine
+        return Ready(
+            max_model_len=engine.max_model_len,
+            num_blocks=engine.block_manager.num_blocks,
+            block_size=engine.config.cache.block_size,
+            phases_s=phases_s,
+            selections=[f"{s.kind}: {s.used}" for s in engine.selections],
+        )
+
+    def stats(self) -> StepStats:
+        """Return where the engine stands."""
+        engine = self._engine
+        timing, scheduler, blocks = engine.timing, engine.scheduler, engine.block_manager
+        return StepStats(
+            scheduler.num_running,
+            scheduler.num_waiting,
+            blocks.num_used_blocks,
+            blocks.num_blocks,
+            blocks.num_queried_tokens,
+            blocks.num_hit_tokens,
+            scheduler.num_preemptions,
+            timing.step_s,
+            timing.host_s,
+            timing.num_tokens,
+            timing.num_seqs,
+            *self._gpu_figures(),
+        )
+
+    def started(self) -> list[str]:
+        """Return the requests that computed for the first time in the last step."""
+        return self._engine.timing.started
+
+    def _gpu_figures(self) -> tuple[int | None, int | None, float | None]:
+        now = time.monotonic()
+        if self._gpu is None or now - self._gpu_asked_at < GPU_PERIOD_S:
+            return None, None, None
+        self._gpu_asked_at = now
+        return gpu_figures(self._gpu)
+
+
+def _gpu_of(engine: Engine) -> Any | None:
+    device = engine.runner.device
+    return device if device.type == "cuda" else None
+
+
+def gpu_figures(device: Any) -> tuple[int, int, float | None]:
+    """Return used and total bytes, and the share of time that kernels ran, where it is known."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    try:
+        utilization = torch.cuda.utilization(device) / 100
+    except (ImportError, RuntimeError):  # without NVIDIA's management library
+        utilization = None
+    return total - free, total, utilization

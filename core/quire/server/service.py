@@ -1,0 +1,128 @@
+"""What the routes share: the engine, the keys, the figures, and whether requests may come."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from quire.errors import OverloadedError
+from quire.frontend import Frontend
+from quire.server.access import Keys
+from quire.server.async_engine import AsyncEngine, ServingLimits
+from quire.server.engine_client import ENGINE_MODULE
+from quire.server.errors import model_not_found
+from quire.server.event_stream import Patience
+from quire.server.messages import Ready
+from quire.server.metrics import ServerMetrics
+from quire.server.options import ServerOptions
+
+log = logging.getLogger("quire.server")
+
+WATCH_PERIOD_S = 0.5
+MAX_LOGGED_REQUESTS = 50
+
+
+class Service:
+    """One server's state. Everything but the engine's process lives in one event loop."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        options: ServerOptions,
+        *,
+        environment: Mapping[str, str],
+        module: str = ENGINE_MODULE,
+    ) -> None:
+        """Check the keys. Raises: ConfigError."""
+        self.options = options
+        self.frontend = frontend
+        self.keys = Keys.from_options(options, environment)
+        self.model_names = options.served_model_name or (frontend.config.model.model,)
+        self.metrics = ServerMetrics(self.model_names[0])
+        self.patience = Patience(
+            keep_alive_s=options.keep_alive_s, reader_timeout_s=options.reader_timeout_s
+        )
+        limits = ServingLimits(
+            tokenizer_pool_size=options.tokenizer_pool_size,
+            max_queued_requests=options.max_queued_requests,
+            max_queued_tokens=options.max_queued_tokens,
+            max_engine_restarts=options.max_engine_restarts,
+        )
+        self.engine = AsyncEngine.from_frontend(frontend, limits, module=module)
+        self.engine.on_stats = self.metrics.step
+        self.engine.on_restart = self.metrics.engine_restarted
+        self.created = int(time.time())
+        self.fingerprint = "fp_starting"
+        self.is_draining = False
+        self.is_stalled = False
+        self.num_active = 0  # requests between their first byte and the end of their answer
+
+    async def start(self) -> Ready:
+        """Load the model. Raises: EngineStartError."""
+        ready = await self.engine.start()
+        self.fingerprint = _fingerprint(self.model_names[0], ready)
+        return ready
+
+    def why_not_ready(self) -> str | None:
+        """Return why `/health` fails, None if it does not."""
+        if self.is_draining:
+            return "the server is shutting down"
+        if self.is_stalled:
+            return "the engine has work and makes no step"
+        return None if self.engine.is_ready else "the engine is not ready"
+
+    def check_open(self) -> None:
+        """Refuse new work while the server ends. Raises: OverloadedError."""
+        if self.is_draining:
+            raise OverloadedError("the server is shutting down.", code="shutting_down")
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not served. Raises: ApiError."""
+        if name not in self.model_names:
+            raise model_not_found(name)
+
+    async def watch(self) -> None:
+        """Notice an engine that has work and makes no step, and say where the requests stand."""
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            is_stalled = self.engine.idle_s() > self.options.stall_timeout_s
+            if is_stalled and not self.is_stalled:
+                self._report_stall()
+            elif self.is_stalled and not is_stalled:
+                log.warning("the engine makes steps again")
+            self.is_stalled = is_stalled
+
+    def _report_stall(self) -> None:
+        self.metrics.error("stall")
+        streams = self.engine.streams
+        log.error(
+            "no step for %.0f s with %d requests in the engine",
+            self.engine.idle_s(),
+            len(streams),
+        )
+        for stream in streams[:MAX_LOGGED_REQUESTS]:
+            log.error("%s", stream.standing())
+
+
+def _fingerprint(model: str, ready: Ready) -> str:
+    """Return a short name for what decides the numbers: model, plugins, version."""
+    from quire import __version__
+
+    text = "\n".join([__version__, model, *ready.selections])
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def model_card(service: Service, name: str) -> dict[str, Any]:
+    """Return the entry of one model in `/v1/models`."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "quire",
+        "root": service.frontend.config.model.model,
+        "max_model_len": service.frontend.max_model_len,
+    }
