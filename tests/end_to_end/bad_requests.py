@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 C, H = "/v1/completions", "/v1/chat/completions"
-T, D = "/tokenize", "/detokenize"
+T, D, R = "/tokenize", "/detokenize", "/v1/responses"
 Case = tuple[str, str, Any, int, str | None, str | None]
 TOO_LONG = "context_length_exceeded"
 
@@ -29,6 +29,10 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 def message(**fields: Any) -> dict[str, Any]:
     return chat(messages=[{"role": "user", "content": "Hi", **fields}])
+
+
+def response(**fields: Any) -> dict[str, Any]:
+    return {"model": "demo", "input": "Hi", "max_output_tokens": 2, **fields}
 
 
 def raw(text: str) -> bytes:
@@ -219,6 +223,33 @@ CHATS: list[Case] = (
         ("logprobs text", C, completion(logprobs="x"), 400, "logprobs", None),
     ]
 )
+RESPONSES: list[Case] = [
+    (f"responses {name}={str(value)[:24]}", R, response(**{name: value}), 400, name, None)
+    for name, value in (
+        ("previous_response_id", "resp_1"),
+        ("conversation", "conv_1"),
+        ("prompt", {"id": "p"}),
+        ("background", True),
+        ("truncation", "auto"),
+        ("include", ["reasoning.encrypted_content"]),
+        ("input", ""),
+        ("input", []),
+        ("input", [{"role": "wizard", "content": "x"}]),
+        ("input", [{"role": "user"}]),
+        ("input", [{"role": "user", "content": [{"type": "input_image"}]}]),
+        ("input", [{"type": "function_call", "name": "f"}]),
+        ("input", [{"type": "reasoning"}]),
+        ("max_output_tokens", 0),
+        ("max_output_tokens", "x"),
+        ("max_tokens", 5),
+        ("tools", [{"type": "web_search"}]),
+        ("tool_choice", "required"),
+        ("text", {"format": {"type": "json_object"}}),
+        ("n", 2),
+        ("messages", []),
+        ("top_logprobs", 21),
+    )
+]
 TOKENS: list[Case] = [
     (f"{path} {body}"[:60], path, body, 400, param, None)
     for path, body, param in (
@@ -235,7 +266,7 @@ TOKENS: list[Case] = [
     )
 ]
 ALL: list[Case] = [
-    *NOT_JSON, *NOT_FINITE, *BOTH, *MODELS, *PROMPTS, *CHATS, *TOKENS,
+    *NOT_JSON, *NOT_FINITE, *BOTH, *MODELS, *PROMPTS, *CHATS, *RESPONSES, *TOKENS,
 ]  # fmt: skip
 
 # Odd, and still to be served.
@@ -255,6 +286,7 @@ GOOD: list[tuple[str, str, Any]] = [
         H,
         chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}]),
     ),
+    ("response", R, response(input=[{"role": "user", "content": "a"}], instructions="b")),
     ("developer", H, chat(messages=[{"role": "developer", "content": "a"}])),
 ]
 

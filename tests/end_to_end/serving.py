@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 QUIRE = Path(sys.executable).with_name("quire")
 START_S = 90.0
@@ -22,13 +23,21 @@ START_S = 90.0
 class Server:
     """A running server; `lines` are what it logged so far."""
 
-    def __init__(self, *options: str, model: str = "demo", command: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        *options: str,
+        model: str = "demo",
+        command: tuple[str, ...] = (),
+        log_to: int | None = None,
+    ) -> None:
         begin = command or (str(QUIRE), "serve", model, "--port", "0")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [*begin, *options],
             stdin=subprocess.DEVNULL,
-            stderr=self._log,
+            stdout=self._output,
+            stderr=self._log if log_to is None else log_to,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         self.log = ""
@@ -36,9 +45,12 @@ class Server:
 
     def read_log(self) -> str:
         """Return everything that was logged so far."""
-        size = os.fstat(self._log.fileno()).st_size
-        self.log = os.pread(self._log.fileno(), size, 0).decode()
+        self.log = _whole(self._log)
         return self.log
+
+    def read_output(self) -> str:
+        """Return everything that was written to standard output."""
+        return _whole(self._output)
 
     def wait_for_log(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
         """Wait until a logged line matches."""
@@ -80,7 +92,9 @@ class Server:
 
     def engine_pid(self) -> int:
         """Return the engine's process id."""
-        return next(pid for pid, line in children(self.process.pid) if "engine_process" in line)
+        return next(
+            pid for pid, line in children(self.process.pid) if re.search(r"-m \S*engine", line)
+        )
 
     def stop(self) -> int:
         """End the server and return its exit code."""
@@ -93,7 +107,6 @@ class Server:
             raise
         finally:
             self.read_log()
-            self._log.close()
         return code
 
 
@@ -107,6 +120,10 @@ def children(pid: int) -> list[tuple[int, str]]:
                 found.append((child, line))
                 found += children(child)
     return found
+
+
+def _whole(file: IO[bytes]) -> str:
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
 
 
 def is_running(pid: int) -> bool:

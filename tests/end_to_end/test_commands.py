@@ -116,13 +116,26 @@ def test_a_chat_interrupted_while_it_waits_ends_with_130() -> None:
     chat, primary = chat_in_a_terminal()
     try:
         read_until(primary, b"> ")
-        chat.send_signal(signal.SIGINT)
-        _, errors = chat.communicate(timeout=30)
+        errors = interrupt(chat)
     finally:
         chat.kill()
         os.close(primary)
     assert chat.returncode == 130
     assert b"Traceback" not in errors
+
+
+def interrupt(process: subprocess.Popen[bytes], timeout_s: float = 30.0) -> bytes:
+    """Press Ctrl-C until a process ends; return what it wrote on standard error.
+
+    Between showing its prompt and waiting for a line, Python takes a signal in and goes on to wait.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=1)[1]
+        except subprocess.TimeoutExpired:
+            assert time.monotonic() < deadline
 
 
 def chat_in_a_terminal(*options: str) -> tuple[subprocess.Popen[bytes], int]:

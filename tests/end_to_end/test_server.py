@@ -68,6 +68,20 @@ def test_echo_puts_the_prompt_first(client: openai.OpenAI) -> None:
     assert echoed.choices[0].text == "I want" + plain.choices[0].text
 
 
+def test_stream_echoes_each_prompt_before_its_answer(server: Server) -> None:
+    body = {**GREEDY, "prompt": ["I want", "A latte"], "echo": True, "logprobs": 1}
+    whole = httpx.post(server.url + "/v1/completions", json=body).json()["choices"]
+
+    pieces = stream(server, "/v1/completions", body)[:-1]
+
+    for choice in whole:
+        own = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            joined = [v for piece in own if piece["logprobs"] for v in piece["logprobs"][name]]
+            assert joined == choice["logprobs"][name]
+
+
 def test_echo_without_tokens_gives_the_prompt_alone(client: openai.OpenAI) -> None:
     answer = client.completions.create(prompt="I want", echo=True, **{**GREEDY, "max_tokens": 0})
 
@@ -156,6 +170,95 @@ def test_tools_reach_the_template(server: Server) -> None:
     with_tools = httpx.post(url, json={"messages": CHAT, "tools": tools}).json()["count"]
 
     assert with_tools > plain
+
+
+def test_response_equals_the_chat_answer(client: openai.OpenAI) -> None:
+    answer = client.responses.create(
+        model="demo", input="A large latte, please.", temperature=0, max_output_tokens=12
+    )
+
+    chat = client.chat.completions.create(messages=CHAT, **GREEDY)  # type: ignore[arg-type]
+    assert answer.output_text == chat.choices[0].message.content
+    assert answer.status == (
+        "incomplete" if chat.choices[0].finish_reason == "length" else "completed"
+    )
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == chat.usage.completion_tokens
+
+
+@pytest.mark.parametrize("limit", [12, 400])
+def test_streamed_response_builds_up_the_whole_one(client: openai.OpenAI, limit: int) -> None:
+    options: dict[str, Any] = {"model": "demo", "input": CHAT, "temperature": 0}
+    whole = client.responses.create(**options, max_output_tokens=limit)
+
+    events = list(client.responses.create(**options, max_output_tokens=limit, stream=True))
+
+    kinds = [event.type for event in events]
+    assert whole.status == ("incomplete" if limit == 12 else "completed")
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == f"response.{whole.status}"
+    assert kinds.count("response.output_text.done") == 1
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == whole.output_text
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+
+
+def test_streaming_helpers_of_the_client_accumulate(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "demo", "temperature": 0}
+    whole = client.responses.create(**options, input=CHAT, max_output_tokens=400)
+
+    with client.responses.stream(**options, input=CHAT, max_output_tokens=400) as running:
+        assert running.get_final_response().output_text == whole.output_text
+    with client.chat.completions.stream(**options, messages=CHAT, max_tokens=400) as chat:
+        assert chat.get_final_completion().choices[0].message.content == whole.output_text
+
+
+def test_logprobs_of_chat_are_the_best_tokens(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        messages=CHAT,
+        logprobs=True,
+        top_logprobs=3,
+        **GREEDY,  # type: ignore[arg-type]
+    )
+
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.content is not None
+    assert answer.usage is not None
+    assert len(found.content) == answer.usage.completion_tokens
+    for entry in found.content:
+        assert entry.logprob == max(top.logprob for top in entry.top_logprobs)
+        assert len(entry.top_logprobs) == 3
+
+
+def test_echo_gives_the_prompts_logprobs_as_offline(client: openai.OpenAI, offline: LLM) -> None:
+    options = {**GREEDY, "max_tokens": 1}
+
+    answer = client.completions.create(prompt="I want a latte", echo=True, logprobs=1, **options)
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    (expected,) = offline.generate(["I want a latte"], params, use_tqdm=False)
+    assert expected.prompt_logprobs is not None
+    wanted = [
+        None if entry is None else entry[token_id].logprob
+        for token_id, entry in zip(expected.prompt_token_ids, expected.prompt_logprobs, strict=True)
+    ]
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1:-1] == pytest.approx(wanted[1:], abs=1e-3)
+    assert "".join(found.tokens or []) == answer.choices[0].text
+
+
+def test_logit_bias_forces_a_token(client: openai.OpenAI) -> None:
+    answer = client.completions.create(prompt="I", logit_bias={"300": 100}, **GREEDY)
+
+    repeated = client.completions.create(
+        prompt=[300] * 12, echo=True, **{**GREEDY, "max_tokens": 0}
+    )
+    assert answer.choices[0].text == repeated.choices[0].text
 
 
 def test_tokens_go_there_and_back(server: Server) -> None:

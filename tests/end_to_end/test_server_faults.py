@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import random
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import Server, children, events_of, is_running, serving
+from serving import START_S, Server, children, events_of, is_running, serving
 
 LONG: dict[str, Any] = {
     "model": "demo",
@@ -100,16 +103,86 @@ def test_client_that_leaves_during_its_prompt_frees_everything(server: Server) -
     server.wait_until_idle(timeout_s=1.0)
 
 
-def test_200_clients_leave_at_random(server: Server) -> None:
-    rng = random.Random(2)
+def rss_of(server: Server) -> int:
+    """Return the memory of the server and what it started, in pages."""
+    pids = [server.process.pid, *(pid for pid, _ in children(server.process.pid))]
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+
+
+def test_200_clients_leave_at_random_and_memory_comes_back(server: Server) -> None:
     url = server.url + "/v1/completions"
-    bodies = [{**LONG, "stream": rng.random() < 0.5, "max_tokens": 200} for _ in range(200)]
+    memory = []
+    for turn in range(3):  # the first one warms up
+        rng = random.Random(turn)
+        bodies = [{**LONG, "stream": rng.random() < 0.5, "max_tokens": 200} for _ in range(200)]
+        run_all([leave_after(url, body, rng.uniform(0.0, 2.0)) for body in bodies])
+        server.wait_until_idle(timeout_s=5.0)
+        memory.append(rss_of(server))
 
-    run_all([leave_after(url, body, rng.uniform(0.0, 2.0)) for body in bodies])
+    assert memory[-1] <= 1.02 * memory[0], memory
 
-    server.wait_until_idle(timeout_s=5.0)
-    answer = httpx.post(url, json={**LONG, "max_tokens": 2})
-    assert answer.status_code == 200
+
+def test_log_on_a_full_disk_costs_no_request() -> None:
+    with open("/dev/full", "wb") as full:
+        check_serves_without_a_log(full.fileno())
+
+
+def test_log_that_nobody_reads_costs_no_request() -> None:
+    unread, log = os.pipe()
+    fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        check_serves_without_a_log(log)
+    finally:
+        os.close(log)
+        os.close(unread)
+
+
+def check_serves_without_a_log(log: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Server("--port", str(port), log_to=log)
+    server.port = port
+    try:
+        wait_until_healthy(server)
+        with httpx.Client(base_url=server.url) as client:
+            for _ in range(100):
+                body = {**LONG, "max_tokens": 1}
+                assert client.post("/v1/completions", json=body).status_code == 200
+    finally:
+        assert server.stop() == 0
+
+
+def wait_until_healthy(server: Server) -> None:
+    end_s = time.monotonic() + START_S
+    while time.monotonic() < end_s:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(server.url + "/health").status_code == 200:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the server did not become ready")
+
+
+JUMPING_CLOCK = """
+import random, sys, time
+rng, real = random.Random(1), time.time
+time.time = lambda: real() + rng.uniform(-1e6, 1e6)
+from quire.cli.main import main
+sys.argv = ["quire", "serve", "demo", "--port", "0", "--keep-alive-s", "1"]
+sys.exit(main())
+"""
+
+
+def test_clock_that_jumps_ends_no_request() -> None:
+    with serving(command=(sys.executable, "-c", JUMPING_CLOCK)) as server:
+        url = server.url + "/v1/completions"
+        body = {**LONG, "max_tokens": 200, "stream": True}
+
+        answers = run_all([read_stream(url, body) for _ in range(8)])
+
+        assert all(status == 200 and ends_once(status, text) for status, text in answers)
+        seconds = server.figure("vllm:e2e_request_latency_seconds_sum")
+        assert 0 < seconds < 8 * 60
+        server.wait_until_idle()
 
 
 def test_stalled_engine_fails_health_until_it_goes_on(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,10 +130,22 @@ def header(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     return next((bytes(value) for key, value in headers if key == name), None)
 
 
+_ORIGIN = re.compile(r"\*|https?://[^/\s,*]+")
+
+
 def cors_middleware(options: ServerOptions) -> dict[str, Any] | None:
-    """Return the arguments of starlette's CORSMiddleware, None where no origin may call."""
+    """Return the arguments of starlette's CORSMiddleware, None where no origin may call.
+
+    Raises: ConfigError.
+    """
     if not options.allowed_origins:
         return None
+    for origin in options.allowed_origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--allowed-origins has {origin!r}; allowed: SCHEME://HOST[:PORT] with http or "
+                "https, or *."
+            )
     return {
         "allow_origins": list(options.allowed_origins),
         "allow_methods": ["GET", "POST"],

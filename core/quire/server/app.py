@@ -47,6 +47,7 @@ def _routed(service: Service) -> FastAPI:
     posts = {
         "/v1/completions": generation.completions,
         "/v1/chat/completions": generation.chat,
+        "/v1/responses": generation.responses,
         "/tokenize": plain.tokenize,
         "/detokenize": plain.detokenize,
     }

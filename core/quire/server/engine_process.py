@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import msgspec
@@ -20,14 +21,20 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.errors import QuireError
-from quire.server.engine_loop import EngineLoop
+from quire.server.engine_loop import EngineLoop, Served
 from quire.server.messages import Failed, Launch, encode
 
 LINGER_MS = 2000  # how long the last words may take to reach the server
 
 
-def main() -> None:
-    """Run until told to stop, or until the server is gone."""
+Build = Callable[[Launch], tuple[Served, dict[str, float]]]
+
+
+def main(build: Build | None = None) -> None:
+    """Run until told to stop, or until the server is gone.
+
+    `build` makes the engine and says how long each phase took; a test double has its own.
+    """
     # Ctrl-C reaches the whole group of the terminal; only the server decides when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
@@ -36,38 +43,44 @@ def main() -> None:
     socket = context.socket(zmq.PAIR)
     socket.linger = LINGER_MS
     socket.connect(launch.address)
-    code = _run(launch, socket)
+    code = _run(launch, socket, build or _load)
     socket.close()
     context.term()
     _leave(code)
 
 
-def _run(launch: Launch, socket: zmq.Socket[bytes]) -> int:
+def _run(launch: Launch, socket: zmq.Socket[bytes], build: Build) -> int:
     """Load and serve; what goes wrong is told to the server, which reports it."""
     try:
-        begin = time.monotonic()
-        from quire.engine import Engine
-        from quire.preparation import prepare
-        from quire.server.served_engine import ServedEngine
-
-        imported = time.monotonic()
-        prepared = prepare(EngineConfig.from_options(launch.options))
-        checked = time.monotonic()
-        engine = Engine(prepared)
-        phases = {
-            "imports": imported - begin,
-            "checks": checked - imported,
-            "model": time.monotonic() - checked,
-        }
+        engine, phases = build(launch)
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        EngineLoop(ServedEngine(engine), socket).run(phases)
+        EngineLoop(engine, socket).run(phases)
     except Exception as error:  # noqa: BLE001  the server reports it, with this traceback
         code = error.exit_code if isinstance(error, QuireError) else 1
         socket.send(encode(Failed(_summary(error), traceback.format_exc(), code)))
         return code
     return 0
+
+
+def _load(launch: Launch) -> tuple[Served, dict[str, float]]:
+    """Load the model that the server was asked for."""
+    begin = time.monotonic()
+    from quire.engine import Engine
+    from quire.preparation import prepare
+    from quire.server.served_engine import ServedEngine
+
+    imported = time.monotonic()
+    prepared = prepare(EngineConfig.from_options(launch.options))
+    checked = time.monotonic()
+    engine = ServedEngine(Engine(prepared))
+    phases = {
+        "imports": imported - begin,
+        "checks": checked - imported,
+        "model": time.monotonic() - checked,
+    }
+    return engine, phases
 
 
 def _summary(error: Exception) -> str:

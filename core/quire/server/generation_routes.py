@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,17 @@ from quire.server.generation import Asked, Generation
 from quire.server.protocol.chat import ChatCompletionRequest
 from quire.server.protocol.completions import CompletionRequest
 from quire.server.protocol.parsing import parse
+from quire.server.protocol.responses import ResponsesRequest, to_chat_tools, to_messages
 from quire.server.records import record_of
 from quire.server.replies import EventReply, WholeReply
 from quire.server.requests import body_of
+from quire.server.response_answers import ResponseAnswers
 from quire.server.service import Service
 from quire.server.sources import AnswerSource
 from quire.server.stream import Stream
 from quire.text.tokenizer import Tokenizer
+
+log = logging.getLogger("quire.server.prompts")
 
 
 class GenerationRoutes:
@@ -45,6 +50,21 @@ class GenerationRoutes:
         """Answer a conversation."""
         asked = parse(await body_of(request, self._service.options), ChatCompletionRequest)
         generation, answers = await self.begin_chat(request.scope, asked)
+        return self._reply(generation, answers, stream=bool(asked.stream))
+
+    async def responses(self, request: Request) -> Response:
+        """Answer a text or a conversation in the form of the Responses API."""
+        asked = parse(await body_of(request, self._service.options), ResponsesRequest)
+        self._check(asked.model)
+        params = asked.sampling_params(self._defaults())
+        answers = ResponseAnswers(self._options(asked, num_logprobs=asked.num_logprobs), asked)
+        try:
+            prompt = await self.render(to_messages(asked), {"tools": to_chat_tools(asked)})
+        except RequestError as error:
+            field = "input" if error.parameter == "messages" else error.parameter
+            raise RequestError(str(error), parameter=field) from error
+        wanted = self._asked(request.scope, asked, [prompt], params)
+        generation = await self._begin(request.scope, wanted)
         return self._reply(generation, answers, stream=bool(asked.stream))
 
     async def begin_chat(
@@ -85,9 +105,15 @@ class GenerationRoutes:
     async def _begin(self, scope: Any, asked: Asked) -> Generation:
         generation = await Generation.begin(self._service.engine, asked)
         record_of(scope).generation = generation
+        if self._service.options.log_prompts:
+            for stream in generation.streams:
+                fields = {"request_id": scope["state"]["request_id"], "prompt": _shown(stream)}
+                log.info("a prompt", extra={"fields": fields})
         return generation
 
-    def _reply(self, generation: Generation, answers: Answers, *, stream: bool) -> Response:
+    def _reply(
+        self, generation: Generation, answers: Answers | ResponseAnswers, *, stream: bool
+    ) -> Response:
         if not stream:
             return WholeReply(generation, answers.whole)
         source = AnswerSource(generation, answers)
@@ -128,6 +154,11 @@ class GenerationRoutes:
         if text is not None:
             return text
         return self._tokenizer().decode(stream.request.prompt_token_ids, False)
+
+
+def _shown(stream: Stream) -> str:
+    text = stream.output().prompt
+    return str(list(stream.request.prompt_token_ids)) if text is None else text
 
 
 def _none(token_id: int) -> bytes:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import secrets
 import sys
@@ -38,8 +39,7 @@ class LineHandler(logging.Handler):
         """Write a record; one that cannot be written is lost."""
         try:
             line = _json_line(record) if self._as_json else _plain_line(record)
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+            _write(sys.stderr.fileno(), (line + "\n").encode("utf-8", "backslashreplace"))
         except (OSError, ValueError, AttributeError):  # a full disk, a closed or absent stream
             pass
 
@@ -63,6 +63,12 @@ class WaitingLines(logging.handlers.QueueHandler):
         end_s = time.monotonic() + timeout_s
         while self.queue.unfinished_tasks and time.monotonic() < end_s:
             time.sleep(0.001)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write without the stream's lock, on which the end of the process would wait."""
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

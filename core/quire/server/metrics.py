@@ -13,6 +13,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from quire.server.messages import StepStats
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 # Name, attribute of the engine's StepStats, what it says.
@@ -39,7 +41,9 @@ class ServerMetrics:
         self._gauges = {a: self._gauge(name, text) for name, a, text in GAUGES}
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "share of the KV blocks in use")
         self._counters = {a: self._counter(name, text) for name, a, text in COUNTERS}
-        self._last = dict.fromkeys(self._counters, 0)
+        self._stats = StepStats()
+        self._gpu_stats: StepStats | None = None
+        self._counted = dict.fromkeys(self._counters, 0)  # since the last reading
         self._gpu = self._gauge("quire:gpu_memory_bytes", "device memory", "kind")
         self._gpu_use = self._gauge("quire:gpu_utilization_ratio", "time that kernels ran")
         self._prompt = self._counter("vllm:prompt_tokens", "tokens of prompts")
@@ -58,31 +62,47 @@ class ServerMetrics:
         self._queued = self._seconds("vllm:request_queue_time_seconds", "before the first step")
         self._prompt_sizes = self._sizes("vllm:request_prompt_tokens", "tokens of a prompt")
         self._answer_sizes = self._sizes("vllm:request_generation_tokens", "tokens of an answer")
-        self._step_tokens = self._sizes("vllm:iteration_tokens_total", "tokens of a step")
-        self._step_seqs = self._sizes("quire:batch_sequences", "sequences of a step")
-        self._step = self._seconds("quire:step_seconds", "a step")
-        self._host = self._seconds("quire:step_host_seconds", "the host's work in a step")
+        tokens = self._sizes("vllm:iteration_tokens_total", "tokens of a step")
+        seqs = self._sizes("quire:batch_sequences", "sequences of a step")
+        step = self._seconds("quire:step_seconds", "a step")
+        host = self._seconds("quire:step_host_seconds", "the host's work in a step")
+        self._observe_tokens = tokens.labels(**self._labels).observe
+        self._observe_seqs = seqs.labels(**self._labels).observe
+        self._observe_step = step.labels(**self._labels).observe
+        self._observe_host = host.labels(**self._labels).observe
 
-    def step(self, stats: Any) -> None:
-        """Take in where the engine stands after a step."""
-        for attribute, gauge in self._gauges.items():
-            gauge.labels(**self._labels).set(getattr(stats, attribute))
-        usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
-        self._usage.labels(**self._labels).set(usage)
-        for attribute, counter in self._counters.items():
-            now, before = getattr(stats, attribute), self._last[attribute]
-            counter.labels(**self._labels).inc(now - before if now >= before else now)
-            self._last[attribute] = now
-        if stats.num_tokens:
-            self._step_tokens.labels(**self._labels).observe(stats.num_tokens)
-            self._step_seqs.labels(**self._labels).observe(stats.num_seqs)
-            self._step.labels(**self._labels).observe(stats.step_time_s)
-            self._host.labels(**self._labels).observe(stats.host_time_s)
+    def step(self, stats: StepStats) -> None:
+        """Take in where the engine stands after a step: many times a second."""
+        now, before = stats, self._stats
+        # Counts go on from where an engine that ended left them.
+        for attribute in self._counted:
+            value, last = getattr(now, attribute), getattr(before, attribute)
+            self._counted[attribute] += value - last if value >= last else value
+        self._stats = stats
         if stats.gpu_memory_total is not None:
-            self._gpu.labels(kind="used", **self._labels).set(stats.gpu_memory_used)
-            self._gpu.labels(kind="total", **self._labels).set(stats.gpu_memory_total)
-        if stats.gpu_utilization is not None:
-            self._gpu_use.labels(**self._labels).set(stats.gpu_utilization)
+            self._gpu_stats = stats
+        if stats.num_tokens:
+            self._observe_tokens(stats.num_tokens)
+            self._observe_seqs(stats.num_seqs)
+            self._observe_step(stats.step_time_s)
+            self._observe_host(stats.host_time_s)
+
+    def _set_figures(self) -> None:
+        """Bring gauges and counters up to date: once a reading, not once a step."""
+        stats, labels = self._stats, self._labels
+        for attribute, gauge in self._gauges.items():
+            gauge.labels(**labels).set(getattr(stats, attribute))
+        usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        self._usage.labels(**labels).set(usage)
+        for attribute, counter in self._counters.items():
+            counter.labels(**labels).inc(self._counted[attribute])
+            self._counted[attribute] = 0
+        gpu = self._gpu_stats
+        if gpu is not None:
+            self._gpu.labels(kind="used", **labels).set(gpu.gpu_memory_used or 0)
+            self._gpu.labels(kind="total", **labels).set(gpu.gpu_memory_total or 0)
+            if gpu.gpu_utilization is not None:
+                self._gpu_use.labels(**labels).set(gpu.gpu_utilization)
 
     def request_finished(self, record: Any) -> None:
         """Take in an HTTP request whose answer has ended."""
@@ -115,6 +135,7 @@ class ServerMetrics:
 
     def render(self) -> tuple[bytes, str]:
         """Return the figures and their content type."""
+        self._set_figures()
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def _names(self, more: tuple[str, ...] = ()) -> list[str]:

@@ -75,7 +75,7 @@ class ServerOptions:
     )
     log_level: str = choice_setting("info", LOG_LEVELS, "least important lines that are logged")
     log_json: bool = flag_setting(False, "log one JSON object a line")
-    log_prompts: bool = flag_setting(False, "log what is asked and answered")
+    log_prompts: bool = flag_setting(False, "log the prompts, which may be private")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ServerOptions:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from quire.errors import QuireError
-from quire.server.answers import Answers
 from quire.server.errors import SequenceFailed, to_api_error
-from quire.server.generation import Generation
+from quire.server.generation import Generation, Usage
+from quire.text.output_processor import Delta
+
+
+class EventWriter(Protocol):
+    """What makes events of a generation; each method returns whole events, or b""."""
+
+    def begin(self, generation: Generation) -> bytes: ...
+    def pieces(self, index: int, delta: Delta) -> bytes: ...
+    def with_usage(self, events: bytes, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage) -> bytes: ...
 
 
 class AnswerSource:
     """A generation, written as it comes."""
 
-    def __init__(self, generation: Generation, answers: Answers) -> None:
+    def __init__(self, generation: Generation, answers: EventWriter) -> None:
         self.generation = generation
         self._answers = answers
         self._has_begun = False
@@ -30,13 +41,14 @@ class AnswerSource:
         except (QuireError, SequenceFailed) as error:
             self._has_ended = True
             raise to_api_error(error) from error
-        if len(news) == 1:
-            events = answers.pieces(*news[0])
-        else:
-            events = b"".join(answers.pieces(index, delta) for index, delta in news)
+        events = b""
         if not self._has_begun and news:
             self._has_begun = True
-            events = answers.begin(generation) + events
+            events = answers.begin(generation)
+        if len(news) == 1:
+            events += answers.pieces(*news[0])
+        else:
+            events += b"".join([answers.pieces(index, delta) for index, delta in news])
         events = answers.with_usage(events, generation.usage)
         if generation.is_finished:
             self._has_ended = True

@@ -8,12 +8,14 @@ import msgspec
 
 from quire.server.protocol.chat import ChatCompletionRequest
 from quire.server.protocol.completions import CompletionRequest
+from quire.server.protocol.responses import ResponsesRequest
 from quire.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 JSON = "application/json"
 POSTS: dict[str, tuple[type, str]] = {
     "/v1/completions": (CompletionRequest, "Complete prompts"),
     "/v1/chat/completions": (ChatCompletionRequest, "Answer a conversation"),
+    "/v1/responses": (ResponsesRequest, "Answer a text or a conversation"),
     "/tokenize": (TokenizeRequest, "Return token ids"),
     "/detokenize": (DetokenizeRequest, "Return the text of token ids"),
 }
