@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("quire.cli.generate", "complete prompts and print the results"),
     "chat": ("quire.cli.chat", "talk with a model in the terminal"),
     "serve": ("quire.cli.serve", "serve a model to OpenAI clients"),
+    "bench": ("quire.cli.bench", "measure a server"),
     "explain": ("quire.cli.explain", "print every setting, choice and byte of a start"),
     "plugins": ("quire.cli.plugins", "list the installed plugins and whether they work here"),
 }

@@ -106,6 +106,10 @@ class Answers(abc.ABC):
         tail = b'],"usage":' + to_json(usage.to_json()) + b"}\n\n"
         return events.replace(self._tail, tail)
 
+    def _has_news(self, delta: Delta) -> bool:
+        """Whether a chunk is to be sent: tokens without a text are told of where ids are wanted."""
+        return bool(delta.text or delta.logprobs or (self.options.token_ids and delta.token_ids))
+
     def _chunk(self, choice: bytes) -> bytes:
         return self._head + choice + self._tail
 
@@ -130,7 +134,7 @@ class ChatAnswers(Answers):
     def pieces(self, index: int, delta: Delta) -> bytes:
         """Return a chunk with text, where there is some, and one for the end."""
         events = b""
-        if delta.text or delta.logprobs:
+        if self._has_news(delta):
             logprobs = to_json(self._logprobs(delta)) if delta.logprobs else b"null"
             extra = self._token_ids(delta)
             events = self._chunk(
@@ -196,7 +200,7 @@ class CompletionAnswers(Answers):
         if stream is not None:
             logprobs = self._prompt_logprobs(index, stream)
             events += self._piece(index, self._prompt_text(stream), to_json(logprobs))
-        if self.options.generates and (delta.text or delta.logprobs):
+        if self.options.generates and self._has_news(delta):
             found = self._added(index, delta.token_ids, delta.logprobs)
             events += self._piece(index, delta.text, to_json(found), self._token_ids(delta))
         if delta.finish_reason is not None:

@@ -35,6 +35,10 @@ class LineHandler(logging.Handler):
         super().__init__()
         self._as_json = as_json
 
+    def createLock(self) -> None:  # noqa: N802  logging's name
+        """Have no lock: one thread writes, and if it is stuck the end must not wait for it."""
+        self.lock = None
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; one that cannot be written is lost."""
         try:
