@@ -13,12 +13,13 @@ from starlette.routing import WebSocketRoute
 
 from quire.errors import QuireError
 from quire.server.access import AccessMiddleware, cors_middleware
+from quire.server.bodies import Disconnected
 from quire.server.errors import ApiError, method_not_allowed, not_found, to_api_error
 from quire.server.generation_routes import GenerationRoutes
 from quire.server.logs import RequestIdMiddleware
 from quire.server.plain_routes import PlainRoutes
 from quire.server.protocol.openapi import document
-from quire.server.records import RecordMiddleware
+from quire.server.records import CLIENT_LEFT, RecordMiddleware, record_of
 from quire.server.replies import error_response
 from quire.server.service import Service
 from quire.server.websocket_route import WebSocketChat
@@ -65,9 +66,16 @@ def _routed(service: Service) -> FastAPI:
     app.router.routes.append(
         WebSocketRoute("/v1/chat/completions", WebSocketChat(service, generation))
     )
+    app.add_exception_handler(Disconnected, _on_disconnect)
     for kind in (QuireError, ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     return app
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """Note that nobody waits for an answer."""
+    record_of(request.scope).client_left = True
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -75,6 +75,9 @@ class ServerOptions:
     )
     log_level: str = choice_setting("info", LOG_LEVELS, "least important lines that are logged")
     log_json: bool = flag_setting(False, "log one JSON object a line")
+    otel_endpoint: str | None = text_setting(
+        None, "URL that OpenTelemetry's spans are sent to, over HTTP", optional=True
+    )
     log_prompts: bool = flag_setting(False, "log the prompts, which may be private")
 
     @classmethod

@@ -125,6 +125,8 @@ class RecordMiddleware:
         if record.client_left or not record.status:
             record.status = record.status or CLIENT_LEFT
         self._service.metrics.request_finished(record)
+        if self._service.tracing is not None:
+            self._service.tracing.request_finished(record, scope)
         if record.error is not None:
             self._service.metrics.error(record.error.code or record.error.type)
         extra = {"fields": record.to_fields(scope["state"])}

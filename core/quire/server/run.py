@@ -145,6 +145,8 @@ class Run:
         for task in others:
             task.cancel()
         await self.service.engine.stop(FLUSH_S)
+        if self.service.tracing is not None:
+            await asyncio.to_thread(self.service.tracing.flush)
         log.info("ended")
         return self._exit_code or 0
 

@@ -19,6 +19,7 @@ from quire.server.event_stream import Patience
 from quire.server.messages import Ready
 from quire.server.metrics import ServerMetrics
 from quire.server.options import ServerOptions
+from quire.server.tracing import Tracing
 
 log = logging.getLogger("quire.server")
 
@@ -55,6 +56,8 @@ class Service:
         self.engine = AsyncEngine.from_frontend(frontend, limits, module=module)
         self.engine.on_stats = self.metrics.step
         self.engine.on_restart = self.metrics.engine_restarted
+        endpoint = options.otel_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint, self.model_names[0])
         self.created = int(time.time())
         self.fingerprint = "fp_starting"
         self.is_draining = False

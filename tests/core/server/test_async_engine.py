@@ -1,0 +1,92 @@
+"""The public door, with a real engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from quire import LLM, AsyncEngine, SamplingParams
+from quire.errors import EngineDeadError, OverloadedError, RequestError
+
+OPTIONS: dict[str, Any] = {"num_threads": 1, "max_num_seqs": 4, "kv_cache_memory_bytes": 32 << 20}
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+Test = Callable[[AsyncEngine], Coroutine[Any, Any, None]]
+
+
+def with_engine(test: Test) -> None:
+    async def run() -> None:
+        async with AsyncEngine("demo", **OPTIONS) as engine:
+            await test(engine)
+
+    asyncio.run(run())
+
+
+async def last(engine: AsyncEngine, prompt: Any, params: SamplingParams, **options: Any) -> Any:
+    return [output async for output in engine.generate(prompt, params, **options)][-1]
+
+
+def test_outputs_grow_to_what_the_offline_door_gives() -> None:
+    expected = LLM("demo", **OPTIONS).generate(["A latte", "Hi"], GREEDY, use_tqdm=False)
+
+    async def test(engine: AsyncEngine) -> None:
+        texts = [o.outputs[0].text async for o in engine.generate("A latte", GREEDY)]
+        assert texts[-1] == expected[0].outputs[0].text
+        assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+        both = await asyncio.gather(last(engine, "A latte", GREEDY), last(engine, "Hi", GREEDY))
+        assert [o.outputs[0].text for o in both] == [o.outputs[0].text for o in expected]
+        assert [o.finished for o in both] == [True, True]
+
+    with_engine(test)
+
+
+def test_ends_leave_nothing_behind() -> None:
+    long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+
+    async def test(engine: AsyncEngine) -> None:
+        aborted = asyncio.create_task(last(engine, "A", long, request_id="mine"))
+        while not engine.streams:
+            await asyncio.sleep(0.001)
+        with pytest.raises(RequestError, match="in use"):
+            await last(engine, "A", long, request_id="mine")
+        await engine.abort("mine")
+        await engine.abort("never there")
+        assert (await aborted).outputs[0].finish_reason == "abort"
+        async for _ in engine.generate("A", long):
+            break  # leaving the loop ends it
+        cancelled = asyncio.create_task(last(engine, "A", long))
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
+        with pytest.raises(RequestError):
+            await last(engine, [10**9], GREEDY)
+        await asyncio.sleep(0.2)
+        assert not engine.streams
+        assert engine.admission.num_requests == engine.admission.num_tokens == 0
+        assert engine.stats.num_used_blocks == engine.stats.num_running == 0
+
+    with_engine(test)
+
+
+def test_death_ends_every_request_and_the_engine_comes_back() -> None:
+    long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+
+    async def test(engine: AsyncEngine) -> None:
+        running = [asyncio.create_task(last(engine, "A", long)) for _ in range(6)]
+        await asyncio.sleep(0.2)
+        assert engine.engine_pid is not None
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        found = await asyncio.gather(*running, return_exceptions=True)
+        assert all(isinstance(error, EngineDeadError) for error in found)
+        with pytest.raises(OverloadedError, match="not ready"):
+            await last(engine, "A", GREEDY)
+        while not engine.is_ready:
+            await asyncio.sleep(0.05)
+        assert (await last(engine, "A", GREEDY)).finished
+
+    with_engine(test)

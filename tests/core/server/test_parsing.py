@@ -1,0 +1,114 @@
+"""Whatever bytes come, a body or one short error that names a field comes out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.errors import RequestError
+from quire.request import SamplingParams
+from quire.server.protocol.chat import ChatCompletionRequest
+from quire.server.protocol.completions import CompletionRequest
+from quire.server.protocol.parsing import parse
+from quire.server.protocol.responses import ResponsesRequest, to_messages
+from quire.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+
+KINDS: list[type[msgspec.Struct]] = [
+    *(CompletionRequest, ChatCompletionRequest, ResponsesRequest),
+    *(TokenizeRequest, DetokenizeRequest),
+]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted({name for kind in KINDS for name in kind.__struct_encode_fields__})
+
+
+def parse_or_refuse(data: bytes, kind: type[msgspec.Struct]) -> msgspec.Struct | None:
+    try:
+        return parse(data, kind)
+    except RequestError as error:
+        if len(str(error)) > 1000:
+            raise AssertionError("an error echoes its input") from error
+        return None
+
+
+@given(st.binary() | st.text().map(str.encode), st.sampled_from(KINDS))
+def test_any_bytes_are_a_body_or_one_error(data: bytes, kind: type[msgspec.Struct]) -> None:
+    parse_or_refuse(data, kind)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.sampled_from(KINDS))
+def test_any_values_give_parameters_or_one_error(
+    fields: dict[str, Any], kind: type[msgspec.Struct]
+) -> None:
+    base = {"model": "m", "prompt": "a", "input": "a", "tokens": [1]}
+    base["messages"] = [{"role": "user", "content": "a"}]  # type: ignore[assignment]
+    own = {k: v for k, v in base.items() if k in kind.__struct_encode_fields__}
+    body = parse_or_refuse(json.dumps({**own, **fields}).encode(), kind)
+
+    if isinstance(body, CompletionRequest | ChatCompletionRequest | ResponsesRequest):
+        try:
+            assert isinstance(body.sampling_params({}), SamplingParams)
+        except RequestError as error:
+            if error.parameter is None:
+                raise AssertionError("an error names no field") from error
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"temprature": 1},
+            "unknown field 'temprature'. Did you mean 'temperature'? Leave it out.",
+        ),
+        ({"temperature": "hot"}, 'temperature is "hot"; allowed: '),
+        ({"n": 0}, "n is 0; allowed: "),
+        (
+            {"guided_json": {}},
+            "guided_json is not supported by this version of Quire; leave it out.",
+        ),
+        ({"max_tokens": -1}, "max_tokens is -1; allowed: "),
+    ],
+)
+def test_errors_say_what_was_given_and_what_is_allowed(
+    fields: dict[str, Any], message: str
+) -> None:
+    data = json.dumps({"model": "m", "prompt": "a", **fields}).encode()
+
+    with pytest.raises(RequestError) as caught:
+        parse(data, CompletionRequest)
+
+    assert str(caught.value).startswith(message)
+    assert caught.value.parameter == next(iter(fields))
+
+
+def test_checkpoints_defaults_give_way_to_the_body() -> None:
+    data = b'{"model": "m", "prompt": "a", "temperature": 0.25}'
+    defaults = {"temperature": 0.7, "top_p": 0.9}
+
+    params = parse(data, CompletionRequest).sampling_params(defaults)
+
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.25, 0.9, 16)
+
+
+def test_items_of_a_response_become_chat_messages() -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "d", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+    ]
+    data = json.dumps({"model": "m", "input": items, "instructions": "be brief"}).encode()
+
+    messages = to_messages(parse(data, ResponsesRequest))
+
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool"]
+    assert [call["id"] for call in messages[2]["tool_calls"]] == ["c", "d"]
