@@ -63,7 +63,7 @@ NOT_FINITE: list[Case] = [
 ]
 # Field, value: refused on both routes, naming the field.
 FIELDS: list[tuple[str, Any]] = [
-    *(("max_tokens", v) for v in (-1, 1.5, "x", "4", 2.5, True, [], -(2**63))),
+    *(("max_tokens", v) for v in (-1, 1.5, "x", "4", 2.5, True, [], -(2**63), 2**63, 10**9)),
     *(("temperature", v) for v in (-1, "hot", True, 1e9, [], {})),
     *(("top_p", v) for v in (0, 1.1, -0.5, "x", True)),
     *(("top_k", v) for v in (-2, 1.5, "x", True)),
@@ -81,6 +81,17 @@ FIELDS: list[tuple[str, Any]] = [
     *(("cache_salt", v) for v in ("", 5, "x" * 129)),
     *(("user", v) for v in (5, [])),
     *(("skip_special_tokens", v) for v in (0, "no")),
+    *(("repetition_penalty", v) for v in (0, 1e-30, 1e30, -1, "x")),
+    *(("frequency_penalty", v) for v in (2.1, -2.1, "x")),
+    *(("presence_penalty", v) for v in (2.1, True)),
+    *(("prompt_logprobs", v) for v in (10**6, -1, True)),
+    *(("request_id", v) for v in ("", "x" * 100_000, 5, "a\nb")),
+    *(("truncate_prompt_tokens", v) for v in (0, -2, 10**6)),
+    *(("bad_words", v) for v in ([""], ["x"] * 10_000)),
+    *(("allowed_token_ids", v) for v in ([10**6], [-1])),
+    ("logit_bias", {"5": 1e9}),
+    ("logit_bias", {"4096": 1}),
+    ("kv_transfer_params", {"tp_size": 8}),
     ("best_of", 10**6),
     ("suffix", "end"),
     ("use_beam_search", True),
@@ -141,6 +152,15 @@ PROMPTS: list[Case] = [
     )
 ] + [
     ("no prompt", C, {"model": "demo"}, 400, "prompt", None),
+    (
+        "prompt_logprobs streamed",
+        C,
+        completion(prompt_logprobs=1, stream=True),
+        400,
+        "prompt_logprobs",
+        None,
+    ),
+    ("best_of below n", C, completion(best_of=1, n=2), 400, "best_of", None),
     ("max_tokens 0 without echo", C, completion(max_tokens=0), 400, "max_tokens", None),
 ]
 CHATS: list[Case] = (
@@ -275,7 +295,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("tiny temperature", C, completion(temperature=1e-40)),
     ("large top_k", C, completion(top_k=2**40)),
     ("several greedy answers", C, completion(n=2, temperature=0)),
-    ("max_tokens beyond the context", C, completion(max_tokens=10**9, stop=".")),
+    ("max_tokens beyond the context", C, completion(max_tokens=10**7, stop=".")),
+    ("every token unwanted", C, completion(logit_bias={str(i): -100 for i in range(4096)})),
     ("nulls", C, completion(**dict.fromkeys(("n", "stop", "seed", "stream", "best_of")))),
     ("best_of 1", C, completion(best_of=1)),
     ("ignored fields", H, chat(user="u", store=True, metadata={}, parallel_tool_calls=False)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import ssl
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets.sync.client
-from serving import QUIRE, Server, serving
+from serving import QUIRE, Server, children, serving
 
 LONG = "I would like a large latte with oat milk, " * 8
 
@@ -128,6 +129,24 @@ def test_bad_setting_is_one_line_before_anything_starts(options: tuple[str, ...]
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert options[0].removeprefix("--") in done.stderr.replace("_", "-")
+
+
+def test_nothing_listens_but_the_port(server: Server) -> None:
+    pids = [server.process.pid, *(pid for pid, _ in children(server.process.pid))]
+    sockets = {
+        target
+        for pid in pids
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if (target := os.readlink(link)).startswith("socket:")
+    }
+    listening = set()
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/{server.process.pid}/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if f"socket:[{fields[9]}]" in sockets and (fields[3] == "0A" or name[0] == "u"):
+                listening.add(fields[1])
+
+    assert listening == {f"0100007F:{server.port:04X}"}
 
 
 def test_port_in_use_is_one_line(server: Server) -> None:

@@ -17,6 +17,8 @@ from quire.text.json_files import shorten
 MAX_MESSAGE_CHARS = 600
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+# What failed once will fail again: OpenAI's clients heed this header, and retry 500 without it.
+NO_RETRY = {"x-should-retry": "false"}
 
 
 class ApiError(Exception):
@@ -77,10 +79,15 @@ def to_api_error(error: BaseException) -> ApiError:
         case EngineDeadError():
             return ApiError(500, str(error), code="engine_dead")
         case SequenceFailed():
-            return ApiError(500, str(error), code="sequence_failed")
+            return ApiError(500, str(error), code="sequence_failed", headers=NO_RETRY)
         case QuireError():
             return ApiError(500, f"the request failed: {error}")
-    return ApiError(500, "an internal error; the server's log has the details.", code="internal")
+    return ApiError(
+        500,
+        "an internal error; the server's log has the details.",
+        code="internal",
+        headers=NO_RETRY,
+    )
 
 
 class SequenceFailed(Exception):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-MAX_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**24
 MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKEN_COUNT = 2**24
 MAX_LOGPROBS = 20
