@@ -119,3 +119,43 @@ def test_seeded_draws_are_the_same_on_gpu_and_cpu(
         found.append([[c.token_ids for c in output.outputs] for output in outputs])
 
     assert found[0] == found[1]
+
+
+def test_adjusted_logits_and_logprobs_are_the_same_on_gpu_and_cpu(
+    folder_and_oracle: tuple[Path, Any],
+) -> None:
+    folder, _ = folder_and_oracle
+    torch.backends.cuda.matmul.allow_tf32 = False
+    adjusted = SamplingParams(
+        temperature=0,
+        max_tokens=NUM_NEW,
+        ignore_eos=True,
+        logprobs=3,
+        prompt_logprobs=2,
+        repetition_penalty=1.3,
+        frequency_penalty=0.4,
+        presence_penalty=-0.2,
+        logit_bias={7: 1.5, 9: -3.0},
+    )
+    plain = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+    params = [adjusted, plain] * 3
+
+    gpu, cpu = (
+        LLM(str(folder), dtype="float32", device=device, **options).generate(
+            prompts(), params, use_tqdm=False
+        )
+        for device, options in (("cuda", {"gpu_memory_utilization": 0.2}), ("cpu", {}))
+    )
+
+    for a, b in zip(gpu, cpu, strict=True):
+        assert a.outputs[0].token_ids == b.outputs[0].token_ids
+        for ours, others in (
+            (a.outputs[0].logprobs, b.outputs[0].logprobs),
+            (a.prompt_logprobs, b.prompt_logprobs),
+        ):
+            assert (ours is None) == (others is None)
+            for one, other in zip(ours or (), others or (), strict=True):
+                assert (one is None) == (other is None)
+                values = {i: found.logprob for i, found in (one or {}).items()}
+                wanted = {i: found.logprob for i, found in (other or {}).items()}
+                assert values == pytest.approx(wanted, abs=2e-4)

@@ -76,6 +76,8 @@ def test_any_values_give_parameters_or_one_error(
             "guided_json is not supported by this version of Quire; leave it out.",
         ),
         ({"max_tokens": -1}, "max_tokens is -1; allowed: "),
+        ({"prompt": [-1]}, "prompt[0] is out of range; allowed: a text, texts, token ids from 0"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0] is a text; allowed: "),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(

@@ -178,9 +178,19 @@ def _collect(info: Any, path: str, notes: dict[str, str | None]) -> None:
         for field in info.fields:
             _collect(field.type, f"{path}.{field.encode_name}".lstrip("."), notes)
     elif isinstance(info, inspect.ListType):
-        _collect(info.item_type, f"{path}[]", notes)
+        # What a list of plain values may hold, the list's own description says.
+        if path not in notes or _has_struct(info.item_type):
+            _collect(info.item_type, f"{path}[]", notes)
     elif path not in notes:
         notes[path] = _plain_kind(info)
+
+
+def _has_struct(info: Any) -> bool:
+    if isinstance(info, inspect.Metadata):
+        return _has_struct(info.type)
+    if isinstance(info, inspect.UnionType):
+        return any(map(_has_struct, info.types))
+    return isinstance(info, inspect.StructType)
 
 
 def _plain_kind(info: Any) -> str:
