@@ -16,6 +16,7 @@ from serving import Server, events_of, serving
 from quire import LLM, SamplingParams
 
 CHAT = [{"role": "user", "content": "A large latte, please."}]
+CHAT_PATH = "/v1/chat/completions"
 GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0, "max_tokens": 12}
 
 
@@ -306,6 +307,37 @@ def test_websocket_answers_one_message_a_chunk(server: Server) -> None:
         for answer in (first, second)
     ]
     assert texts[0] == texts[1] != ""
+
+
+def test_websocket_answers_mistakes_and_goes_on(server: Server) -> None:
+    body = {**GREEDY, "messages": CHAT}
+
+    async def run() -> list[Any]:
+        found = []
+        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
+            for question in ("{not json", json.dumps({**body, "n": 0}), json.dumps(body)):
+                await socket.send(question)
+                found.append(json.loads(await socket.recv()))
+        return found
+
+    first, second, third = asyncio.run(run())
+
+    assert first["error"]["type"] == "invalid_request_error"
+    assert second["error"]["param"] == "n"
+    assert third["object"] == "chat.completion.chunk"
+
+
+def test_closing_a_websocket_frees_everything(server: Server) -> None:
+    body = {"model": "demo", "messages": CHAT, "n": 4, "max_tokens": 1500, "ignore_eos": True}
+
+    async def run() -> None:
+        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
+            await socket.send(json.dumps(body))
+            await socket.recv()
+
+    asyncio.run(run())
+
+    server.wait_until_idle(timeout_s=1.0)
 
 
 def test_figures_count_requests_and_tokens(server: Server, client: openai.OpenAI) -> None:

@@ -66,13 +66,19 @@ class Target:
     timeout_s: float = 600.0
 
 
-def _session(target_timeout_s: float, api_key: str | None) -> aiohttp.ClientSession:
+def check_installed() -> None:
+    """Raise ConfigError where the client is not installed."""
     try:
-        import aiohttp
+        import aiohttp  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             "`quire bench serve` needs aiohttp; install it with `pip install 'quire[bench]'`."
         ) from error
+
+
+def _session(target_timeout_s: float, api_key: str | None) -> aiohttp.ClientSession:
+    import aiohttp
+
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=target_timeout_s),

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from quire.benchmark.chart import draw
-from quire.benchmark.load import Run, Target, run_closed, run_open, served_models
+from quire.benchmark.load import (
+    Run,
+    Target,
+    check_installed,
+    run_closed,
+    run_open,
+    served_models,
+)
 from quire.benchmark.summary import as_table, parse_goodput, summarize
 from quire.benchmark.workload import (
     Ask,
@@ -95,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 if a request failed. Raises: ConfigError."""
+    check_installed()
     limits = parse_goodput(arguments.goodput)
     result = asyncio.run(_measure(arguments))
     figures = summarize(result, limits)
