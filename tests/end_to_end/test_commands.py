@@ -148,6 +148,8 @@ def chat_in_a_terminal(*options: str) -> tuple[subprocess.Popen[bytes], int]:
         stderr=subprocess.PIPE,
         env=ONE_THREAD,
         start_new_session=True,
+        # A shell without job control starts what runs in its background deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(secondary)
     return chat, primary

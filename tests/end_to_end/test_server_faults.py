@@ -109,17 +109,21 @@ def rss_of(server: Server) -> int:
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
 
 
-def test_200_clients_leave_at_random_and_memory_comes_back(server: Server) -> None:
-    url = server.url + "/v1/completions"
-    memory = []
-    for turn in range(3):  # the first one warms up
-        rng = random.Random(turn)
-        bodies = [{**LONG, "stream": rng.random() < 0.5, "max_tokens": 200} for _ in range(200)]
-        run_all([leave_after(url, body, rng.uniform(0.0, 2.0)) for body in bodies])
-        server.wait_until_idle(timeout_s=5.0)
-        memory.append(rss_of(server))
+def test_200_clients_leave_at_random_and_memory_comes_back() -> None:
+    # The system gives a KV cache its pages when they are first written, which is no leak: this one
+    # is so small that the first turns write all of it.
+    cache = ("--kv-cache-memory-bytes", "8MiB", "--max-model-len", "1700")
+    with serving("--max-num-seqs", "8", *cache) as server:
+        memory = []
+        for turn in range(4):
+            rng = random.Random(turn)
+            bodies = [{**LONG, "stream": rng.random() < 0.5, "max_tokens": 200} for _ in range(200)]
+            url = server.url + "/v1/completions"
+            run_all([leave_after(url, body, rng.uniform(0.0, 2.0)) for body in bodies])
+            server.wait_until_idle(timeout_s=5.0)
+            memory.append(rss_of(server))
 
-    assert memory[-1] <= 1.02 * memory[0], memory
+        assert memory[-1] <= 1.02 * memory[1], memory
 
 
 def test_log_on_a_full_disk_costs_no_request() -> None:
