@@ -9,6 +9,7 @@ from attrs import define
 
 from quire.errors import QuireError
 from quire.execution import setup
+from quire.execution.decode_graphs import Capture, CudaCapture
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes
@@ -85,7 +86,9 @@ class Starter:
         load_weights(model, self.prepared.checkpoint)
         if self.device.type == "cuda":
             self._measure_on_gpu(model, layout)
-        return self._runner(model, layout, layout.kv_size.num_blocks, layout.limits), layout
+        runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
+        runner.warm_up()
+        return runner, layout
 
     def _plan(self, model: Model) -> Layout:
         backends, selections = self._choose_backends(model)
@@ -217,7 +220,14 @@ class Starter:
             limits=limits,
             sampler=self._classes.sampler(),
             processors=self._processors(limits),
+            capture=self._capture(layout),
         )
+
+    def _capture(self, layout: Layout) -> Capture | None:
+        """Return how steps are captured, None where they are not."""
+        if self.config.device.enforce_eager or not setup.can_use_graphs(layout.groups, self.device):
+            return None
+        return CudaCapture()
 
     def _processors(self, limits: BatchLimits) -> ProcessorChain:
         vocab_size = self.prepared.model_config.vocab_size

@@ -93,6 +93,10 @@ class LogitAdjustments:
         counts.index_fill_(0, prompt, IN_PROMPT)
         counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
 
+    def asks(self, rows: list[int]) -> bool:
+        """Whether any of these rows has its logits adjusted."""
+        return bool(self._params) and any(row in self._params for row in rows)
+
     def apply(self, logits: Tensor, rows: list[int]) -> Tensor:
         """Return the logits [len(rows), vocab_size] of these rows, adjusted in place or in float32.
 

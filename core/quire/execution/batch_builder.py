@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from attrs import define
-from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.execution.block_tables import BlockTables, Ints
+from quire.execution.staging import Staging
 from quire.interfaces.attention import BatchLimits
 from quire.interfaces.batch import Batch, GroupBatch
 from quire.scheduling.output import AddedSequence, KVCacheGroup, SchedulerOutput
-
-Ints = NDArray[np.int32]
 
 
 @define(kw_only=True)
@@ -60,29 +59,28 @@ def wants_prompt_logprobs(added: AddedSequence) -> bool:
 
 
 class BatchBuilder:
-    """Keep the persistent rows and build batches from them."""
+    """Keep the persistent rows and build batches from them.
+
+    Row `max_num_seqs` belongs to nobody: rows that pad a batch name it.
+    """
 
     def __init__(
         self, groups: Sequence[KVCacheGroup], limits: BatchLimits, device: torch.device
     ) -> None:
-        rows = limits.max_num_seqs
+        rows = self.padding_row = limits.max_num_seqs
         self.device = device
         self.row_of: dict[int, int] = {}
-        self._block_sizes = [group.block_size for group in groups]
-        self._tables: list[Ints] = []
-        for group in groups:
-            width = -(-limits.max_model_len // group.block_size) + 1
-            self._tables.append(np.zeros((rows, width), np.int32))
-        self._table_lens = np.zeros((len(groups), rows), np.int32)
+        self.tables = BlockTables(groups, limits, device)
+        self.num_groups = len(groups)
         self._computed = np.zeros(rows, np.int32)
         self._num_known = np.zeros(rows, np.int32)
         self._known: list[Ints] = [np.zeros(0, np.int32) for _ in range(rows)]
         self._prompts: dict[int, int] = {}  # row to number of best tokens, where prompts are scored
         # The last sampled token of each row; a step's own inputs are read from here, so that the
         # host need not know them yet.
-        self.last_tokens = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._num_buffers = limits.max_steps_in_flight + 1
-        self._staging: list[Tensor | None] = [None] * self._num_buffers
+        self.last_tokens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self.num_buffers = limits.max_steps_in_flight + 1
+        self.staging = Staging(self.num_buffers, device)
 
     def apply_difference(self, output: SchedulerOutput) -> None:
         """Take over which rows end, begin and grow."""
@@ -97,7 +95,7 @@ class BatchBuilder:
         for sequence_id, new_blocks in output.new_block_ids.items():
             row = self.row_of[sequence_id]
             for group, block_ids in enumerate(new_blocks):
-                self._append(group, row, block_ids)
+                self.tables.append(group, row, block_ids)
 
     def _add(self, added: AddedSequence) -> None:
         row = added.row
@@ -105,22 +103,39 @@ class BatchBuilder:
         self._known[row] = np.array(added.token_ids, np.int32)
         self._num_known[row] = len(added.token_ids)
         self._computed[row] = added.num_computed_tokens
-        self._table_lens[:, row] = 0
         self._prompts.pop(row, None)
         if wants_prompt_logprobs(added):
             self._prompts[row] = added.params.prompt_logprobs or 0
+        self.tables.clear(row)
         for group, block_ids in enumerate(added.block_tables):
-            self._append(group, row, block_ids)
+            self.tables.append(group, row, block_ids)
 
-    def _append(self, group: int, row: int, block_ids: list[int]) -> None:
-        begin = self._table_lens[group, row]
-        self._tables[group][row, begin : begin + len(block_ids)] = block_ids
-        self._table_lens[group, row] = begin + len(block_ids)
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the log-probabilities of any prompt are still to be made."""
+        return bool(self._prompts)
+
+    def rows_of(self, output: SchedulerOutput) -> Ints:
+        """Return the persistent row of each sequence of a step."""
+        row_of = self.row_of
+        rows = [row_of[sequence_id] for sequence_id in output.num_scheduled_tokens]
+        return np.array(rows, np.int32)
+
+    def advance(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
+        """Count one more token a row as computed; return its position, and tokens that are known.
+
+        Those are (rows, token ids) whose token the host has, and the device perhaps not.
+        """
+        positions = self._computed[rows]
+        self._computed[rows] += 1
+        known = rows[positions < self._num_known[rows]]
+        tokens = [self._known[row][self._computed[row] - 1] for row in known.tolist()]
+        return positions, known, np.array(tokens, np.int32)
 
     def build(self, output: SchedulerOutput) -> BuiltBatch:
         """Build the batch of `output.num_scheduled_tokens`, whose difference was applied."""
         ids = list(output.num_scheduled_tokens)
-        rows = np.array([self.row_of[sequence_id] for sequence_id in ids], np.int32)
+        rows = self.rows_of(output)
         query_lens = np.array(list(output.num_scheduled_tokens.values()), np.int32)
         starts = self._computed[rows]
         seq_lens = starts + query_lens
@@ -193,29 +208,31 @@ class BatchBuilder:
                 known = self._known[row][start : start + length]
                 token_ids[end - length : end - length + len(known)] = known
         sources = np.where(on_device, rows_of_tokens, np.int32(-1))
-        slots = []
-        for table, size in zip(self._tables, self._block_sizes, strict=True):
-            blocks = table[rows_of_tokens, positions // size]
-            slots.append(blocks * np.int32(size) + positions % size)
+        groups = range(self.num_groups)
+        slots = [self.tables.slots(group, rows_of_tokens, positions) for group in groups]
         return [token_ids, positions, sources, *slots]
 
     def _to_batch(
         self, parts: list[Ints], rows: Ints, query_lens: Ints, seq_lens: Ints, *, step: int
     ) -> Batch:
         """Pack all parts into one buffer, copy it to the device and cut it up again."""
-        tables = []
-        for table, size in zip(self._tables, self._block_sizes, strict=True):
-            width = -(-int(seq_lens.max()) // size)
-            tables.append(table[rows, :width])
-        slot = step % self._num_buffers
-        views = self._upload([*parts, *(table.ravel() for table in tables)], slot)
-        num_groups = len(tables)
-        token_ids, positions, sources = views[:3]
-        slots = views[3 : 3 + num_groups]
-        cu_seqlens, lens, logit_rows, device_rows = views[3 + num_groups : 7 + num_groups]
+        slot = step % self.num_buffers
+        changes = self.tables.take_changes()
+        packed = [*parts, *(ints for _, places, ids in changes for ints in (places, ids))]
+        views = self.staging.upload(packed, slot).split([len(part) for part in packed])
+        first_slots, first_lens = 3, 3 + self.num_groups
+        token_ids, positions, sources = views[:first_slots]
+        cu_seqlens, lens, logit_rows, device_rows = views[first_lens : first_lens + 4]
+        for i, (group, _, _) in enumerate(changes):
+            at = len(parts) + 2 * i
+            self.tables.tell_device(group, views[at], views[at + 1])
+        longest = int(seq_lens.max())
         groups = tuple(
-            GroupBatch(block_table=flat.view(table.shape), slot_mapping=slots[i])
-            for i, (flat, table) in enumerate(zip(views[7 + num_groups :], tables, strict=True))
+            GroupBatch(
+                block_table=self.tables.gather(group, device_rows, longest),
+                slot_mapping=views[first_slots + group],
+            )
+            for group in range(self.num_groups)
         )
         return Batch(
             token_ids=self._with_device_tokens(token_ids, sources, parts[2]),
@@ -231,18 +248,6 @@ class BatchBuilder:
             padded_to=len(rows),
             in_flight_slot=slot,
         )
-
-    def _upload(self, parts: list[Ints], slot: int) -> list[Tensor]:
-        sizes = [len(part) for part in parts]
-        packed = torch.from_numpy(np.concatenate(parts))
-        if self.device.type != "cpu":
-            staging = self._staging[slot]
-            if staging is None or len(staging) < len(packed):
-                staging = torch.empty(2 * len(packed), dtype=torch.int32, pin_memory=True)
-                self._staging[slot] = staging
-            staging[: len(packed)] = packed
-            packed = staging[: len(packed)].to(self.device, non_blocking=True)
-        return list(packed.split(sizes))
 
     def _with_device_tokens(self, token_ids: Tensor, sources: Tensor, on_host: Ints) -> Tensor:
         """Fill in the tokens that only the device knows."""

@@ -109,6 +109,10 @@ class LogprobRows:
         else:
             self._num_top[added.row] = added.params.logprobs
 
+    def asks(self, rows: list[int]) -> bool:
+        """Whether any of these rows wants log-probabilities."""
+        return bool(self._num_top) and any(row in self._num_top for row in rows)
+
     def keep(self, logits: Tensor, rows: list[int], sequence_ids: list[int]) -> Kept | None:
         """Return what the asking rows need of the untouched logits, None where none asks."""
         if not self._num_top:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from quire.execution.adjustments import LogitAdjustments, to_device
 from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
+from quire.execution.decode_graphs import Capture, DecodeGraphs, graph_sizes
+from quire.execution.decode_step import DecodeStep, Decoding, Ending, ending_for
 from quire.execution.kv_cache import KVCache
 from quire.execution.logprobs import LogprobRows, Scores, score_prompt
 from quire.execution.processors import ProcessorChain
@@ -31,12 +33,16 @@ ROW_ERRORS = {
 
 @define(kw_only=True)
 class Forwarded:
-    """A step whose forward pass was launched; its tokens are still to be sampled."""
+    """A step whose forward pass was launched; its tokens are still to be sampled.
+
+    `tokens` are there where they were sampled in the same graph: int32 [2, rows], then status.
+    """
 
     step_id: int
     built: BuiltBatch
     logits: Tensor | None
     prompt_scores: Scores | None = None
+    tokens: Tensor | None = None
 
 
 @define(kw_only=True)
@@ -82,6 +88,32 @@ class ModelRunner:
         self._logprobs = LogprobRows(self.device)
         # No more than a step's own logits, whose memory is measured at the start.
         self._prompt_slice = min(limits.max_num_seqs, MAX_PROMPT_SLICE)
+        self._max_num_seqs = limits.max_num_seqs
+        self.graphs: DecodeGraphs | None = None
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Capture steps of one token a sequence, and replay them."""
+        sizes = graph_sizes(self._max_num_seqs)
+        step = DecodeStep(
+            model=self.model,
+            backends=self._backends,
+            builder=self._builder,
+            sampling=self._sampling,
+            sampler=self._sampler,
+            max_num_seqs=sizes[-1],
+        )
+        self.graphs = DecodeGraphs(step, sizes, capture)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture what the smallest and the largest step of one token each need."""
+        if self.graphs is not None:
+            endings = [Ending.GREEDY, *self._endings()]
+            self.graphs.warm_up([self.graphs.sizes[-1], self.graphs.sizes[0]], endings)
+
+    def _endings(self) -> list[Ending]:
+        """Return how rows that draw may end inside a graph."""
+        return [Ending.RANDOM, Ending.FILTERED] if self._sampler.capturable else []
 
     @torch.inference_mode()
     def dispatch(self, output: SchedulerOutput) -> InFlight:
@@ -100,6 +132,9 @@ class ModelRunner:
             self._processors.add(added)
         if output.block_copies:
             self._kv_cache.copy_blocks(output.block_copies)
+        size = self._graph_size(output)
+        if size is not None:
+            return self._replay(output, size)
         built = self._builder.build(output)
         batch = built.batch
         batch.plans = [backend.plan(batch, i) for i, backend in enumerate(self._backends)]
@@ -107,6 +142,45 @@ class ModelRunner:
             backend.prepare(plan)
         hidden = self.model(self.model.embed(batch.token_ids), batch)
         return self._logits(output.step_id, built, hidden)
+
+    def _graph_size(self, output: SchedulerOutput) -> int | None:
+        """Return the size of the graph that serves the step, None where none does."""
+        num_seqs = len(output.num_scheduled_tokens)
+        if self.graphs is None or self._builder.scores_prompts:
+            return None
+        if output.num_tokens != num_seqs or len(output.samples) != num_seqs:
+            return None
+        return self.graphs.size_for(num_seqs)
+
+    def _replay(self, output: SchedulerOutput, size: int) -> Forwarded:
+        assert self.graphs is not None, "a size was found"
+        decoding = self.graphs.begin(output, size)
+        ending = self._ending(decoding)
+        result = self.graphs.run(decoding, size, ending)
+        built = BuiltBatch(
+            batch=self.graphs.batch(size),
+            sampled_ids=decoding.ids,
+            sampled_rows=decoding.rows,
+            sampled_positions=decoding.lengths,
+        )
+        if ending is Ending.LOGITS:
+            logits = result[: len(decoding.ids)]
+            return Forwarded(step_id=output.step_id, built=built, logits=logits)
+        return Forwarded(step_id=output.step_id, built=built, logits=None, tokens=result)
+
+    def _ending(self, decoding: Decoding) -> Ending:
+        """Return how much of the step a graph may do: rows with wishes are sampled outside."""
+        rows = decoding.rows
+        has_wishes = (
+            bool(self._processors)
+            or self._logprobs.asks(rows)
+            or self._adjustments.asks(rows)
+            or self._sampling.holds_back(rows)
+        )
+        if has_wishes:
+            return Ending.LOGITS
+        ending = ending_for(self._sampling.flags(rows))
+        return ending if ending in (Ending.GREEDY, *self._endings()) else Ending.LOGITS
 
     def _logits(self, step_id: int, built: BuiltBatch, hidden: Tensor) -> Forwarded:
         """Make the logits that are sampled, and score the tokens of prompts."""
@@ -137,6 +211,8 @@ class ModelRunner:
         )
         if logits is not None:
             self._sample(logits, built, step)
+        elif forwarded.tokens is not None:
+            _take_tokens(step, forwarded.tokens)
         if self.device.type == "cuda":
             _send_to_host(step)
         return step
@@ -189,6 +265,13 @@ class ModelRunner:
         )
 
 
+def _take_tokens(step: InFlight, tokens: Tensor) -> None:
+    """Start the one copy of tokens and status, before the next step writes them again."""
+    host = _to_host(tokens) if tokens.is_cuda else tokens.clone()
+    token_ids, step.status = host[:, : len(step.sampled_ids)]
+    step.token_ids = token_ids.unsqueeze(1)
+
+
 def _sampled_entries(step: InFlight) -> dict[int, TokenLogprobs]:
     if step.scores is None:
         return {}
@@ -211,7 +294,7 @@ def _send_to_host(step: InFlight) -> None:
     """Start the copies of all that the host wants to know, and mark where they end."""
     for name in ("token_ids", "num_tokens", "status"):
         tensor = getattr(step, name)
-        if tensor is not None:
+        if tensor is not None and tensor.is_cuda:
             setattr(step, name, _to_host(tensor))
     for scores in (step.scores, step.prompt_scores):
         if scores is not None:

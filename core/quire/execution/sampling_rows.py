@@ -1,12 +1,15 @@
-"""How each persistent row is sampled: parameters on the device, gathered only when rows change."""
+"""How each persistent row is sampled: parameters on the device, by row."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 
+from quire.execution.adjustments import to_device
 from quire.execution.batch_builder import BuiltBatch, Ints
 from quire.interfaces.sampling import SamplingBatch
 from quire.scheduling.output import AddedSequence
@@ -17,31 +20,32 @@ class _Gathered:
     """The parameters of one choice of rows, which mostly stays the same from step to step."""
 
     rows: list[int]
-    device_rows: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seed: Tensor
-    child_index: Tensor
-    flags: dict[str, bool]
+    batch: SamplingBatch
 
 
 class SamplingRows:
-    """Hold what `AddedSequence.params` say, by row."""
+    """Hold what `AddedSequence.params` say, by row; on a CPU the device's tensors are the host's.
+
+    The last row belongs to nobody: rows that pad a batch name it, and are greedy.
+    """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self._device = device
-        self._temperature = np.zeros(num_rows, np.float32)
-        self._top_k = np.full(num_rows, vocab_size, np.int64)
-        self._top_p = np.ones(num_rows, np.float32)
-        self._min_p = np.zeros(num_rows, np.float32)
-        self._seed = np.zeros(num_rows, np.int64)
-        self._child = np.zeros(num_rows, np.int64)
+        self._device = str(device)
+        # Columns: temperature, top_p, min_p; top_k, seed, child index.
+        self._reals = np.zeros((3, num_rows + 1), np.float32)
+        self._whole = np.zeros((3, num_rows + 1), np.int64)
+        self._temperature, self._top_p, self._min_p = self._reals
+        self._top_k, self._seed, self._child = self._whole
+        self._top_p[:] = 1.0
+        self._top_k[:] = vocab_size
+        self._device_reals = torch.from_numpy(self._reals).to(device)
+        self._device_whole = torch.from_numpy(self._whole).to(device)
+        self._changed: list[int] = []  # rows that the device has not heard of
         # Rows that must not end yet: the position from which they may, and their stop tokens.
         self._may_stop_from: dict[int, tuple[int, list[int]]] = {}
         self._gathered: _Gathered | None = None
+        self._flags: tuple[list[int], dict[str, bool]] = ([], {})
 
     def add(self, added: AddedSequence) -> None:
         """Take over the parameters of a sequence that takes a row."""
@@ -57,59 +61,84 @@ class SamplingRows:
         if params.min_tokens > 0 and added.stop_token_ids:
             first = added.num_prompt_tokens + params.min_tokens
             self._may_stop_from[row] = (first, sorted(added.stop_token_ids))
+        self._changed.append(row)
         self._gathered = None
+        self._flags = ([], {})
+
+    def tell_device(self) -> None:
+        """Enqueue the parameters of rows that changed."""
+        if self._changed and self._device != "cpu":
+            rows = sorted(set(self._changed))
+            index = to_device(rows, torch.int64, self._device)
+            for held, values in (
+                (self._device_reals, self._reals),
+                (self._device_whole, self._whole),
+            ):
+                held.index_copy_(1, index, to_device(values[:, rows], held.dtype, self._device))
+        self._changed.clear()
 
     def batch(self, built: BuiltBatch) -> SamplingBatch:
         """Return what the sampler needs for the rows of this step."""
-        gathered = self._gathered
-        if gathered is None or gathered.rows != built.sampled_rows:
-            gathered = self._gathered = self._gather(built.sampled_rows)
-        return SamplingBatch(
-            temperature=gathered.temperature,
-            top_k=gathered.top_k,
-            top_p=gathered.top_p,
-            min_p=gathered.min_p,
-            seed=gathered.seed,
-            child_index=gathered.child_index,
-            position=self._positions(built.sampled_positions, gathered),
-            rows=gathered.device_rows,
-            suppressed=self._suppressed(built) if self._may_stop_from else None,
-            **gathered.flags,
+        self.tell_device()
+        rows = built.sampled_rows
+        if self._gathered is None or self._gathered.rows != rows:
+            device_rows = to_device(rows, torch.int32, self._device)
+            batch = self.gather(device_rows, device_rows, **self.flags(rows))
+            self._gathered = _Gathered(rows=rows, batch=batch)
+        batch = self._gathered.batch
+        return evolve(
+            batch,
+            position=self._positions(built.sampled_positions, batch),
+            suppressed=self._suppressed(built),
         )
 
-    def _gather(self, rows: list[int]) -> _Gathered:
-        def send(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values[rows]).to(self._device)
+    def flags(self, rows: list[int]) -> dict[str, bool]:
+        """Return what no row asks for and all rows are, as `SamplingBatch` has them."""
+        if self._flags[0] != rows:
+            self._flags = (rows, self._look_at(rows))
+        return self._flags[1]
 
+    def _look_at(self, rows: list[int]) -> dict[str, bool]:
         greedy = self._temperature[rows] == 0
         drawn = np.asarray(rows, np.int64)[~greedy]
-        flags = {
+        return {
             "all_greedy": bool(greedy.all()),
             "any_greedy": bool(greedy.any()),
             "any_top_k": bool((self._top_k[drawn] < self._vocab_size).any()),
             "any_top_p": bool((self._top_p[drawn] < 1).any()),
             "any_min_p": bool((self._min_p[drawn] > 0).any()),
         }
-        return _Gathered(
+
+    def gather(self, rows: Tensor, position: Tensor, **flags: Any) -> SamplingBatch:
+        """Return the parameters of `rows`, int32 on the device, for draws at `position`."""
+        temperature, top_p, min_p = self._device_reals.index_select(1, rows).unbind()
+        top_k, seed, child = self._device_whole.index_select(1, rows).unbind()
+        return SamplingBatch(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            child_index=child,
+            position=position,
             rows=rows,
-            device_rows=torch.tensor(rows, dtype=torch.int32).to(self._device),
-            temperature=send(self._temperature),
-            top_k=send(self._top_k),
-            top_p=send(self._top_p),
-            min_p=send(self._min_p),
-            seed=send(self._seed),
-            child_index=send(self._child),
-            flags=flags,
+            **flags,
         )
 
-    def _positions(self, positions: Ints, gathered: _Gathered) -> Tensor:
+    def _positions(self, positions: Ints, batch: SamplingBatch) -> Tensor:
         # Greedy rows draw nothing, so their positions are never read.
-        if gathered.flags["all_greedy"]:
-            return gathered.child_index
-        return torch.from_numpy(positions.astype(np.int64)).to(self._device)
+        if batch.all_greedy:
+            return batch.child_index
+        return to_device(positions, torch.int64, self._device)
+
+    def holds_back(self, rows: list[int]) -> bool:
+        """Whether any row may have tokens that it must not draw yet."""
+        return any(row in self._may_stop_from for row in rows)
 
     def _suppressed(self, built: BuiltBatch) -> tuple[Tensor, Tensor] | None:
         """Return (row of the logits, token id) pairs of stop tokens that come too early."""
+        if not self._may_stop_from:
+            return None
         rows: list[int] = []
         token_ids: list[int] = []
         for i, row in enumerate(built.sampled_rows):
@@ -119,5 +148,5 @@ class SamplingRows:
                 token_ids += stops
         if not rows:
             return None
-        pairs = torch.tensor([rows, token_ids]).to(self._device)
+        pairs = to_device([rows, token_ids], torch.int64, self._device)
         return pairs[0], pairs[1]

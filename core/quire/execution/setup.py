@@ -10,11 +10,17 @@ import torch
 from attrs import define
 
 from quire.errors import ConfigError
+from quire.execution.decode_graphs import Capture
 from quire.execution.kv_cache import KVCache, LayerGroup, layers_by_spec, make_backends
 from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
-from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits
+from quire.interfaces.attention import (
+    AttentionBackend,
+    AttentionSpec,
+    BatchLimits,
+    GraphSupport,
+)
 from quire.interfaces.model import Model
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.quantization import QuantizationMethod
@@ -22,6 +28,8 @@ from quire.interfaces.sampling import Sampler
 from quire.layers.build import LayerBuilder
 from quire.request import MAX_LOGPROBS, SamplingParams
 from quire.scheduling.output import AddedSequence, SchedulerOutput
+
+GRAPH_BYTES = 4 << 20  # what a graph of some hundred kernels takes beside its tensors
 
 
 @define(kw_only=True)
@@ -129,12 +137,14 @@ class Measured:
     weights: int
     activations: int
     workspace: int
+    graphs: int = 0
     exact: bool
 
     @property
     def available(self) -> int:
         """Bytes left for KV blocks."""
-        return self.total - self.weights - self.activations - self.workspace
+        used = self.weights + self.activations + self.workspace + self.graphs
+        return self.total - used
 
     def with_blocks(self, kv_bytes: int) -> MemoryBudget:
         """Return the whole budget once the KV blocks are known."""
@@ -144,7 +154,7 @@ class Measured:
             activations=self.activations,
             workspace=self.workspace,
             kv_blocks=kv_bytes,
-            graphs=0,
+            graphs=self.graphs,
             measured=self.exact,
         )
 
@@ -198,8 +208,22 @@ def measure_gpu(
         weights=weights,
         activations=activations,
         workspace=0,
+        graphs=_graph_bytes(runner),
         exact=True,
     )
+
+
+def _graph_bytes(runner: ModelRunner) -> int:
+    """Capture what is captured at the start and return what all graphs will take."""
+    if runner.graphs is None:
+        return 0
+    torch.cuda.empty_cache()
+    free_before, _ = torch.cuda.mem_get_info(runner.device)
+    runner.warm_up()
+    torch.cuda.synchronize(runner.device)
+    free_after, _ = torch.cuda.mem_get_info(runner.device)
+    # The largest size came first, and all share its memory; each has nodes of its own.
+    return max(0, free_before - free_after) + GRAPH_BYTES * len(runner.graphs.sizes)
 
 
 def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOutput:
@@ -239,13 +263,14 @@ def make_runner(
     limits: BatchLimits,
     sampler: Sampler,
     processors: ProcessorChain,
+    capture: Capture | None = None,
 ) -> ModelRunner:
     """Allocate the KV cache, bind it to the layers and return the runner."""
     device = next(model.parameters()).device
     backends = make_backends(groups, limits)
     kv_cache = KVCache(groups, num_blocks, device)
     kv_cache.bind(groups, backends)
-    return ModelRunner(
+    runner = ModelRunner(
         model=model,
         backends=backends,
         kv_cache=kv_cache,
@@ -254,3 +279,12 @@ def make_runner(
         sampler=sampler,
         processors=processors,
     )
+    if capture is not None:
+        runner.use_graphs(capture)
+    return runner
+
+
+def can_use_graphs(groups: list[LayerGroup], device: torch.device) -> bool:
+    """Whether steps of one token a sequence can be captured: on a GPU, by every backend."""
+    supports = [group.backend_class.graph_support for group in groups]
+    return device.type == "cuda" and GraphSupport.NONE not in supports

@@ -75,7 +75,12 @@ class Sampler(abc.ABC):
     largest logit / temperature + g among those that the filters leave is drawn.
     Filters apply in this order: temperature, top_k, top_p, min_p.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Gumbel-max.
+
+    A sampler with `capturable` may draw inside a CUDA graph: `sample` reads nothing back, and the
+    memory that it takes does not depend on values.
     """
+
+    capturable: ClassVar[bool] = False
 
     @classmethod
     def why_unsupported(cls, device: str) -> str | None:

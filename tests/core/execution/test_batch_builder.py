@@ -129,7 +129,7 @@ def test_only_the_token_that_the_host_lacks_is_read_from_the_device(num_known: i
         samples={7},
     )
     builder.apply_difference(first)
-    builder.last_tokens[:] = torch.tensor([77, 66, 66, 66, 66])
+    builder.last_tokens[:] = torch.tensor([77, 66, 66, 66, 66, 66])
 
     prompt = builder.build(first).batch
     later = SchedulerOutput(step_id=2, num_scheduled_tokens={7: 1}, samples={7})

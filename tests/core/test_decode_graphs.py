@@ -1,0 +1,168 @@
+"""Captured steps give the tokens of steps that are not, whatever is in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_llama
+from attrs import define
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llama import has_all_blocks, make_engine, prompt, request, run_all
+from torch import Tensor
+
+from quire.engine import Engine
+from quire.execution.decode_graphs import graph_sizes
+from quire.start import Starter
+from quire_sampling.reference.sampler import ReferenceSampler
+
+LENGTHS = (1, 3, 9, 17, 30)
+
+
+@define
+class ReplayingCapture:
+    """Stands in for CUDA graphs: a replay reads and writes the memory of the capture alone.
+
+    Recording enqueues nothing, so the tokens that it would feed back are put back as they were.
+    """
+
+    last_tokens: Tensor | None = None
+    num_replays: int = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        before = None if self.last_tokens is None else self.last_tokens.clone()
+        result = run().clone().fill_(77)
+        if self.last_tokens is not None and before is not None:
+            self.last_tokens.copy_(before)
+
+        def replay() -> None:
+            self.num_replays += 1
+            result.copy_(run())
+
+        return replay, result
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> ReplayingCapture:
+    found = ReplayingCapture()
+    monkeypatch.setattr(Starter, "_capture", lambda *_: found)
+    monkeypatch.setattr(ReferenceSampler, "capturable", True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.write_folder(tmp_path_factory.mktemp("llama"))
+
+
+def eager_engine(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+    with monkeypatch.context() as patch:
+        patch.setattr(Starter, "_capture", lambda *_: None)
+        return make_engine(folder, attention_backend="reference", **options)
+
+
+def graph_engine(folder: Path, capture: ReplayingCapture, **options: Any) -> Engine:
+    engine = make_engine(folder, attention_backend="reference", **options)
+    capture.last_tokens = engine.runner._builder.last_tokens
+    return engine
+
+
+WISHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 0.8, "seed": 3},
+    "filtered": {"temperature": 1.2, "seed": 3, "top_k": 7, "top_p": 0.9, "min_p": 0.01},
+    "several answers": {"temperature": 0.9, "seed": 5, "n": 3},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "log-probabilities": {"logprobs": 2},
+    "of the prompt too": {"prompt_logprobs": 1},
+    "a least length": {"min_tokens": 6},
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "chunks of seven tokens": {"max_num_batched_tokens": 7},
+    "blocks of one token": {"block_size": 1},
+    # 22 blocks of 4 tokens hold one of the long sequences beside a few short ones.
+    "preempted": {"kv_cache_memory_bytes": 22 * 4 * 2 * 2 * 2 * 8 * 4, "max_model_len": 60},
+}
+
+
+@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize("wishes", WISHES.values(), ids=WISHES.keys())
+def test_replayed_steps_give_the_tokens_of_eager_ones(
+    folder: Path,
+    capture: ReplayingCapture,
+    monkeypatch: pytest.MonkeyPatch,
+    wishes: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    asked = [request(i, prompt(i, n), **wishes) for i, n in enumerate(LENGTHS)]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch, **options), asked)
+    engine = graph_engine(folder, capture, **options)
+
+    found, _ = run_all(engine, asked)
+
+    assert found == wanted
+    assert capture.num_replays > 0
+    assert has_all_blocks(engine)
+
+
+def test_all_wishes_in_one_batch_give_the_tokens_of_eager_steps(
+    folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(i, prompt(i, 5 + i), **wish) for i, wish in enumerate(WISHES.values())]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch, max_num_seqs=16), asked)
+    engine = graph_engine(folder, capture, max_num_seqs=16)
+
+    for _ in range(2):  # the second time the prompts' blocks are cached
+        assert run_all(engine, asked)[0] == wanted
+    assert has_all_blocks(engine)
+
+
+def test_aborted_sequences_leave_the_others_alone(
+    folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(i, prompt(i, 9)) for i in range(6)]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch), asked)
+    engine = graph_engine(folder, capture)
+    for one in asked:
+        engine.add_request(one)
+    found: dict[tuple[str, int], list[int]] = {}
+    for step in range(30):
+        if step in (4, 6):
+            engine.abort(f"r{step - 4}")
+        for update in engine.step():
+            found.setdefault((update.request_id, 0), []).extend(update.token_ids)
+
+    for number in (1, 3, 4, 5):
+        assert found[f"r{number}", 0] == wanted[f"r{number}", 0]
+    assert has_all_blocks(engine)
+
+
+def test_graphs_are_captured_at_the_second_step_of_a_size(
+    folder: Path, capture: ReplayingCapture
+) -> None:
+    engine = graph_engine(folder, capture)
+    assert engine.runner.graphs is not None
+    at_the_start = engine.runner.graphs.num_captured
+
+    run_all(engine, [request(i, prompt(i, 4), max_tokens=3) for i in range(3)])
+    after_one_replay = engine.runner.graphs.num_captured
+    run_all(engine, [request(i, prompt(i, 4), max_tokens=9) for i in range(3)])
+
+    assert after_one_replay == at_the_start + 1
+    assert engine.runner.graphs.num_captured == after_one_replay
+
+
+@given(st.integers(1, 5000))
+def test_sizes_rise_to_the_largest_batch_and_waste_little(max_num_seqs: int) -> None:
+    sizes = graph_sizes(max_num_seqs)
+
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] == min(max_num_seqs, 512)
+    for below, above in itertools.pairwise(sizes):
+        assert above - below <= max(4, above // 4)
