@@ -14,7 +14,7 @@ from quire.errors import ConfigError
 from quire.execution.model_folder import find_folder
 from quire.preparation import Prepared, prepare
 from quire.request import SamplingParams
-from quire.text.chat_template import ChatTemplate
+from quire.text.chat_template import DEFAULT, ChatTemplate
 from quire.text.generation_config import GenerationDefaults
 from quire.text.input_processor import InputProcessor, RenderedChat, RequestLimits
 from quire.text.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ class Frontend:
         self._tokenizer_folder = self._find_tokenizer()
         self.tokenizer = self._open_tokenizer()
         self.template = self._open_template()
+        self._callers_template: ChatTemplate | None = None
         # Tokenizing needs a limit before the engine knows the real one; `serve` replaces it.
         wanted = self.config.model.max_model_len
         own = self.prepared.model_config.max_model_len
@@ -129,11 +130,28 @@ class Frontend:
         """Return generation_config.json's defaults, overridden by what is given."""
         return SamplingParams(**{**self.defaults.sampling_defaults(), **(given or {})})
 
-    def render(self, messages: Any, **options: Any) -> RenderedChat:
-        """Return the prompt of a conversation. Raises: RequestError, ConfigError."""
+    def render(self, messages: Any, *, template: str | None = None, **options: Any) -> RenderedChat:
+        """Return the prompt of a conversation, by its own `template` where one is given.
+
+        Raises: RequestError, ConfigError.
+        """
+        if template is not None:
+            return RenderedChat(self._own_template(template).render(messages, **options))
         return RenderedChat(self.require_template().render(messages, **options))
 
+    def _own_template(self, source: str) -> ChatTemplate:
+        """Return the template of a caller, which is kept for its next conversation."""
+        special = self.require_tokenizer().special_tokens
+        if self._callers_template is None or self._callers_template.templates != {DEFAULT: source}:
+            if self._callers_template is not None:
+                self._callers_template.close()
+            self._callers_template = ChatTemplate(
+                {DEFAULT: source}, origin="chat_template", special_tokens=special
+            )
+        return self._callers_template
+
     def close(self) -> None:
-        """End the template's child process."""
-        if self.template is not None:
-            self.template.close()
+        """End the templates' child processes."""
+        for template in (self.template, self._callers_template):
+            if template is not None:
+                template.close()

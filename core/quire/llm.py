@@ -19,6 +19,7 @@ from quire.request import FinishReason, Request, RequestOutput, SamplingParams
 from quire.text.input_processor import RenderedChat, prompt_text
 from quire.text.output_processor import Delta, OutputProcessor, Processed
 from quire.text.tokenizer import Tokenizer
+from quire.vllm_keywords import without_neutral
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -33,7 +34,8 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         """Check, then load. Raises: ConfigError, CheckpointError or PluginError."""
-        self._start(Frontend(EngineConfig.from_options({"model": str(model), **options})))
+        given = {"model": str(model), **without_neutral(options)}
+        self._start(Frontend(EngineConfig.from_options(given)))
 
     @classmethod
     def from_frontend(cls, frontend: Frontend) -> LLM:
@@ -98,27 +100,17 @@ class LLM:
         messages: Any,
         sampling_params: Params = None,
         use_tqdm: bool = True,
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Any = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several; a conversation is a list of OpenAI's messages.
 
+        `options` are vLLM's: chat_template (a text, instead of the checkpoint's own),
+        add_generation_prompt, continue_final_message, tools, chat_template_kwargs.
         Raises: RequestError, ConfigError where the checkpoint has no chat template.
         """
+        options = _template_options(options)
         conversations = messages if _is_nested(messages) else [messages]
-        rendered = [
-            self.frontend.render(
-                conversation,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                kwargs=chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
+        rendered = [self.frontend.render(conversation, **options) for conversation in conversations]
         return self.generate(rendered, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -283,6 +275,20 @@ def _as_list(prompts: Any) -> list[Any]:
         )
     is_ids = bool(prompts) and all(type(item) is int for item in prompts)
     return [list(prompts)] if is_ids else list(prompts)
+
+
+def _template_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `Frontend.render` takes. Raises: RequestError for anything else."""
+    names = {"chat_template_kwargs": "kwargs", "chat_template": "template"}
+    names |= {name: name for name in ("add_generation_prompt", "continue_final_message", "tools")}
+    neutral = {"chat_template_content_format": "auto", "lora_request": None}
+    for name, value in given.items():
+        if name not in names and (name not in neutral or value != neutral[name]):
+            raise RequestError(
+                f"chat() has no {name!r} with such a value; allowed: {', '.join(names)}.",
+                parameter=name,
+            )
+    return {names[name]: value for name, value in given.items() if name in names}
 
 
 def _is_nested(messages: Any) -> bool:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attrs import Factory, define, evolve, field, fields, frozen
+from attrs import Factory, define, evolve, field, fields, frozen, setters
 
 from quire.errors import RequestError
 
@@ -151,9 +151,28 @@ def _not_yet(name: str, neutral: Any) -> Any:
 _NUM_LOGPROBS = _integer(0, MAX_LOGPROBS, f"whole numbers from 0 to {MAX_LOGPROBS}", optional=True)
 
 
-@frozen(kw_only=True)
+def _checked_together(params: SamplingParams, attribute: Any, value: Any) -> Any:
+    """Check a field that is set later against the others; the fields before have been checked."""
+    others = {name: getattr(params, name) for name in ("min_tokens", "max_tokens")}
+    others |= {"stop": params.stop, "detokenize": params.detokenize}
+    _check_together(**{**others, **({attribute.name: value} if attribute.name in others else {})})
+    return value
+
+
+def _check_together(
+    *, min_tokens: int, max_tokens: int | None, stop: tuple[str, ...], detokenize: bool
+) -> None:
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise _fail("min_tokens", min_tokens, f"at most max_tokens, {max_tokens}")
+    if stop and not detokenize:
+        raise RequestError("stop strings need detokenize=True.", parameter="stop")
+
+
+@define(kw_only=True, on_setattr=[setters.convert, setters.validate, _checked_together])
 class SamplingParams:
-    """How to choose tokens and when to stop; every field is checked when it is constructed.
+    """How to choose tokens and when to stop; every field is checked when it is set.
+
+    A request keeps a copy: what is set later is for later requests, as with vLLM's.
 
     `presence_penalty` and `frequency_penalty` count generated tokens, `repetition_penalty` the
     prompt's too. `logprobs` and `prompt_logprobs` ask for the token's own log-probability and so
@@ -211,10 +230,12 @@ class SamplingParams:
     extra_args: Mapping[str, Any] = field(factory=dict, converter=_to_mapping)
 
     def __attrs_post_init__(self) -> None:
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _fail("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
-        if self.stop and not self.detokenize:
-            raise RequestError("stop strings need detokenize=True.", parameter="stop")
+        _check_together(
+            min_tokens=self.min_tokens,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            detokenize=self.detokenize,
+        )
 
     @property
     def is_greedy(self) -> bool:

@@ -176,6 +176,33 @@ def test_chat_writes_the_template_and_several_conversations_are_one_batch(llm: L
     assert texts(both) == texts([alone]) * 2
 
 
+def test_chat_takes_a_template_of_the_callers(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+
+    for mark in ("#", "%", "%"):
+        template = "{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}"
+        (output,) = llm.chat(messages, GREEDY, chat_template=template, **QUIET)
+        assert output.prompt == mark + "Hello"
+    with pytest.raises(RequestError, match="unsafe"):
+        llm.chat(messages, GREEDY, chat_template="{{ ''.__class__.__mro__ }}", **QUIET)
+    with pytest.raises(RequestError, match="mm_processor_kwargs"):
+        llm.chat(messages, GREEDY, mm_processor_kwargs={}, **QUIET)
+
+
+def test_params_that_change_after_a_call_change_later_calls_alone(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    params.temperature, params.max_tokens = 0.0, 3
+    streamed = llm.stream("coffee", params)
+    first = next(streamed)
+    params.max_tokens = 1
+
+    rest = list(streamed)
+    (short,) = llm.generate("coffee", params, **QUIET)
+
+    assert len(first.token_ids) + sum(len(delta.token_ids) for delta in rest) == 3
+    assert len(short.outputs[0].token_ids) == 1
+
+
 def test_stream_gives_the_text_piece_by_piece(llm: LLM) -> None:
     (whole,) = llm.generate("stream", GREEDY, **QUIET)
 
@@ -298,6 +325,22 @@ def test_dead_engine_answers_every_later_call(
 def test_unknown_option_names_the_nearest(folder: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'max_num_seqs'"):
         LLM(str(folder), max_num_seq=3)
+
+
+def test_keywords_of_vllms_that_ask_for_nothing_are_taken_and_others_refused(folder: Path) -> None:
+    llm = LLM(
+        str(folder),
+        **OPTIONS,
+        pipeline_parallel_size=1,
+        disable_log_stats=True,
+        enable_chunked_prefill=True,
+        swap_space=4,
+    )
+
+    assert llm.generate([1, 2], GREEDY, **QUIET)[0].finished
+    for name, value in (("pipeline_parallel_size", 2), ("enable_lora", True), ("task", "embed")):
+        with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
+            LLM(str(folder), **{name: value})
 
 
 def test_model_without_a_tokenizer_takes_ids_and_refuses_text(folder: Path) -> None:

@@ -124,3 +124,23 @@ def test_params_without_penalties_say_so(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
 def test_params_with_a_penalty_say_so(name: str) -> None:
     assert SamplingParams(**{name: 0.5}).has_penalties
+
+
+def test_fields_that_are_set_later_are_checked_like_the_first() -> None:
+    params = SamplingParams(max_tokens=8, min_tokens=2)
+
+    params.temperature = 0.5
+    params.stop = "\n"  # type: ignore[assignment]
+
+    assert (params.temperature, params.stop) == (0.5, ("\n",))
+    for name, value in (
+        ("temperature", -1),
+        ("top_p", math.nan),
+        ("min_tokens", 9),
+        ("max_tokens", 1),
+        ("detokenize", False),
+    ):
+        before = getattr(params, name)
+        with pytest.raises(RequestError):
+            setattr(params, name, value)
+        assert getattr(params, name) == before

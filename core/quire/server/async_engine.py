@@ -32,6 +32,7 @@ from quire.server.messages import (
 from quire.server.stream import News, Stream
 from quire.text.input_processor import RenderedChat, prompt_text
 from quire.text.output_processor import OutputProcessor
+from quire.vllm_keywords import without_neutral
 
 log = logging.getLogger("quire.server")
 
@@ -65,7 +66,7 @@ class AsyncEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         """Check options and files. Raises: ConfigError, CheckpointError or PluginError."""
-        config = EngineConfig.from_options({"model": str(model), **options})
+        config = EngineConfig.from_options({"model": str(model), **without_neutral(options)})
         self._prepare(Frontend(config), ServingLimits(), ENGINE_MODULE)
 
     @classmethod

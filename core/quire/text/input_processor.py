@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from attrs import frozen
@@ -87,6 +88,7 @@ class InputProcessor:
                 f"sampling_params is a {kind}; allowed: SamplingParams.",
                 parameter="sampling_params",
             )
+        params = copy(params)  # the caller may set other values for its next request
         parsed = _parse_prompt(prompt)
         _check_request_id(request_id)
         salt = _checked_salt(cache_salt if cache_salt is not None else parsed.cache_salt)
