@@ -222,8 +222,12 @@ class SchedulerOptions:
     max_num_seqs: int = count_setting(
         256, "sequences that may run at once", low=1, high=65536, unit="sequences"
     )
-    max_num_batched_tokens: int = count_setting(
-        2048, "tokens computed in one step", low=1, high=2**20, unit="tokens"
+    max_num_batched_tokens: int | None = count_setting(
+        None,
+        "tokens computed in one step; not given: 2048, on a GPU 8192",
+        low=1,
+        high=2**20,
+        unit="tokens",
     )
     scheduling_policy: str = choice_setting(
         "fcfs", POLICIES, "fcfs: by arrival; priority: lower numbers first, waiting ages"

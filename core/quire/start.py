@@ -29,6 +29,8 @@ from quire.preparation import Prepared, kv_request
 
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
 STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
+# A GPU is hardly busy with less; on a CPU larger steps are no faster, and keep others waiting.
+TOKENS_A_STEP = {"cpu": 2048, "cuda": 8192}
 
 
 @define(kw_only=True)
@@ -47,8 +49,12 @@ class Starter:
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
+        self.device = setup.pick_device(prepared.config.device.device)
+        if prepared.config.scheduler.max_num_batched_tokens is None:
+            prepared.config = prepared.config.with_value(
+                "max_num_batched_tokens", TOKENS_A_STEP[self.device.type], source="default"
+            )
         self.config = prepared.config
-        self.device = setup.pick_device(self.config.device.device)
         if self.device.type == "cpu":
             setup.set_threads(self.config.device.num_threads)
         self._dtype = self.config.model.dtype
@@ -120,6 +126,7 @@ class Starter:
 
     def _limits(self, max_model_len: int) -> BatchLimits:
         options = self.config.scheduler
+        assert options.max_num_batched_tokens is not None, "set before"
         # A processor that reads tokens on the host needs each step collected before the next.
         overlaps = not any(kind.needs_host_tokens for kind in self.processors.values())
         return BatchLimits(

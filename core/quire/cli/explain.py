@@ -44,7 +44,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "architecture": frontend.prepared.raw_config["architectures"][0],
             "device": str(starter.device),
         },
-        "settings": _settings(frontend.config, layout.kv_size.max_model_len, layout.kv_size.why),
+        "settings": _settings(starter.config, layout.kv_size.max_model_len, layout.kv_size.why),
         "choices": [_choice(choice) for choice in choices],
         "memory": {
             "total": layout.budget.total,

@@ -42,6 +42,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._blocks = block_manager
         self._admission = Admission(options, block_manager, max_model_len, clock)
+        assert options.max_num_batched_tokens is not None, "the start knows how many pay"
         self._max_num_batched_tokens = options.max_num_batched_tokens
         self._requests: dict[str, list[Sequence]] = {}  # the sequences that have not ended
         self._waiting = WaitingQueue()

@@ -96,7 +96,10 @@ def make_harness(
     manager = make_manager((num_usable, block_size), caching=caching)
     harness: Harness
     scheduler = Scheduler(
-        SchedulerOptions(**options), manager, max_model_len, lambda: harness.now_s
+        SchedulerOptions(**{"max_num_batched_tokens": 2048, **options}),
+        manager,
+        max_model_len,
+        lambda: harness.now_s,
     )
     harness = Harness(scheduler, manager)
     return harness
