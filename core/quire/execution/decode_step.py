@@ -148,7 +148,7 @@ class DecodeStep:
             ),
             query_lens=[],
             seq_lens_bound=[],
-            num_single_token_seqs=size,
+            num_single_token_seqs=0,
             padded_to=size,
         )
 
@@ -156,6 +156,7 @@ class DecodeStep:
         """Let the backends plan for what the inputs hold now: `decoding`, or padding alone."""
         lengths = [] if decoding is None else decoding.lengths.tolist()
         batch.query_lens, batch.seq_lens_bound = [1] * len(lengths), lengths
+        batch.num_single_token_seqs = len(lengths)
         batch.in_flight_slot = 0 if decoding is None else decoding.slot
         batch.plans = [backend.plan(batch, i) for i, backend in enumerate(self._backends)]
 

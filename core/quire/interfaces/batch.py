@@ -36,7 +36,7 @@ class Batch:
     On the host:
         query_lens              tokens of each sequence in this step
         seq_lens_bound          upper bounds of seq_lens, exact until drafts exist
-        num_single_token_seqs   so many sequences, the first, have one token; padding included
+        num_single_token_seqs   so many sequences, the first, have one token
         padded_to               rows of the device's tensors: more than num_seqs where a CUDA graph
                                 is captured or replayed, whose tensors keep their addresses;
                                 padding rows have one token, length 0 and slot 0
