@@ -53,9 +53,11 @@ def prepare(config: EngineConfig) -> Prepared:
     Raises: ConfigError, CheckpointError or PluginError, each in one line.
     """
     registry = load_plugins(config.plugins.disable_plugin)
+    is_dummy = config.model.load_format == "dummy"
     folder = find_folder(
         config.model.model,
         revision=config.model.revision,
+        with_weights=not is_dummy,
         bundled=registry.names("checkpoint"),
         open_bundled=registry.checkpoint,
     )
@@ -72,7 +74,8 @@ def prepare(config: EngineConfig) -> Prepared:
         quantization, quantization_choice = select_quantization(
             registry, config.plugins.quantization, _quant_method(raw, path)
         )
-    checkpoint = Checkpoint.open(folder)
+    # What is drawn at random needs no file.
+    checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
     _check_lengths(config, model_config)
     return Prepared(

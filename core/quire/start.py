@@ -9,6 +9,7 @@ from attrs import define
 
 from quire.errors import QuireError
 from quire.execution import setup
+from quire.execution.dummy_weights import draw_weights
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes
@@ -82,10 +83,16 @@ class Starter:
         # Not on `meta` first: its operations in Python cost seconds of imports.
         model = self._build(str(self.device))
         layout = self._plan(model)
-        load_weights(model, self.prepared.checkpoint)
+        self._fill(model)
         if self.device.type == "cuda":
             self._measure_on_gpu(model, layout)
         return self._runner(model, layout, layout.kv_size.num_blocks, layout.limits), layout
+
+    def _fill(self, model: Model) -> None:
+        if self.config.model.load_format == "dummy":
+            draw_weights(model, seed=self.config.device.seed)
+        else:
+            load_weights(model, self.prepared.checkpoint)
 
     def _plan(self, model: Model) -> Layout:
         backends, selections = self._choose_backends(model)

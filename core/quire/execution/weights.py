@@ -100,6 +100,11 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
         waiting[id(owner)] -= 1
         if owner is not None and waiting[id(owner)] == 0:
             owner.finish_loading()
+    finish_tied_heads(model)
+
+
+def finish_tied_heads(model: Model) -> None:
+    """Let heads repack that have no weight of their own, once the embedding is full."""
     for module in model.modules():
         if isinstance(module, Head) and module.is_tied:
             module.finish_loading()
