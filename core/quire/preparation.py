@@ -26,6 +26,7 @@ from quire.hooks.selection import (
 )
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import ModelPlugin, QuantizationPlugin, Selection
+from quire.phases import Phases
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -45,13 +46,22 @@ class Prepared:
     registry: Registry
     selections: list[Selection] = Factory(list)
     warnings: list[str] = Factory(list)
+    phases: Phases = Factory(Phases)
 
 
-def prepare(config: EngineConfig) -> Prepared:
-    """Check all that can be checked without torch.
+def prepare(config: EngineConfig, phases: Phases | None = None) -> Prepared:
+    """Check all that can be checked without torch; `phases` already holds what came before.
 
     Raises: ConfigError, CheckpointError or PluginError, each in one line.
     """
+    phases = phases or Phases()
+    with phases.timed("checks"):
+        prepared = _prepare(config)
+    prepared.phases = phases
+    return prepared
+
+
+def _prepare(config: EngineConfig) -> Prepared:
     registry = load_plugins(config.plugins.disable_plugin)
     is_dummy = config.model.load_format == "dummy"
     folder = find_folder(

@@ -48,14 +48,17 @@ class Starter:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self.config = prepared.config
-        self.device = setup.pick_device(self.config.device.device)
+        self.phases = prepared.phases
+        with self.phases.timed("device"):
+            self.device = setup.pick_device(self.config.device.device)
         if self.device.type == "cpu":
             setup.set_threads(self.config.device.num_threads)
         self._dtype = self.config.model.dtype
         _, sampler, self._sampler_choice = select_sampler(
             prepared.registry, self.config.plugins.sampler, self.device.type
         )
-        self._classes = self._load_classes(sampler)
+        with self.phases.timed("plugins"):
+            self._classes = self._load_classes(sampler)
         names = self.config.plugins.logits_processors
         chosen = select_logits_processors(prepared.registry, names)
         self.processors = {plugin.name: kind for plugin, kind in chosen}
@@ -76,17 +79,26 @@ class Starter:
 
     def plan(self) -> Layout:
         """Choose and size everything without weights: what `quire explain` shows."""
-        return self._plan(self._build("meta"))
+        with self.phases.timed("build"):
+            model = self._build("meta")
+        with self.phases.timed("choices"):
+            return self._plan(model)
 
     def start(self) -> tuple[ModelRunner, Layout]:
         """Build, plan, load, measure on a GPU, and allocate the KV cache."""
         # Not on `meta` first: its operations in Python cost seconds of imports.
-        model = self._build(str(self.device))
-        layout = self._plan(model)
-        self._fill(model)
+        with self.phases.timed("build"):
+            model = self._build(str(self.device))
+        with self.phases.timed("choices"):
+            layout = self._plan(model)
+        with self.phases.timed("weights"):
+            self._fill(model)
         if self.device.type == "cuda":
-            self._measure_on_gpu(model, layout)
-        return self._runner(model, layout, layout.kv_size.num_blocks, layout.limits), layout
+            with self.phases.timed("measurement"):
+                self._measure_on_gpu(model, layout)
+        with self.phases.timed("kv cache"):
+            runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
+        return runner, layout
 
     def _fill(self, model: Model) -> None:
         if self.config.model.load_format == "dummy":
