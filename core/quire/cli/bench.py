@@ -1,10 +1,10 @@
-"""`quire bench WHAT`: measure a server, ours or another's."""
+"""`quire bench WHAT`: measure a server, ours or another's, or an engine in this process."""
 
 from __future__ import annotations
 
 import argparse
 
-from quire.cli import bench_serve
+from quire.cli import bench_engine, bench_serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         allow_abbrev=False,
     )
     bench_serve.add_arguments(serve)
+    for what, summary in bench_engine.SUMMARIES.items():
+        one = below.add_parser(
+            what,
+            help=summary,
+            description=f"Measure {summary}.",
+            epilog=bench_engine.EPILOG,
+            allow_abbrev=False,
+        )
+        bench_engine.add_arguments(one, what)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; 1 if a request failed. Raises: ConfigError."""
-    return bench_serve.run(arguments)
+    """Measure and print; 1 if a request to a server failed. Raises: QuireError."""
+    if arguments.what == "serve":
+        return bench_serve.run(arguments)
+    return bench_engine.run(arguments)
