@@ -127,6 +127,7 @@ BAD = {
     "too long": (("prefill", "demo"), "context is 2048"),
     "bad option": (("latency", "demo", "--block-size", "3"), "powers of two"),
     "unknown backend": (("latency", "demo", "--attention-backend", "sdpaa"), "sdpa"),
+    "profile to a file": (("latency", "demo", "--profile", __file__), "--profile"),
     "unknown benchmark": (("speed", "demo"), "invalid choice: 'speed'"),
 }
 
@@ -156,3 +157,22 @@ def test_bad_input_is_one_line_before_torch_is_imported(
     assert BAD[name][1] in found["err"]
     assert len(found["err"].strip().splitlines()) == 1
     assert not found["torch"]
+
+
+@pytest.mark.parametrize("what", ["offline", "latency", "prefill"])
+def test_profile_writes_a_trace_and_says_where_a_step_went(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    lengths = ["--input-len", "16"] + (["--output-len", "8:40"] if what != "prefill" else [])
+    profile = ["--profile", str(tmp_path / "made"), "--profile-steps", "3", "--ceilings"]
+
+    found = bench(capsys, what, str(folder), "--load-format", "dummy", *lengths, *profile)
+
+    told = found["profile"]
+    assert told["steps"] == (1 if what == "prefill" else 3)
+    assert Path(told["trace"]).stat().st_size > 1000
+    assert 0 < told["busy_us"] <= told["step_us"]
+    assert 0.9 < sum(row["us_a_step"] for row in told["rows"]) / told["busy_us"] < 1.01
+    (product,) = [row for row in told["rows"] if row["name"] in ("aten::mm", "aten::addmm")][:1]
+    assert product["tflop_per_s"] > 0
+    assert product["of_ceiling"] > 0

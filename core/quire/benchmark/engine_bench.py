@@ -19,8 +19,9 @@ from quire.benchmark.figures import (
     spread,
 )
 from quire.benchmark.machine import describe, measure_ceilings
+from quire.benchmark.profile import profile_steps
 from quire.benchmark.prompts import Lengths, check_fits, draw_prompts
-from quire.benchmark.report import reached
+from quire.benchmark.report import add_shares, reached
 from quire.execution.work import ModelWork, work_of
 from quire.llm import LLM
 
@@ -57,6 +58,9 @@ def measure(frontend: Frontend, plan: Plan) -> dict[str, Any]:
     check_fits(plan.lengths, llm.engine.max_model_len)
     bench = Bench(llm, plan.temperature)
     figures = _repeat(bench, plan, _model_work(llm))
+    profiled = None if plan.profile is None else _profile(bench, plan, plan.profile)
+    if profiled is not None and ceilings is not None:
+        add_shares(profiled["rows"], ceilings)
     settings = llm.engine.config.to_options()
     return {
         "benchmark": plan.what,
@@ -69,7 +73,16 @@ def measure(frontend: Frontend, plan: Plan) -> dict[str, Any]:
         "figures": figures,
         "ceilings": ceilings,
         "reached": reached(plan.what, figures, ceilings) if ceilings else None,
+        "profile": profiled,
     }
+
+
+def _profile(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
+    vocab_size = bench.engine.runner.vocab_size
+    works = draw_prompts(plan.lengths, vocab_size=vocab_size, seed=f"{plan.seed} profile")
+    path = folder / f"{plan.what}.json"
+    steady = plan.what != "prefill"
+    return profile_steps(bench, works, path, count=plan.profile_steps, steady=steady)
 
 
 def _device(frontend: Frontend) -> torch.device:

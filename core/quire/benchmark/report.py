@@ -7,6 +7,7 @@ from typing import Any
 
 from quire.phases import Phases
 
+MAX_NAME = 80  # of a kernel, in a table
 # Figure of a benchmark, the ceiling that bounds it, and what both are divided by to compare.
 BOUNDS = {
     "offline": ("tflop_per_s", "product_tflop_per_s", 1.0),
@@ -20,6 +21,16 @@ def reached(what: str, figures: Mapping[str, Any], ceilings: Mapping[str, float]
     figure, ceiling, per_unit = BOUNDS[what]
     share = figures[figure]["median"] / per_unit / ceilings[ceiling]
     return {"figure": figure, "of": ceiling, "share": share}
+
+
+def add_shares(rows: Sequence[dict[str, Any]], ceilings: Mapping[str, float]) -> None:
+    """Give each row of a profile the share of the nearer ceiling, where its shapes are known."""
+    for row in rows:
+        if row["tflop_per_s"] is not None:
+            row["of_ceiling"] = max(
+                row["tflop_per_s"] / ceilings["product_tflop_per_s"],
+                row["gb_per_s"] / 1e3 / ceilings["copy_tb_per_s"],
+            )
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -59,7 +70,7 @@ def _profile_lines(profile: Mapping[str, Any]) -> list[str]:
         f"{steps} steps of {profile['step_us']:.0f} us; busy {profile['busy_us']:.0f} us, "
         f"gaps {profile['gap_us']:.0f} us a step; trace in {profile['trace']}",
         f"{'us a step':>10}{'share':>8}{'calls':>8}{'us a call':>11}{'TFLOP/s':>9}{'GB/s':>8}"
-        "  name",
+        f"{'ceiling':>9}  name",
     ]
     lines += [_profile_line(row) for row in profile["rows"]]
     return lines
@@ -68,7 +79,9 @@ def _profile_lines(profile: Mapping[str, Any]) -> list[str]:
 def _profile_line(row: Mapping[str, Any]) -> str:
     rates: Sequence[Any] = (row["tflop_per_s"], row["gb_per_s"])
     flops, read = (f"{rate:.1f}" if rate is not None else "" for rate in rates)
+    share = f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else ""
     return (
         f"{row['us_a_step']:>10.1f}{row['share']:>8.1%}{row['calls_a_step']:>8.1f}"
-        f"{row['us_a_call']:>11.1f}{flops:>9}{read:>8}  {row['name']}"
+        f"{row['us_a_call']:>11.1f}{flops:>9}{read:>8}{share:>9}"
+        f"  {row['name'][:MAX_NAME]}"
     )

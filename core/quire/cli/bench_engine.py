@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from quire.benchmark.prompts import Lengths, check_fits, draw_lengths
@@ -79,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         default=None,
         help="measure copies and products of the device too; not given: on a GPU",
     )
+    add("--profile", type=Path, metavar="DIR", help="record steps into a Chrome trace there")
+    add("--profile-steps", type=COUNT, default=8, help=f"steps that are recorded{_DEFAULT}")
     add("--json", action="store_true", help="print one JSON object")
     add_options(parser, without=("model",))
 
@@ -93,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything, then load, measure and print. Raises: QuireError."""
     what = arguments.what
     lengths, stamps = _lengths_of(arguments)
+    _make_folder(arguments.profile)
     given = {**ENGINE_DEFAULTS, **given_options(arguments)}
     frontend = Frontend(EngineConfig.from_options(given))
     try:
@@ -109,6 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
             workload=_workload(arguments),
             stamps=stamps,
             ceilings=arguments.ceilings,
+            profile=arguments.profile,
+            profile_steps=arguments.profile_steps,
         )
         report = measure(frontend, plan)
     finally:
@@ -117,6 +123,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(report) if arguments.json else as_text(report))
     return 0
+
+
+def _make_folder(folder: Path | None) -> None:
+    """Make the folder of a trace before anything takes time."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--profile {folder} cannot be written: {error}.") from error
 
 
 def _lengths_of(arguments: argparse.Namespace) -> tuple[list[tuple[int, int]], Lengths]:
