@@ -48,6 +48,11 @@ class Prepared:
     warnings: list[str] = Factory(list)
     phases: Phases = Factory(Phases)
 
+    def describe(self) -> str:
+        """Return what is loaded, in a few words."""
+        name, model = self.raw_config["architectures"][0], self.config.model
+        return f"{model.model} ({name}, {model.dtype})"
+
 
 def prepare(config: EngineConfig, phases: Phases | None = None) -> Prepared:
     """Check all that can be checked without torch; `phases` already holds what came before.

@@ -127,6 +127,8 @@ BAD = {
     "too long": (("prefill", "demo"), "context is 2048"),
     "bad option": (("latency", "demo", "--block-size", "3"), "powers of two"),
     "unknown backend": (("latency", "demo", "--attention-backend", "sdpaa"), "sdpa"),
+    "startup of nothing": (("startup", "FOLDER"), "no weights"),
+    "unknown cache": (("startup", "demo", "--cache", "hot"), "invalid choice"),
     "profile to a file": (("latency", "demo", "--profile", __file__), "--profile"),
     "unknown benchmark": (("speed", "demo"), "invalid choice: 'speed'"),
 }
@@ -176,3 +178,31 @@ def test_profile_writes_a_trace_and_says_where_a_step_went(
     (product,) = [row for row in told["rows"] if row["name"] in ("aten::mm", "aten::addmm")][:1]
     assert product["tflop_per_s"] > 0
     assert product["of_ceiling"] > 0
+
+
+def test_startup_times_every_part_of_a_cold_and_a_warm_start(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--load-format", "dummy", "--num-threads", "1", "--repeats", "1", "--json"]
+
+    assert main(["bench", "startup", str(folder), *arguments]) == 0
+
+    figures = json.loads(capfd.readouterr().out)["figures"]
+    for cache in ("cold", "warm"):
+        parts = {k.partition(": ")[2]: v["median"] for k, v in figures.items() if cache in k}
+        assert {"imports", "checks", "build", "weights", "kv cache", "first token"} <= set(parts)
+        whole = parts.pop("whole")
+        assert sum(parts.values()) == pytest.approx(whole)
+        assert 0 <= parts["between"] < 0.5 * whole
+
+
+def test_startup_that_fails_in_the_process_is_one_line(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--load-format", "dummy", "--cache", "cold"]
+    cannot = ["--attention-option", "sdpa.nothing=1"]
+
+    assert main(["bench", "startup", str(folder), *arguments, *cannot]) == 2
+
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("quire: error: the engine did not start: ")

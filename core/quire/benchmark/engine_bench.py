@@ -64,7 +64,7 @@ def measure(frontend: Frontend, plan: Plan) -> dict[str, Any]:
     settings = llm.engine.config.to_options()
     return {
         "benchmark": plan.what,
-        "model": _model_line(frontend),
+        "model": frontend.prepared.describe(),
         "machine": describe(llm.engine.runner.device),
         "choices": {choice.kind: choice.used for choice in llm.engine.selections},
         "settings": {name: value for name, value in settings.items() if name != "model"},
@@ -91,12 +91,6 @@ def _device(frontend: Frontend) -> torch.device:
     if not use_gpu and options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def _model_line(frontend: Frontend) -> str:
-    prepared = frontend.prepared
-    name, dtype = prepared.raw_config["architectures"][0], prepared.config.model.dtype
-    return f"{prepared.config.model.model} ({name}, {dtype})"
 
 
 def _model_work(llm: LLM) -> ModelWork:

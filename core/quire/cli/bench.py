@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from quire.cli import bench_engine, bench_serve
+from quire.cli import bench_engine, bench_serve, bench_startup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         bench_engine.add_arguments(one, what)
+    startup = below.add_parser(
+        "startup",
+        help=bench_startup.SUMMARY,
+        description=f"Measure {bench_startup.SUMMARY}.",
+        epilog=bench_startup.EPILOG,
+        allow_abbrev=False,
+    )
+    bench_startup.add_arguments(startup)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 if a request to a server failed. Raises: QuireError."""
     if arguments.what == "serve":
         return bench_serve.run(arguments)
+    if arguments.what == "startup":
+        return bench_startup.run(arguments)
     return bench_engine.run(arguments)
