@@ -54,6 +54,7 @@ class Frontend:
             revision=None,
             bundled=registry.names("checkpoint"),
             open_bundled=registry.checkpoint,
+            with_weights=False,
         )
 
     def _open_tokenizer(self) -> Tokenizer | None:

@@ -64,7 +64,10 @@ def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
     patterns = [*_FILES, _WEIGHTS] if with_weights else list(_FILES)
     options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
     with contextlib.suppress(Exception):  # not in the cache: the network is asked next
-        return Path(snapshot_download(model, local_files_only=True, **options))
+        folder = Path(snapshot_download(model, local_files_only=True, **options))
+        # Weights may be missing, after a start that wanted none.
+        if not with_weights or any(folder.glob(_WEIGHTS)):
+            return folder
     try:
         return Path(snapshot_download(model, **options))
     except Exception as error:
