@@ -206,3 +206,8 @@ def test_startup_that_fails_in_the_process_is_one_line(
 
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("quire: error: the engine did not start: ")
+
+
+def test_traceback_is_shown_for_a_benchmark_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "latency", "demo", "--output-len", "9", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err

@@ -20,8 +20,8 @@ class Lengths:
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """Read LOW:HIGH, or one number for both. Raises: ValueError."""
-        low, _, high = text.partition(":")
-        found = cls(low=int(low), high=int(high or low))
+        low, colon, high = text.partition(":")
+        found = cls(low=int(low), high=int(high if colon else low))
         if not 1 <= found.low <= found.high:
             raise ValueError(text)
         return found

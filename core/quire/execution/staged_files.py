@@ -18,9 +18,10 @@ from torch import Tensor
 from quire.errors import CheckpointError
 from quire.execution.checkpoint import TensorInfo, cannot_hold, not_finite, wrong_kind
 
-# One thread takes files from the system's cache at some 5 GB/s, a link to a GPU ten times that.
-NUM_BUFFERS = 4
-BUFFER_BYTES = 32 << 20
+# Each with a thread: one alone copies out of the system's cache of files slower than a GPU's link
+# takes it (two cores: 3.7 GB/s).
+NUM_BUFFERS = 8
+BUFFER_BYTES = 16 << 20
 
 DTYPES = {
     "F64": torch.float64,
@@ -123,9 +124,9 @@ def _read(descriptor: int, chunk: Chunk, buffer: Tensor, used: torch.cuda.Event 
 class StagedFiles:
     """Fill tensors in the order of `tensors`; `check` says whether all were finite.
 
-    Copies, conversions and checks are queued on the current stream: beside the copies from the
-    host the others take no time that counts (a weight is read at the speed of the GPU's memory,
-    and sent at a fiftieth of it), so that a second stream would only add something to order.
+    Copies, conversions and checks are queued on the current stream. A second one would only add
+    something to order: the GPU's memory is many times faster than its link to the host, so that
+    converting and checking take no time that counts.
     """
 
     def __init__(self, tensors: Sequence[TensorInfo], device: torch.device) -> None:
