@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as vLLM spells them too
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 Check = Callable[[Any], bool]
 
@@ -170,6 +171,12 @@ class ModelOptions:
     )
     revision: str | None = text_setting(
         None, "branch, tag or commit of a Hugging Face id", optional=True
+    )
+    load_format: str = choice_setting(
+        "auto",
+        LOAD_FORMATS,
+        "where weights come from; auto: safetensors; dummy: drawn at random, so that a folder "
+        "with config.json is enough",
     )
     dtype: str = choice_setting("auto", DTYPES, "number format of weights and activations")
     max_model_len: int | str | None = setting(

@@ -12,6 +12,7 @@ from typing import Any
 from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.execution.model_folder import find_folder
+from quire.phases import Phases
 from quire.preparation import Prepared, prepare
 from quire.request import SamplingParams
 from quire.text.chat_template import DEFAULT, ChatTemplate
@@ -25,18 +26,19 @@ TOKENIZER_FILE = "tokenizer.json"
 class Frontend:
     """One model's checked files, tokenizer, chat template and sampling defaults."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, phases: Phases | None = None) -> None:
         """Check everything that can be checked without torch.
 
         Raises: ConfigError, CheckpointError or PluginError, each in one line.
         """
-        self.prepared: Prepared = prepare(config)
+        self.prepared: Prepared = prepare(config, phases)
         self.config = self.prepared.config
         self.defaults = GenerationDefaults.from_folder(self.prepared.folder)
         self.warnings = [*self.prepared.warnings, *self.defaults.warnings]
-        self._tokenizer_folder = self._find_tokenizer()
-        self.tokenizer = self._open_tokenizer()
-        self.template = self._open_template()
+        with self.prepared.phases.timed("tokenizer"):
+            self._tokenizer_folder = self._find_tokenizer()
+            self.tokenizer = self._open_tokenizer()
+            self.template = self._open_template()
         self._callers_template: ChatTemplate | None = None
         # Tokenizing needs a limit before the engine knows the real one; `serve` replaces it.
         wanted = self.config.model.max_model_len
@@ -53,6 +55,7 @@ class Frontend:
             revision=None,
             bundled=registry.names("checkpoint"),
             open_bundled=registry.checkpoint,
+            with_weights=False,
         )
 
     def _open_tokenizer(self) -> Tokenizer | None:

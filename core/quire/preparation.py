@@ -26,6 +26,7 @@ from quire.hooks.selection import (
 )
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import ModelPlugin, QuantizationPlugin, Selection
+from quire.phases import Phases
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -45,17 +46,33 @@ class Prepared:
     registry: Registry
     selections: list[Selection] = Factory(list)
     warnings: list[str] = Factory(list)
+    phases: Phases = Factory(Phases)
+
+    def describe(self) -> str:
+        """Return what is loaded, in a few words."""
+        name, model = self.raw_config["architectures"][0], self.config.model
+        return f"{model.model} ({name}, {model.dtype})"
 
 
-def prepare(config: EngineConfig) -> Prepared:
-    """Check all that can be checked without torch.
+def prepare(config: EngineConfig, phases: Phases | None = None) -> Prepared:
+    """Check all that can be checked without torch; `phases` already holds what came before.
 
     Raises: ConfigError, CheckpointError or PluginError, each in one line.
     """
+    phases = phases or Phases()
+    with phases.timed("checks"):
+        prepared = _prepare(config)
+    prepared.phases = phases
+    return prepared
+
+
+def _prepare(config: EngineConfig) -> Prepared:
     registry = load_plugins(config.plugins.disable_plugin)
+    is_dummy = config.model.load_format == "dummy"
     folder = find_folder(
         config.model.model,
         revision=config.model.revision,
+        with_weights=not is_dummy,
         bundled=registry.names("checkpoint"),
         open_bundled=registry.checkpoint,
     )
@@ -72,7 +89,8 @@ def prepare(config: EngineConfig) -> Prepared:
         quantization, quantization_choice = select_quantization(
             registry, config.plugins.quantization, _quant_method(raw, path)
         )
-    checkpoint = Checkpoint.open(folder)
+    # What is drawn at random needs no file.
+    checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
     _check_lengths(config, model_config)
     return Prepared(

@@ -10,6 +10,7 @@ from attrs import define
 from quire.errors import QuireError
 from quire.execution import setup
 from quire.execution.decode_graphs import Capture, CudaCapture
+from quire.execution.dummy_weights import draw_weights
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes
@@ -49,7 +50,9 @@ class Starter:
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
-        self.device = setup.pick_device(prepared.config.device.device)
+        self.phases = prepared.phases
+        with self.phases.timed("device"):
+            self.device = setup.pick_device(prepared.config.device.device)
         if prepared.config.scheduler.max_num_batched_tokens is None:
             prepared.config = prepared.config.with_value(
                 "max_num_batched_tokens", TOKENS_A_STEP[self.device.type], source="default"
@@ -61,7 +64,8 @@ class Starter:
         _, sampler, self._sampler_choice = select_sampler(
             prepared.registry, self.config.plugins.sampler, self.device.type
         )
-        self._classes = self._load_classes(sampler)
+        with self.phases.timed("plugins"):
+            self._classes = self._load_classes(sampler)
         names = self.config.plugins.logits_processors
         chosen = select_logits_processors(prepared.registry, names)
         self.processors = {plugin.name: kind for plugin, kind in chosen}
@@ -82,19 +86,35 @@ class Starter:
 
     def plan(self) -> Layout:
         """Choose and size everything without weights: what `quire explain` shows."""
-        return self._plan(self._build("meta"))
+        with self.phases.timed("build"):
+            model = self._build("meta")
+        with self.phases.timed("choices"):
+            return self._plan(model)
 
     def start(self) -> tuple[ModelRunner, Layout]:
         """Build, plan, load, measure on a GPU, and allocate the KV cache."""
         # Not on `meta` first: its operations in Python cost seconds of imports.
-        model = self._build(str(self.device))
-        layout = self._plan(model)
-        load_weights(model, self.prepared.checkpoint)
+        with self.phases.timed("build"):
+            model = self._build(str(self.device))
+        with self.phases.timed("choices"):
+            layout = self._plan(model)
+        with self.phases.timed("weights"):
+            self._fill(model)
         if self.device.type == "cuda":
-            self._measure_on_gpu(model, layout)
-        runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
-        runner.warm_up()
+            with self.phases.timed("measurement"):
+                self._measure_on_gpu(model, layout)
+        with self.phases.timed("kv cache"):
+            runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
+        if runner.graphs is not None:
+            with self.phases.timed("graphs"):
+                runner.warm_up()
         return runner, layout
+
+    def _fill(self, model: Model) -> None:
+        if self.config.model.load_format == "dummy":
+            draw_weights(model, seed=self.config.device.seed)
+        else:
+            load_weights(model, self.prepared.checkpoint)
 
     def _plan(self, model: Model) -> Layout:
         backends, selections = self._choose_backends(model)

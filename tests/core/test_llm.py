@@ -354,3 +354,15 @@ def test_model_without_a_tokenizer_takes_ids_and_refuses_text(folder: Path) -> N
         llm.generate("text", GREEDY, **QUIET)
     with pytest.raises(ConfigError, match="tokenizer"):
         llm.get_tokenizer()
+
+
+def test_dummy_weights_need_no_more_than_a_config(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+
+    with pytest.warns(UserWarning, match=r"tokenizer\.json: no such file"):
+        llm = LLM(str(tmp_path), load_format="dummy", **{**OPTIONS, "skip_tokenizer_init": False})
+    found = llm.generate([3, 4, 5], GREEDY, **QUIET)[0].outputs[0]
+
+    assert (len(found.token_ids), found.text) == (8, "")
+    with pytest.raises(RequestError, match="there is no tokenizer; give token ids"):
+        llm.generate("text", GREEDY, **QUIET)

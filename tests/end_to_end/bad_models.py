@@ -117,6 +117,14 @@ EARLY: dict[str, Case] = {
     "no prompt": Case(("no prompt", "-p"), prompt=()),
     "empty prompt": Case(("prompt is empty",), prompt=("-p", "")),
     "prompt beyond the context": Case(("256", "--max-model-len"), prompt=("-p", "x" * 300)),
+    "load format of a typo": Case(
+        ("--load-format", "dumy", "Did you mean 'dummy'"), options=("--load-format", "dumy")
+    ),
+    "text for dummy weights without a tokenizer": Case(
+        ("tokenizer.json", "token ids"),
+        both(*(file(n, None) for n in ("model.safetensors", "tokenizer.json"))),
+        options=("--load-format", "dummy"),
+    ),
     "missing prompts file": Case(("/no/file",), prompt=("--prompts-file", "/no/file")),
     "NaN temperature": Case(("temperature", "nan"), options=("--temperature", "nan")),
     "negative temperature": Case(("temperature", "-1"), options=("--temperature", "-1")),

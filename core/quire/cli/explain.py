@@ -11,6 +11,7 @@ from quire.config import OPTIONS, EngineConfig
 from quire.execution.memory import describe_bytes
 from quire.frontend import Frontend
 from quire.interfaces.plugin import Selection
+from quire.phases import Phases
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def explain(frontend: Frontend) -> dict[str, Any]:
     """Return settings, choices, memory and warnings as plain values."""
-    from quire.start import Starter
+    phases = frontend.prepared.phases
+    with phases.timed("imports"):
+        from quire.start import Starter
 
     starter = Starter(frontend.prepared)
     layout = starter.plan()
@@ -54,6 +57,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "block_size": frontend.config.cache.block_size,
         },
         "warnings": frontend.warnings,
+        "phases_s": phases.seconds,
     }
 
 
@@ -98,4 +102,5 @@ def _as_text(found: dict[str, Any]) -> str:
     blocks, size = memory["num_kv_blocks"], memory["block_size"]
     lines.append(f"  {blocks} KV blocks of {size} tokens, block 0 for padding")
     lines += ["", "warnings", *(f"  {w}" for w in found["warnings"])] if found["warnings"] else []
+    lines += ["", f"this took: {Phases(found['phases_s'])}"]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("quire.cli.generate", "complete prompts and print the results"),
     "chat": ("quire.cli.chat", "talk with a model in the terminal"),
     "serve": ("quire.cli.serve", "serve a model to OpenAI clients"),
-    "bench": ("quire.cli.bench", "measure a server"),
+    "bench": ("quire.cli.bench", "measure a server or an engine"),
     "explain": ("quire.cli.explain", "print every setting, choice and byte of a start"),
     "plugins": ("quire.cli.plugins", "list the installed plugins and whether they work here"),
 }
@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
         for text in unknown:
             name = text.partition("=")[0]
             if name.startswith("-"):
-                hint = nearest(name, self._option_string_actions)
+                options = [o for p in (self, *_below(self)) for o in p._option_string_actions]
+                hint = nearest(name, options)
                 self.error(f"unknown option {name!r}" + (f".{hint}" if hint else ""))
             self.error(f"unexpected argument {text!r}")
         return arguments
@@ -144,9 +145,16 @@ def _as_title(text: str) -> str:
 
 
 def _add_traceback(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where an error came from, not only what"
-    )
+    for one in (parser, *_below(parser)):
+        one.add_argument(
+            "--traceback", action="store_true", help="show where an error came from, not only what"
+        )
+
+
+def _below(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return the parsers of a subcommand's own subcommands."""
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [one for action in actions for one in action.choices.values()]
 
 
 def _report(error: QuireError, argv: Sequence[str]) -> int:

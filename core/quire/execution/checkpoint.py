@@ -191,6 +191,23 @@ def not_finite(tensor: TensorInfo) -> CheckpointError:
     )
 
 
+def cannot_hold(tensor: TensorInfo, dtype: str) -> CheckpointError:
+    """Return the error for a tensor whose numbers PyTorch's `dtype` cannot hold."""
+    name = dtype.removeprefix("torch.")
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name!r} holds numbers that {name} cannot; "
+        "use --dtype bfloat16 or float32."
+    )
+
+
+def wrong_kind(tensor: TensorInfo, dtype: str) -> CheckpointError:
+    """Return the error for whole numbers where others are expected, or the other way round."""
+    wanted = dtype.removeprefix("torch.")
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}, expected {wanted}."
+    )
+
+
 def _is_finite(dtype: str, data: bytes) -> bool:
     if dtype not in _EXPONENTS:
         return True

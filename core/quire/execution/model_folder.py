@@ -15,7 +15,8 @@ from quire.interfaces.model_config import shown
 
 CONFIG_FILE = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_WEIGHTS = "*.safetensors"
+_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def find_folder(
@@ -24,11 +25,13 @@ def find_folder(
     revision: str | None,
     bundled: Collection[str],
     open_bundled: Callable[[str], Path],
+    with_weights: bool = True,
 ) -> Path:
     """Return the folder that MODEL names.
 
     A folder that exists comes first, then a bundled checkpoint, then a Hugging Face id, which is
-    downloaded. Raises: ConfigError, saying which of the three was tried.
+    downloaded, its weights only if they are wanted. Raises: ConfigError, saying which of the
+    three was tried.
     """
     folder = _existing(model)
     if folder is not None and folder.is_dir():
@@ -38,7 +41,7 @@ def find_folder(
     if folder is not None:
         raise ConfigError(f"{model} is a file; MODEL names the folder that holds config.json.")
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _download(model, revision)
+        return _download(model, revision, with_weights=with_weights)
     names = ", ".join(sorted(bundled)) or "none"
     raise ConfigError(
         f"model {shown(model)}: no such folder, and no bundled checkpoint of that name (bundled: "
@@ -55,12 +58,16 @@ def _existing(model: str) -> Path | None:
         return None
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": list(_FILES)}
+    patterns = [*_FILES, _WEIGHTS] if with_weights else list(_FILES)
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
     with contextlib.suppress(Exception):  # not in the cache: the network is asked next
-        return Path(snapshot_download(model, local_files_only=True, **options))
+        folder = Path(snapshot_download(model, local_files_only=True, **options))
+        # Weights may be missing, after a start that wanted none.
+        if not with_weights or any(folder.glob(_WEIGHTS)):
+            return folder
     try:
         return Path(snapshot_download(model, **options))
     except Exception as error:

@@ -1,23 +1,43 @@
-"""Stream a checkpoint into a model: each tensor is copied once, straight into its place."""
+"""Stream a checkpoint into a model: each tensor goes once, straight into its place."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.execution.checkpoint import Checkpoint, TensorInfo, listed, not_finite
+from quire.execution.checkpoint import Checkpoint, TensorInfo, listed
+from quire.execution.mapped_files import MappedFiles
+from quire.execution.staged_files import StagedFiles
 from quire.interfaces.model import Model
 from quire.layers.embedding import Head
 from quire.layers.weights import WeightStore
 
-# Finiteness is checked in slices, so that its temporary memory stays small.
-CHECKED_ELEMENTS = 1 << 22
+
+class Source(Protocol):
+    """Where tensors come from, in the order in which they were announced."""
+
+    def fill(self, tensor: TensorInfo, target: Tensor) -> None:
+        """Fill `target`, a view of a parameter, now or later in the order of the device."""
+
+    def check(self) -> None:
+        """Wait until all is there. Raises: CheckpointError for what is not finite."""
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+
+
+SOURCES: dict[str, Callable[[Sequence[TensorInfo], torch.device], Source]] = {
+    "cpu": MappedFiles,
+    "cuda": StagedFiles,
+}
 
 
 @frozen(kw_only=True)
@@ -89,17 +109,31 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     that is not finite.
     """
     expected = places(model)
+    device = next(model.parameters()).device
     ignored = _ignored_names(model, checkpoint)
     _check_names(expected, checkpoint, ignored)
+    # Those of a model on the GPU travel while the next are read.
+    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.name in expected]
+    with contextlib.closing(SOURCES[device.type](tensors, device)) as source:
+        _fill(source, tensors, expected)
+        source.check()
+    finish_tied_heads(model)
+
+
+def _fill(source: Source, tensors: list[TensorInfo], expected: dict[str, Place]) -> None:
     waiting = Counter(id(place.owner) for place in expected.values())
-    for tensor, data in _stream(checkpoint, set(expected)):
+    for tensor in tensors:
         # Nothing here may hold a weight that its layer drops when it repacks: that would be the
         # whole model twice.
         owner = expected[tensor.name].owner
-        _copy(tensor, data, expected.pop(tensor.name))
+        source.fill(tensor, expected.pop(tensor.name).view())
         waiting[id(owner)] -= 1
         if owner is not None and waiting[id(owner)] == 0:
             owner.finish_loading()
+
+
+def finish_tied_heads(model: Model) -> None:
+    """Let heads repack that have no weight of their own, once the embedding is full."""
     for module in model.modules():
         if isinstance(module, Head) and module.is_tied:
             module.finish_loading()
@@ -139,47 +173,3 @@ def _check_names(expected: Mapping[str, Place], checkpoint: Checkpoint, ignored:
             f"{checkpoint.folder}: the weights do not match config.json; tensors "
             f"{'; '.join(problems)}."
         )
-
-
-def _stream(checkpoint: Checkpoint, wanted: set[str]) -> Iterator[tuple[TensorInfo, Tensor]]:
-    """Yield the tensors in the order of the disk; each is a view of the mapped file."""
-    from safetensors import safe_open
-
-    opened = None
-    reader = None
-    for tensor in checkpoint.tensors.values():
-        if tensor.name not in wanted:
-            continue
-        if tensor.file != opened:
-            opened = tensor.file
-            reader = safe_open(opened, framework="pt", device="cpu").__enter__()
-        assert reader is not None
-        yield tensor, reader.get_tensor(tensor.name)
-
-
-def _copy(tensor: TensorInfo, data: Tensor, place: Place) -> None:
-    target = place.view()
-    if data.is_floating_point() != target.is_floating_point():
-        wanted = str(target.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}, expected {wanted}."
-        )
-    target.copy_(data)
-    if not target.is_floating_point() or _is_finite(target):
-        return
-    if _is_finite(data):
-        dtype = str(target.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r} holds numbers that {dtype} cannot; "
-            "use --dtype bfloat16 or float32."
-        )
-    raise not_finite(tensor)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # One pass without temporary memory; only a sum that overflows needs the exact check.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        return True
-    rows = max(1, CHECKED_ELEMENTS // max(1, tensor[0].numel())) if tensor.dim() else 1
-    pieces = tensor.split(rows) if tensor.dim() else (tensor,)
-    return all(bool(torch.isfinite(piece).all()) for piece in pieces)

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -21,6 +20,7 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.errors import QuireError
+from quire.phases import Phases
 from quire.server.engine_loop import EngineLoop, Served
 from quire.server.messages import Failed, Launch, encode
 
@@ -66,21 +66,14 @@ def _run(launch: Launch, socket: zmq.Socket[bytes], build: Build) -> int:
 
 def _load(launch: Launch) -> tuple[Served, dict[str, float]]:
     """Load the model that the server was asked for."""
-    begin = time.monotonic()
-    from quire.engine import Engine
-    from quire.preparation import prepare
-    from quire.server.served_engine import ServedEngine
+    phases = Phases()
+    with phases.timed("imports"):
+        from quire.engine import Engine
+        from quire.preparation import prepare
+        from quire.server.served_engine import ServedEngine
 
-    imported = time.monotonic()
-    prepared = prepare(EngineConfig.from_options(launch.options))
-    checked = time.monotonic()
-    engine = ServedEngine(Engine(prepared))
-    phases = {
-        "imports": imported - begin,
-        "checks": checked - imported,
-        "model": time.monotonic() - checked,
-    }
-    return engine, phases
+    engine = ServedEngine(Engine(prepare(EngineConfig.from_options(launch.options), phases)))
+    return engine, phases.seconds
 
 
 def _summary(error: Exception) -> str:

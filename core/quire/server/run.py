@@ -19,6 +19,7 @@ import uvicorn
 
 from quire.errors import ConfigError
 from quire.frontend import Frontend
+from quire.phases import Phases
 from quire.server.access import tls_settings
 from quire.server.app import build_app
 from quire.server.engine_client import ENGINE_MODULE, Death, EngineStartError
@@ -165,8 +166,7 @@ class Run:
     def _say_ready(self, ready: Ready) -> None:
         host, port = self._listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        phases = {**ready.phases_s, "all": time.monotonic() - self._begin_s}
-        took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
+        took = Phases({**ready.phases_s, "all": time.monotonic() - self._begin_s})
         log.info(
             "ready: %s://%s:%d serves %s, context %d (%s)",
             self._scheme,

@@ -11,9 +11,15 @@ from quire.errors import ConfigError
 from quire.execution.model_folder import architectures, find_folder, read_config
 
 
-def find(model: str, bundled: dict[str, Path] | None = None) -> Path:
+def find(model: str, bundled: dict[str, Path] | None = None, *, with_weights: bool = True) -> Path:
     bundled = bundled or {}
-    return find_folder(model, revision=None, bundled=bundled, open_bundled=bundled.__getitem__)
+    return find_folder(
+        model,
+        revision=None,
+        bundled=bundled,
+        open_bundled=bundled.__getitem__,
+        with_weights=with_weights,
+    )
 
 
 def refusal(model: str, bundled: dict[str, Path] | None = None) -> str:
@@ -105,9 +111,32 @@ def test_hub_id_in_the_cache_is_taken_without_the_network(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", local)
+    (tmp_path / "model.safetensors").write_text("")
 
     assert find("owner/name") == tmp_path
     assert asked == [("owner/name", True)]
+
+
+def test_weights_are_downloaded_only_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(
+        model: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: object
+    ) -> str:
+        asked.append((local_files_only, "*.safetensors" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    assert find("owner/name", with_weights=False) == tmp_path
+    assert asked == [(True, False)]
+    # What is in the cache now has no weights, so that the network is asked for them.
+    assert find("owner/name") == tmp_path
+    assert asked[1:] == [(True, True), (False, True)]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,20 @@ from torch import Tensor
 from toy_model import HIDDEN, ToyModel, build_toy, toy_tensors
 
 from quire.errors import CheckpointError
-from quire.execution import weights
+from quire.execution import mapped_files, staged_files, weights
 from quire.execution.checkpoint import PROBED_BYTES, Checkpoint
+from quire.execution.mapped_files import MappedFiles
+from quire.execution.staged_files import StagedFiles
 from quire.execution.weights import load_weights
 from quire.layers.weights import WeightStore
+
+
+@pytest.fixture(autouse=True, params=[MappedFiles, StagedFiles], ids=["mapped", "staged"])
+def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load as on a CPU, and as on a GPU but to the CPU, in chunks smaller than tensors."""
+    monkeypatch.setitem(weights.SOURCES, "cpu", request.param)
+    monkeypatch.setattr(staged_files, "BUFFER_BYTES", 48)
+    return request.param
 
 
 def load(folder: Path, model: ToyModel) -> ToyModel:
@@ -160,7 +170,7 @@ def test_tensors_are_converted_to_the_dtype_asked_for(
 def test_bad_number_deep_inside_a_tensor_is_found_while_loading(
     tmp_path: Path, value: float, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "CHECKED_ELEMENTS", 16)
+    monkeypatch.setattr(mapped_files, "CHECKED_ELEMENTS", 16)
     tensors = toy_tensors()
     tensors["model.embed_tokens.weight"].view(-1)[at if at < 0 else at // 4] = value
 
@@ -194,17 +204,17 @@ def test_number_that_the_dtype_cannot_hold_is_not_blamed_on_the_file(tmp_path: P
 
 
 def test_layers_repack_as_soon_as_they_are_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
 
-    def note_copy(tensor: Any, data: Tensor, place: Any) -> None:
+    def note_fill(_source: Any, tensor: Any, target: Tensor) -> None:
         events.append(tensor.name)
 
     def note_finish(layer: WeightStore) -> None:
         events.append(f"finish {layer.spec.name}")
 
-    monkeypatch.setattr(weights, "_copy", note_copy)
+    monkeypatch.setattr(source, "fill", note_fill)
     monkeypatch.setattr(WeightStore, "finish_loading", note_finish)
     filled(tmp_path, toy_tensors(tied=True), tie_word_embeddings=True)
 

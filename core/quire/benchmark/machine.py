@@ -1,0 +1,97 @@
+"""The machine that was measured, and how fast it copies and multiplies: what bounds an engine."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+ROUNDS = 10
+WARM_UP_ROUNDS = 3
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return the names and versions that a figure depends on."""
+    found: dict[str, Any] = {"device": _name(device), "torch": torch.__version__}
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    else:
+        found["threads"] = torch.get_num_threads()
+        found["cores"] = len(os.sched_getaffinity(0))
+    return found
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """Measure what the device can do at best.
+
+    `copy_tb_per_s` counts what is read and what is written; `one_row_tb_per_s` is a product of
+    one row by a large bfloat16 weight, of which only the weight counts; `product_tflop_per_s` is
+    a square bfloat16 product.
+    """
+    on_gpu = device.type == "cuda"
+    num_bytes, size, rows = (1 << 30, 8192, 32768) if on_gpu else (1 << 27, 1024, 4096)
+    found = {
+        "copy_tb_per_s": _copy(device, num_bytes),
+        "one_row_tb_per_s": _one_row(device, rows, size),
+        "product_tflop_per_s": _product(device, size),
+    }
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return found
+
+
+def _copy(device: torch.device, num_bytes: int) -> float:
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _seconds(lambda: target.copy_(source), device) / 1e12
+
+
+def _one_row(device: torch.device, rows: int, size: int) -> float:
+    weight = torch.randn(rows, size, dtype=torch.bfloat16, device=device)
+    x = torch.randn(1, size, dtype=torch.bfloat16, device=device)
+    took_s = _seconds(lambda: functional.linear(x, weight), device)
+    return weight.numel() * weight.element_size() / took_s / 1e12
+
+
+def _product(device: torch.device, size: int) -> float:
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    b = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    return 2 * size**3 / _seconds(lambda: a @ b, device) / 1e12
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the median time of a call on the device."""
+    for _ in range(WARM_UP_ROUNDS):
+        call()
+    times = [_seconds_once(call, device) for _ in range(ROUNDS)]
+    return statistics.median(times)
+
+
+def _seconds_once(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
