@@ -52,11 +52,8 @@ def tanh(x):
 
 
 @triton.jit
-def token_offsets(
-    table, first, columns, inside, stride_block,
-    BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Return where BLOCK_N keys from `first`, a multiple of BLOCK_N, lie in the cache.
+def blocks_of(table, first, columns, high, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the blocks of BLOCK_N keys from `first`, a multiple of BLOCK_N; 0 from `high` on.
 
     A tile is a part of one block, or several whole ones:
 
@@ -64,14 +61,21 @@ def token_offsets(
         BLOCK_SIZE <  BLOCK_N   [ b ][ b ][ b ][ b ]        an entry a key, equal within a block
     """
     if BLOCK_SIZE >= BLOCK_N:
-        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
-        return block * stride_block + (first % BLOCK_SIZE + columns) * WIDTH
+        return tl.load(table + first // BLOCK_SIZE, mask=first < high, other=0)
     entries = table + first // BLOCK_SIZE + columns // BLOCK_SIZE
-    if MASKED:
-        blocks = tl.load(entries, mask=inside, other=0)
-    else:
-        blocks = tl.load(entries)
-    return blocks.to(tl.int64) * stride_block + (columns % BLOCK_SIZE) * WIDTH
+    return tl.load(entries, mask=first + columns < high, other=0)
+
+
+@triton.jit
+def offsets_in(
+    blocks, first, columns, stride_block,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return where the keys of a tile with these blocks lie in the cache, in 64 bits."""
+    starts = blocks.to(tl.int64) * stride_block
+    if BLOCK_SIZE >= BLOCK_N:
+        return starts + (first % BLOCK_SIZE + columns) * WIDTH
+    return starts + (columns % BLOCK_SIZE) * WIDTH
 
 
 @triton.jit
@@ -89,13 +93,16 @@ def over_keys(
     """
     columns = tl.arange(0, BLOCK_N)
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    # Block ids are read a tile ahead, so that no copy into shared memory waits for them: read in
+    # the same pass, they take a stage of the compiler's pipeline away from keys and values.
+    blocks = blocks_of(table, begin, columns, high, BLOCK_SIZE, BLOCK_N)
     for first in range(begin, end, BLOCK_N):
         keys = first + columns
         inside = (keys >= low) & (keys < high)
-        offsets = token_offsets(
-            table, first, columns, inside, stride_block,
-            BLOCK_SIZE, HEAD_DIM + VALUE_DIM, BLOCK_N, MASKED,
-        )  # fmt: skip
+        offsets = offsets_in(
+            blocks, first, columns, stride_block, BLOCK_SIZE, BLOCK_N, HEAD_DIM + VALUE_DIM
+        )
+        blocks = blocks_of(table, first + BLOCK_N, columns, high, BLOCK_SIZE, BLOCK_N)
         k_pointers = cache + offsets[:, None] + dims[None, :]
         v_pointers = cache + offsets[:, None] + (HEAD_DIM + value_dims)[None, :]
         if MASKED:
@@ -152,10 +159,10 @@ def attend(
     `plan_splits`; else (sequence, first token) of a tile, all of whose keys are seen here.
 
     The keys of a tile whose tokens have positions [position, high), where low is the first that
-    a row sees; "|" are tile borders, and only masked tiles look at masks:
+    a row sees; "|" are tile borders, and plain tiles have no masks:
 
         low                  seen by all rows             position          high
-         |... masked (window) |  not masked  ...|  masked (diagonal, tail) ...|
+         |... masked (window) |   plain ...  |  masked (diagonal, tail) ...|
     """
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if SINGLE:
@@ -204,25 +211,26 @@ def attend(
 
     table = table_ptr + sequence.to(tl.int64) * table_stride
     cache = cache_ptr + kv_head * (BLOCK_SIZE * (HEAD_DIM + VALUE_DIM))
-    plain_from = begin
-    if WINDOW is not None:
-        # The last row sees from `high - WINDOW` on; tiles that begin there or later are plain.
-        edge = tl.cdiv(tl.maximum(high - WINDOW, 0), BLOCK_N) * BLOCK_N
-        if SINGLE:
-            edge = tl.cdiv(low, BLOCK_N) * BLOCK_N
-        plain_from = tl.maximum(tl.minimum(edge, tl.cdiv(high, BLOCK_N) * BLOCK_N), begin)
+    plain_to = begin
+    if not SINGLE:
+        plain_from = begin
+        if WINDOW is not None:
+            # The last row sees from `high - WINDOW` on; tiles that begin there or later are plain.
+            edge = tl.cdiv(tl.maximum(high - WINDOW, 0), BLOCK_N) * BLOCK_N
+            plain_from = tl.minimum(edge, tl.cdiv(high, BLOCK_N) * BLOCK_N)
+            acc, peak, total = over_keys(
+                acc, peak, total, q, positions, table, cache, stride_block, begin, plain_from, low,
+                high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
+                BLOCK_V, MASKED=True,
+            )  # fmt: skip
+        plain_to = tl.maximum((position + 1) // BLOCK_N * BLOCK_N, plain_from)
         acc, peak, total = over_keys(
-            acc, peak, total, q, positions, table, cache, stride_block, begin, plain_from, low,
+            acc, peak, total, q, positions, table, cache, stride_block, plain_from, plain_to, low,
             high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-            BLOCK_V, MASKED=True,
+            BLOCK_V, MASKED=False,
         )  # fmt: skip
-    plain_to = tl.minimum(position + 1, high) // BLOCK_N * BLOCK_N
-    plain_to = tl.maximum(plain_to, plain_from)
-    acc, peak, total = over_keys(
-        acc, peak, total, q, positions, table, cache, stride_block, plain_from, plain_to, low,
-        high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-        BLOCK_V, MASKED=False,
-    )  # fmt: skip
+    # One token is bound by memory, where masks are free: all its tiles in one loop, for the
+    # pipeline of copies starts anew in each loop.
     acc, peak, total = over_keys(
         acc, peak, total, q, positions, table, cache, stride_block, plain_to, high, low,
         high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
