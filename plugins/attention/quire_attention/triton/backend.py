@@ -23,6 +23,7 @@ from quire.interfaces.attention import (
 from quire.interfaces.batch import Batch
 from quire_attention.triton import kernels
 from quire_attention.triton.tuning import Tile, Tuning, power_of_two, tuning_for
+from quire_kernels import ops
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -73,7 +74,9 @@ class TritonAttention(AttentionBackend):
         if missing:
             return f"it has no {', no '.join(missing)}"
         if spec.device == "cpu" and not knobs.runtime.interpret:
-            return "on a CPU it runs in Triton's interpreter only, which TRITON_INTERPRET=1 asks for"
+            return (
+                "on a CPU it runs in Triton's interpreter only, which TRITON_INTERPRET=1 asks for"
+            )
         return None
 
     @classmethod
@@ -197,6 +200,30 @@ class TritonAttention(AttentionBackend):
         keys, values = self._views(kv_cache)
         keys.index_put_((blocks, offsets), k)
         values.index_put_((blocks, offsets), v)
+
+    def rotate_and_write(
+        self,
+        layer: AttentionLayer,
+        qkv: Tensor,
+        positions: Tensor,
+        rotary: Any,
+        qk_norm: Any,
+        kv_cache: Tensor,
+        plan: TritonPlan,
+    ) -> Tensor | None:
+        """Normalise, rotate and write in one kernel, where values are as wide as keys."""
+        if self.spec.value_head_dim != self.spec.head_dim:
+            return None
+        keys, values = self._views(kv_cache)
+        return ops.rotate_and_write(
+            qkv,
+            positions,
+            plan.slots,
+            keys,
+            values,
+            rotary=None if rotary is None else (rotary.cos, rotary.sin),
+            norm=None if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps),
+        )
 
     def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as [num_blocks, block_size, num_kv_heads, dimensions]."""

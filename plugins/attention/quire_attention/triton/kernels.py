@@ -113,10 +113,8 @@ def over_keys(
             k = tl.load(k_pointers)
         scores = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32))
         # 2 ** (scores * factor) is the exponential of a score.
-        if SOFTCAP is None:
-            factor: tl.constexpr = SCALE * LOG2_E
-        else:
-            factor: tl.constexpr = SOFTCAP * LOG2_E
+        factor: tl.constexpr = (SCALE if SOFTCAP is None else SOFTCAP) * LOG2_E
+        if SOFTCAP is not None:
             scores = tanh(scores * (SCALE / SOFTCAP))
         if MASKED:
             visible = (keys[None, :] <= positions[:, None]) & inside[None, :]
@@ -204,10 +202,10 @@ def attend(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     if sinks_ptr is not None:
         # One more score, which no value belongs to; the first split has it.
-        if begin <= low:
-            sinks = tl.load(sinks_ptr + heads, mask=is_row, other=0.0).to(tl.float32)
-            peak = tl.maximum(sinks * LOG2_E, LOWEST)
-            total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        has_sink = is_row & (begin + 0 * rows <= low)
+        sinks = tl.load(sinks_ptr + heads, mask=has_sink, other=float("-inf"))
+        peak = tl.maximum(sinks * LOG2_E, LOWEST)
+        total = has_sink.to(tl.float32)
 
     table = table_ptr + sequence.to(tl.int64) * table_stride
     cache = cache_ptr + kv_head * (BLOCK_SIZE * (HEAD_DIM + VALUE_DIM))
@@ -243,13 +241,12 @@ def attend(
     lse = peak + tl.log2(total)
     value_dims = tl.arange(0, BLOCK_V)
     out_mask = is_row[:, None] & (value_dims < VALUE_DIM)[None, :]
-    if SINGLE:
-        if num_splits > 1:
-            places = item * NUM_HEADS + heads
-            part = partial_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
-            tl.store(part, acc, mask=out_mask)
-            tl.store(partial_lse_ptr + places, lse, mask=is_row)
-            return
+    if num_splits > 1:
+        places = item * NUM_HEADS + heads
+        part = partial_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
+        tl.store(part, acc, mask=out_mask)
+        tl.store(partial_lse_ptr + places, lse, mask=is_row)
+        return
     out_offsets = row_tokens * out_stride + heads * VALUE_DIM
     out = out_ptr + out_offsets[:, None] + value_dims[None, :]
     tl.store(out, rounded(acc, out_ptr.dtype.element_ty), mask=out_mask)
@@ -273,7 +270,7 @@ def merge(
         return
     dims = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], dtype=tl.float32)
-    peak, total = LOWEST, 0.0
+    peak, total = tl.full([1], LOWEST, dtype=tl.float32), tl.zeros([1], dtype=tl.float32)
     for begin in range(first, last, BLOCK_S):
         items = begin + tl.arange(0, BLOCK_S)
         places = items * NUM_HEADS + head
@@ -282,21 +279,19 @@ def merge(
         mask = inside[:, None] & (dims < VALUE_DIM)[None, :]
         parts = partial_ptr + places[:, None] * VALUE_DIM + dims[None, :]
         part = tl.load(parts, mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        new_peak = tl.maximum(peak, tl.max(lse, 0, keep_dims=True))
         weights = tl.exp2(lse - new_peak)
         shrink = tl.exp2(peak - new_peak)
         acc = acc * shrink + tl.sum(part * weights[:, None], 0)
-        total = total * shrink + tl.sum(weights, 0)
+        total = total * shrink + tl.sum(weights, 0, keep_dims=True)
         peak = new_peak
     out = out_ptr + row.to(tl.int64) * out_stride + head * VALUE_DIM + dims
     tl.store(out, rounded(acc / total, out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row * NUM_HEADS + head, (peak + tl.log2(total)) * LN_2)
+        tl.store(lse_ptr + row * NUM_HEADS + head + tl.arange(0, 1), (peak + tl.log2(total)) * LN_2)
 
 
-@triton.jit(
-    do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["seq_lens_ptr"]
-)
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["seq_lens_ptr"])
 def plan_splits(
     seq_lens_ptr, items_ptr, first_items_ptr, num_items_ptr, num_rows,
     TARGET: tl.constexpr, MIN_CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
