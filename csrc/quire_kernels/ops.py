@@ -1,10 +1,15 @@
 """Operations that models and backends call, part of the versioned interface.
 
-Each has a PyTorch body, which is its meaning; faster kernels take its place by device. Importing
-this module never imports Triton.
+Each has a PyTorch body, which is its meaning; on CUDA a kernel from a module beside this one takes
+its place where Triton is installed. Importing this module never imports Triton.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -13,6 +18,14 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """Return a module of Triton kernels, or None without Triton; found out once, not a call."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"quire_kernels.{name}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -94,3 +107,52 @@ def gumbel_noise(seed: Tensor, child: Tensor, position: Tensor, vocab_size: int)
     # dropped could be drawn.
     uniform.clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
+
+
+def rotate_and_write(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """Norm and rotate q and k heads, write keys and values to their slots, and return q.
+
+    `qkv` [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], q, k and v heads in order;
+    `positions` and `slots` (block * block_size + offset) integers [num_tokens]. The caches are
+    [num_blocks, block_size, num_kv_heads, head_dim] and may be strided; q comes back as
+    [num_tokens, num_heads, head_dim].
+    `norm` is the weights of q and k [head_dim] and the epsilon of an RMSNorm of each head.
+    `rotary` is the cosines and sines of a `quire.layers.rotary.RotaryTable`, float32
+    [max_len, rotary_dim / 2], which are rounded to the dtype of `qkv` first.
+    """
+    if qkv.is_cuda and (kernels := _kernels("rotary")):
+        caches = (key_cache, value_cache)
+        q: Tensor = kernels.rotate_and_write(
+            qkv, positions, slots, *caches, rotary=rotary, norm=norm
+        )
+        return q
+    _, block_size, num_kv_heads, head_dim = key_cache.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    heads = qkv.unflatten(1, (-1, head_dim))
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if norm is not None:
+        q, k = rms_norm(q, norm[0], norm[2]), rms_norm(k, norm[1], norm[2])
+    if rotary is not None:
+        cos, sin = (table[positions.long(), None].to(qkv.dtype) for table in rotary)
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    place = slots.long() // block_size, slots.long() % block_size
+    key_cache.index_put_(place, k)
+    value_cache.index_put_(place, v)
+    return q
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first dimensions of `heads`; `cos`, `sin` [num_tokens, 1, rotary_dim / 2]."""
+    half = cos.shape[-1]
+    first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    turned = torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)
+    return torch.cat((*turned, rest), dim=-1)

@@ -15,7 +15,9 @@ from torch import Tensor
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch, GroupBatch
 
-LIMITS = BatchLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=256)
+# Where backends for GPUs are tested; on a CPU in Triton's interpreter.
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+LIMITS = BatchLimits(max_num_seqs=16, max_num_batched_tokens=4096, max_model_len=256)
 
 
 @frozen(kw_only=True)
@@ -105,7 +107,13 @@ def make_tables(case: Case) -> tuple[list[list[int]], int]:
     return tables, num_blocks
 
 
-def make_batch(spans: Sequence[tuple[int, int]], tables: list[list[int]], block_size: int) -> Batch:
+def make_batch(
+    spans: Sequence[tuple[int, int]],
+    tables: list[list[int]],
+    block_size: int,
+    *,
+    device: str = "cpu",
+) -> Batch:
     """Return the batch that computes positions [first, last) of each sequence."""
     positions, slots, query_lens = [], [], []
     for (first, last), table in zip(spans, tables, strict=True):
@@ -117,7 +125,7 @@ def make_batch(spans: Sequence[tuple[int, int]], tables: list[list[int]], block_
     padded = [(table + [0] * width)[:width] for table in tables]
 
     def ints(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
     seq_lens = [last for _, last in spans]
     return Batch(
@@ -153,9 +161,10 @@ def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Ten
     if not chosen:
         return
     spans = [span for span, _ in chosen]
-    batch = make_batch(spans, [tables[i] for _, i in chosen], case.spec.block_size)
-    k = torch.cat([inputs.k[i][first:last] for (first, last), i in chosen])
-    v = torch.cat([inputs.v[i][first:last] for (first, last), i in chosen])
+    chosen_tables, device = [tables[i] for _, i in chosen], case.spec.device
+    batch = make_batch(spans, chosen_tables, case.spec.block_size, device=device)
+    k = torch.cat([inputs.k[i][first:last] for (first, last), i in chosen]).to(device)
+    v = torch.cat([inputs.v[i][first:last] for (first, last), i in chosen]).to(device)
     plan = backend.plan(batch, 0)
     backend.prepare(plan)
     backend.write(Layer(sinks=inputs.sinks), k, v, cache, plan)
@@ -164,31 +173,31 @@ def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Ten
 def run(
     backend_class: type[AttentionBackend], case: Case, inputs: Inputs, *, wants_lse: bool = False
 ) -> Run:
-    """Run one step of the batch and return what it gave and what it changed."""
-    spec = case.spec
+    """Run one step of the batch and return what it gave and what it changed, on the CPU."""
+    spec, nan = case.spec, float("nan")
     backend = backend_class(spec, LIMITS, {})
     tables, num_blocks = make_tables(case)
     layout = backend_class.kv_layout(spec)
     shape = (num_blocks, *layout.block_shape)
-    cache = torch.full(shape, float("nan"), dtype=getattr(torch, layout.dtype))
+    cache = torch.full(shape, nan, dtype=getattr(torch, layout.dtype), device=spec.device)
     write_past(backend, case, inputs, cache)
-    before = cache.clone()
+    before = cache.cpu().clone()
     spans = [(seq_len - query_len, seq_len) for query_len, seq_len in case.lengths]
-    batch = make_batch(spans, tables, spec.block_size)
+    batch = make_batch(spans, tables, spec.block_size, device=spec.device)
     q, k, v = step_tensors(case, inputs)
-    out = torch.full((len(q), spec.num_heads, spec.value_head_dim), float("nan"), dtype=q.dtype)
-    lse = torch.full((len(q), spec.num_heads), float("nan")) if wants_lse else None
-    layer = Layer(sinks=inputs.sinks)
+    out = q.new_full((len(q), spec.num_heads, spec.value_head_dim), nan)
+    lse = q.new_full(out.shape[:2], nan, dtype=torch.float32) if wants_lse else None
+    layer = Layer(sinks=None if inputs.sinks is None else inputs.sinks.to(spec.device))
     plan = backend.plan(batch, 0)
     backend.prepare(plan)
     backend.write(layer, k, v, cache, plan)
     backend.attend(layer, q, k, v, cache, plan, out, lse)
     return Run(
-        out=list(out.split(batch.query_lens)),
-        lse=lse,
+        out=list(out.cpu().split(batch.query_lens)),
+        lse=None if lse is None else lse.cpu(),
         before=before,
-        after=cache,
-        slots=batch.groups[0].slot_mapping.long(),
+        after=cache.cpu(),
+        slots=batch.groups[0].slot_mapping.cpu().long(),
         tables=tables,
     )
 
@@ -200,7 +209,7 @@ def step_tensors(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     v = torch.cat([v[-n:] for v, (n, _) in zip(inputs.v, case.lengths, strict=True)])
     parts = [torch.cat(inputs.q).flatten(1), k.flatten(1), v.flatten(1)]
     sizes = [part.shape[1] for part in parts]
-    q, k, v = torch.cat(parts, dim=1).split(sizes, dim=1)
+    q, k, v = torch.cat(parts, dim=1).to(spec.device).split(sizes, dim=1)
     return (
         q.unflatten(1, (spec.num_heads, spec.head_dim)),
         k.unflatten(1, (spec.num_kv_heads, spec.head_dim)),

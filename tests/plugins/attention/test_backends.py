@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, Inputs, Layer, make_batch, make_inputs, make_spec, run
+from attention_cases import GPU, Case, Inputs, Layer, make_batch, make_inputs, make_spec, run
+from attention_strategies import batches, specs
 from dense_attention import attention, check_within_bound
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from quire.interfaces.attention import AttentionBackend, AttentionSpec
+from quire.interfaces.attention import AttentionBackend
 from quire_attention.reference.backend import ReferenceAttention
 from quire_attention.sdpa.backend import SdpaAttention
+from quire_attention.triton.backend import TritonAttention
 
 
 class SdpaOneQueryAProduct(SdpaAttention):
@@ -24,6 +26,8 @@ class SdpaOneQueryAProduct(SdpaAttention):
 
 KINDS = [ReferenceAttention, SdpaAttention, SdpaOneQueryAProduct]
 BACKENDS = pytest.mark.parametrize("backend", KINDS)
+# `triton` too, where one batch is enough: its interpreter is slow. test_triton.py has the rest.
+WITH_TRITON = pytest.mark.parametrize("backend", [*KINDS, TritonAttention])
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 # Rounding is a matter of luck, so the examples are always the same ones: never a rerun.
 QUICK = settings(
@@ -34,34 +38,8 @@ QUICK = settings(
 )
 
 
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
-    """Draw (query length, length) pairs: decodes first, then chunks and whole prompts."""
-    pairs = []
-    for _ in range(draw(st.integers(1, 5))):
-        seq_len = draw(st.one_of(st.integers(1, 9), st.integers(1, 70)))
-        query_len = draw(st.one_of(st.just(1), st.just(seq_len), st.integers(1, seq_len)))
-        pairs.append((query_len, seq_len))
-    return tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
-
-
-@st.composite
-def specs(draw: st.DrawFn, dtype: str) -> AttentionSpec:
-    """Draw what a model may ask for."""
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
-    head_dim = draw(st.sampled_from([8, 20, 64, 96]))
-    return make_spec(
-        num_heads=kv_heads * draw(st.sampled_from([1, 2, 3, 8])),
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_head_dim=draw(st.sampled_from([head_dim, 16])),
-        scale=draw(st.sampled_from([head_dim**-0.5, 0.5])),
-        dtype=dtype,
-        block_size=draw(st.sampled_from([1, 2, 4, 8, 16, 32])),
-        sliding_window=draw(st.one_of(st.none(), st.integers(1, 40))),
-        logit_softcap=draw(st.sampled_from([None, None, 3.0])),
-        sinks=draw(st.booleans()),
-    )
+def device_of(backend: type[AttentionBackend]) -> str:
+    return GPU if backend is TritonAttention else "cpu"
 
 
 @BACKENDS
@@ -102,12 +80,12 @@ def test_only_the_slots_of_the_step_are_written(
     assert (after != before).sum() == len(done.slots) * per_token
 
 
-@BACKENDS
+@WITH_TRITON
 @pytest.mark.parametrize("lengths", [((1, 7), (1, 30), (1, 3)), ((1, 5), (4, 9), (6, 6))])
 def test_nan_in_one_sequence_does_not_reach_the_others(
     backend: type[AttentionBackend], lengths: tuple[tuple[int, int], ...]
 ) -> None:
-    case = Case(spec=make_spec(), lengths=lengths)
+    case = Case(spec=make_spec(device=device_of(backend)), lengths=lengths)
     inputs = make_inputs(case)
     clean = run(backend, case, inputs).out
     inputs.k[1][0] = inputs.v[1][0] = float("nan")
@@ -151,12 +129,13 @@ def test_bidirectional_attention_sees_later_tokens(backend: type[AttentionBacken
     check_within_bound(case, inputs, done.out)
 
 
-@BACKENDS
+@WITH_TRITON
 def test_long_prompts_and_many_sequences_are_within_the_bound(
     backend: type[AttentionBackend],
 ) -> None:
     lengths = (*((1, 100 + 11 * i) for i in range(12)), (200, 200), (57, 240))
-    case = Case(spec=make_spec(dtype="bfloat16", head_dim=64, value_head_dim=64), lengths=lengths)
+    dims, device = {"head_dim": 64, "value_head_dim": 64}, device_of(backend)
+    case = Case(spec=make_spec(dtype="bfloat16", device=device, **dims), lengths=lengths)
     inputs = make_inputs(case)
 
     check_within_bound(case, inputs, run(backend, case, inputs).out)

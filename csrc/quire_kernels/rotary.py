@@ -1,0 +1,134 @@
+"""Norm of q and k heads, RoPE and the write to the KV cache in one Triton kernel.
+
+`ops.rotate_and_write` has what it means. A program takes some heads of one token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+# The interpreter cuts the digits that bfloat16 lacks instead of rounding.
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+# Numbers of a tile; 16 bytes a thread in 16 bits where it has four warps.
+_TILE = 1024
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Return float32 `x` as the nearest number of `dtype`, in float32 again."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def weighed(x, scale, is_q, dims, inside, q_weight_ptr, k_weight_ptr, dtype: tl.constexpr):
+    """Return x * scale, rounded, times the weight of q or k, rounded."""
+    q_weight = tl.load(q_weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
+    return rounded(rounded(x * scale[:, None], dtype) * weight, dtype)
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
+def _rotate_and_write_kernel(
+    qkv_ptr, positions_ptr, slots_ptr, q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr,
+    q_weight_ptr, k_weight_ptr, eps, qkv_stride,
+    key_stride_block, key_stride_token, key_stride_head,
+    value_stride_block, value_stride_token, value_stride_head,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Take HEADS heads of one token, of its q, k and v heads in order.
+
+    Each dimension is read beside its partner in the rotation, which the same cache line holds:
+
+        dims       0 .. half-1   half .. rotary-1   rotary .. head_dim-1
+        partners   half ..       0 ..               none
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_q = head < NUM_HEADS
+    is_v = head >= NUM_HEADS + NUM_KV_HEADS
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & in_head[None, :]
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    heads = qkv_ptr + token * qkv_stride + (head * HEAD_DIM)[:, None]
+    raw = tl.load(heads + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = raw
+    if q_weight_ptr is not None:
+        scale = tl.rsqrt(tl.sum(raw * raw, 1) / HEAD_DIM + eps)
+        x = weighed(raw, scale, is_q, dims, in_head, q_weight_ptr, k_weight_ptr, dtype)
+    if cos_ptr is not None:
+        half: tl.constexpr = ROTARY_DIM // 2
+        turns = dims < ROTARY_DIM
+        partners = tl.where(dims < half, dims + half, dims - half)
+        mask = inside & turns[None, :]
+        other = tl.load(heads + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+        if q_weight_ptr is not None:
+            other = weighed(other, scale, is_q, partners, turns, q_weight_ptr, k_weight_ptr, dtype)
+        row = tl.load(positions_ptr + token).to(tl.int64) * half + tl.where(
+            dims < half, dims, partners
+        )
+        cos = rounded(tl.load(cos_ptr + row, mask=turns, other=0.0), dtype)
+        sin = rounded(tl.load(sin_ptr + row, mask=turns, other=0.0), dtype)
+        sin = tl.where(dims < half, -sin, sin)
+        turned = rounded(x * cos[None, :], dtype) + other * sin[None, :]
+        x = tl.where(turns[None, :], turned, x)
+    x = rounded(tl.where(is_v[:, None], raw, x), dtype).to(dtype)
+
+    q = q_ptr + token * (NUM_HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + dims[None, :]
+    tl.store(q, x, mask=inside & is_q[:, None])
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    key = key_ptr + block * key_stride_block + offset * key_stride_token
+    key_heads = (head - NUM_HEADS) * key_stride_head
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    tl.store(key + key_heads[:, None] + dims[None, :], x, mask=inside & is_k[:, None])
+    value = value_ptr + block * value_stride_block + offset * value_stride_token
+    value_heads = (head - NUM_HEADS - NUM_KV_HEADS) * value_stride_head
+    tl.store(value + value_heads[:, None] + dims[None, :], x, mask=inside & is_v[:, None])
+
+
+def rotate_and_write(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None,
+    norm: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
+    """Return `ops.rotate_and_write`, q in new memory."""
+    _, block_size, num_kv_heads, head_dim = key_cache.shape
+    num_tokens, num_heads = len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return q
+    cos, sin = rotary or (None, None)
+    q_weight, k_weight, eps = norm or (None, None, 0.0)
+    block_d = triton.next_power_of_2(head_dim)
+    heads = max(1, _TILE // block_d)
+    grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))
+    _rotate_and_write_kernel[grid](
+        qkv, positions, slots, q, key_cache, value_cache, cos, sin,
+        q_weight, k_weight, eps, qkv.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=0 if cos is None else 2 * cos.shape[1],
+        BLOCK_SIZE=block_size,
+        HEADS=heads,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )  # fmt: skip
+    return q

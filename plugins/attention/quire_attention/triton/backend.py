@@ -1,0 +1,339 @@
+"""Attention by the kernels beside this file: what they are launched with, and on which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from torch import Tensor
+from triton import knobs
+
+from quire.errors import KernelError
+from quire.interfaces.attention import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    BatchLimits,
+    GraphSupport,
+    KVLayout,
+)
+from quire.interfaces.batch import Batch
+from quire_attention.triton import kernels
+from quire_attention.triton.tuning import Tile, Tuning, power_of_two, tuning_for
+from quire_kernels import ops
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEAD_DIM = 256
+# Splits whose sums `merge` reads at a time.
+MERGED_AT_ONCE = 16
+# For the memory budget, which is made before the device is asked: no GPU today has more.
+MAX_SMS = 192
+
+
+@frozen(kw_only=True)
+class TritonPlan:
+    """What the layers of a step share.
+
+    The first `num_single` rows have one token. `tiles` int32 [num_tiles, 2] are the (sequence,
+    first token) of the others, heaviest first, cut for `tile`.
+    """
+
+    block_table: Tensor
+    slots: Tensor
+    seq_lens: Tensor
+    starts: Tensor
+    num_single: int
+    tiles: Tensor | None
+    tile: Tile
+
+
+class TritonAttention(AttentionBackend):
+    """Serve causal attention with windows, soft caps and sinks, in the model's dtype."""
+
+    graph_support = GraphSupport.SINGLE_TOKEN
+
+    @classmethod
+    def why_unsupported(cls, spec: AttentionSpec) -> str | None:
+        """Refuse what the kernels cannot express, and a CPU without Triton's interpreter."""
+        reasons = {
+            "latent attention": spec.latent is not None,
+            "ALiBi": spec.alibi,
+            "bidirectional attention": not spec.causal,
+            "batch invariance": spec.batch_invariant,
+            f"{spec.dtype}": spec.dtype not in DTYPES,
+            "KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
+            f"heads beyond {MAX_HEAD_DIM} dimensions": max(spec.head_dim, spec.value_head_dim)
+            > MAX_HEAD_DIM,
+            "scale of zero or less": spec.scale <= 0,
+            f"block size of {spec.block_size}": spec.block_size & (spec.block_size - 1) != 0,
+        }
+        missing = [name for name, needed in reasons.items() if needed]
+        if missing:
+            return f"it has no {', no '.join(missing)}"
+        if spec.device == "cpu" and not knobs.runtime.interpret:
+            return (
+                "on a CPU it runs in Triton's interpreter only, which TRITON_INTERPRET=1 asks for"
+            )
+        return None
+
+    @classmethod
+    def kv_layout(cls, spec: AttentionSpec) -> KVLayout:
+        """Return [num_kv_heads, block_size, head_dim + value_head_dim]: key, then value.
+
+        What a program reads of a block, one head's keys and values, is one contiguous piece.
+        """
+        width = spec.head_dim + spec.value_head_dim
+        shape = (spec.num_kv_heads, spec.block_size, width)
+        return KVLayout(name="head-token-kv", block_shape=shape, dtype=spec.kv_dtype)
+
+    @classmethod
+    def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
+        """Count the split plan, the partial results and the tile lists."""
+        tuning = _tuning(spec)
+        items = limits.max_num_seqs + _target_items(spec, tuning, MAX_SMS)
+        plan = items * kernels.ITEM_SIZE.value + limits.max_num_seqs + 2
+        partial = items * spec.num_heads * (spec.value_head_dim + 1)
+        tiles = limits.max_steps_in_flight * _max_tiles(spec, tuning, limits) * 2
+        return 4 * (plan + partial + tiles)
+
+    def __init__(
+        self, spec: AttentionSpec, limits: BatchLimits, options: Mapping[str, Any]
+    ) -> None:
+        super().__init__(spec, limits, options)
+        self.group_size = spec.num_heads // spec.num_kv_heads
+        self.set_tuning(_tuning(spec))
+
+    def set_tuning(self, tuning: Tuning) -> None:
+        """Take tiles and split limits, and make the buffers that they need."""
+        spec, limits = self.spec, self.limits
+        device = torch.device(spec.device)
+        self.tuning = tuning
+        self.target_items = _target_items(spec, tuning, _num_sms(device))
+        max_items = limits.max_num_seqs + self.target_items
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._items = ints(max_items, kernels.ITEM_SIZE.value)
+        self._first_items, self._num_items = ints(limits.max_num_seqs + 1), ints(1)
+        shape = (max_items, spec.num_heads)
+        self._partial = torch.empty(*shape, spec.value_head_dim, device=device)
+        self._partial_lse = torch.empty(shape, device=device)
+        # A step's tiles go up from pinned memory, which is written again when the step with the
+        # same slot has been collected.
+        tiles = (limits.max_steps_in_flight, _max_tiles(spec, tuning, limits), 2)
+        self._tiles = ints(*tiles)
+        self._staged = torch.zeros(tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def plan(self, batch: Batch, group: int) -> TritonPlan:
+        """Cut the sequences with several tokens into tiles.
+
+        Where every sequence has one token, only shapes count, so that a CUDA graph serves
+        whatever lengths its tensors hold.
+        """
+        tables = batch.groups[group]
+        single = batch.num_single_token_seqs
+        is_single = single == len(batch.query_lens)
+        tiles, tile = None, self.tuning.few
+        if is_single:
+            single = batch.seq_lens.shape[0]
+        else:
+            longest = max(batch.query_lens[single:])
+            if longest * self.group_size > tile.block_m:
+                tile = self.tuning.many
+            tiles = self._uploaded(self._cut(batch, tile), batch.in_flight_slot)
+        return TritonPlan(
+            block_table=tables.block_table,
+            slots=tables.slot_mapping,
+            seq_lens=batch.seq_lens,
+            starts=batch.cu_seqlens_q,
+            num_single=single,
+            tiles=tiles,
+            tile=tile,
+        )
+
+    def _cut(self, batch: Batch, tile: Tile) -> np.ndarray:
+        """Return (sequence, first token) of each tile, those with the most keys first."""
+        step = tile.block_m // self.group_size
+        single = batch.num_single_token_seqs
+        query_lens = np.array(batch.query_lens[single:])
+        seq_lens = np.array(batch.seq_lens_bound[single : len(batch.query_lens)])
+        counts = -(-query_lens // step)
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        firsts = (np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts)) * step
+        num_keys = (seq_lens - query_lens)[sequences] + firsts
+        order = np.argsort(-num_keys, kind="stable")
+        return np.stack((sequences + single, firsts), axis=1)[order].astype(np.int32)
+
+    def _uploaded(self, tiles: np.ndarray, slot: int) -> Tensor:
+        staged, found = self._staged[slot, : len(tiles)], self._tiles[slot, : len(tiles)]
+        staged.copy_(torch.from_numpy(tiles))
+        return found.copy_(staged, non_blocking=True)
+
+    def prepare(self, plan: TritonPlan) -> None:
+        """Cut the sequences with one token into splits, on the device."""
+        if not plan.num_single:
+            return
+        kernels.plan_splits[(1,)](
+            plan.seq_lens,
+            self._items,
+            self._first_items,
+            self._num_items,
+            plan.num_single,
+            TARGET=self.target_items,
+            MIN_CHUNK=self.tuning.min_chunk,
+            BLOCK_N=self.tuning.single.block_n,
+            WINDOW=self.spec.sliding_window,
+            ROWS=power_of_two(self.limits.max_num_seqs),
+            num_warps=4,
+        )
+
+    def write(
+        self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: TritonPlan
+    ) -> None:
+        """Store each token's key and value in its slot."""
+        slots = plan.slots.long()
+        blocks, offsets = slots // self.spec.block_size, slots % self.spec.block_size
+        keys, values = self._views(kv_cache)
+        keys.index_put_((blocks, offsets), k)
+        values.index_put_((blocks, offsets), v)
+
+    def rotate_and_write(
+        self,
+        layer: AttentionLayer,
+        qkv: Tensor,
+        positions: Tensor,
+        rotary: Any,
+        qk_norm: Any,
+        kv_cache: Tensor,
+        plan: TritonPlan,
+    ) -> Tensor | None:
+        """Normalise, rotate and write in one kernel, where values are as wide as keys."""
+        if self.spec.value_head_dim != self.spec.head_dim:
+            return None
+        keys, values = self._views(kv_cache)
+        return ops.rotate_and_write(
+            qkv,
+            positions,
+            plan.slots,
+            keys,
+            values,
+            rotary=None if rotary is None else (rotary.cos, rotary.sin),
+            norm=None if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps),
+        )
+
+    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as [num_blocks, block_size, num_kv_heads, dimensions]."""
+        tokens = kv_cache.transpose(1, 2)
+        return tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: Tensor | None,
+        plan: TritonPlan,
+        out: Tensor,
+        lse: Tensor | None = None,
+    ) -> None:
+        """Attend sequences with one token, merge their splits, and attend the others' tiles."""
+        if kv_cache is None:
+            raise KernelError(
+                "attention backend 'triton' needs a KV cache, and the model runs without one; "
+                "choose another with --attention-backend."
+            )
+        if plan.num_single:
+            grid = (self.spec.num_kv_heads, plan.num_single + self.target_items)
+            self._launch(grid, self._items, layer, q, kv_cache, plan, (out, lse))
+            kernels.merge[(self.spec.num_heads, plan.num_single)](
+                self._partial,
+                self._partial_lse,
+                self._first_items,
+                out,
+                lse,
+                out.stride(0),
+                NUM_HEADS=self.spec.num_heads,
+                VALUE_DIM=self.spec.value_head_dim,
+                BLOCK_V=power_of_two(self.spec.value_head_dim),
+                BLOCK_S=MERGED_AT_ONCE,
+                num_warps=2,
+            )
+        if plan.tiles is not None:
+            grid = (self.spec.num_kv_heads, len(plan.tiles))
+            self._launch(grid, plan.tiles, layer, q, kv_cache, plan, (out, lse))
+
+    def _launch(
+        self,
+        grid: tuple[int, int],
+        items: Tensor,
+        layer: AttentionLayer,
+        q: Tensor,
+        kv_cache: Tensor,
+        plan: TritonPlan,
+        results: tuple[Tensor, Tensor | None],
+    ) -> None:
+        spec, (out, lse) = self.spec, results
+        is_single = items is self._items
+        tile = self.tuning.single if is_single else plan.tile
+        kernels.attend[grid](
+            q,
+            kv_cache,
+            out,
+            lse,
+            layer.sinks,
+            plan.block_table,
+            plan.seq_lens,
+            plan.starts,
+            items,
+            self._num_items,
+            self._partial,
+            self._partial_lse,
+            q.stride(0),
+            q.stride(1),
+            out.stride(0),
+            kv_cache.stride(0),
+            plan.block_table.stride(0),
+            SCALE=spec.scale,
+            SOFTCAP=spec.logit_softcap,
+            WINDOW=spec.sliding_window,
+            NUM_HEADS=spec.num_heads,
+            GROUP=self.group_size,
+            HEAD_DIM=spec.head_dim,
+            VALUE_DIM=spec.value_head_dim,
+            BLOCK_SIZE=spec.block_size,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=power_of_two(spec.head_dim),
+            BLOCK_V=power_of_two(spec.value_head_dim),
+            SINGLE=is_single,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def _tuning(spec: AttentionSpec) -> Tuning:
+    dim = power_of_two(max(spec.head_dim, spec.value_head_dim))
+    itemsize = 4 if spec.dtype == "float32" else 2
+    return tuning_for(group=spec.num_heads // spec.num_kv_heads, dim=dim, itemsize=itemsize)
+
+
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return min(torch.cuda.get_device_properties(device).multi_processor_count, MAX_SMS)
+
+
+def _target_items(spec: AttentionSpec, tuning: Tuning, num_sms: int) -> int:
+    """Return into how many items, each once a KV head, a step's single tokens are cut."""
+    return -(-tuning.ctas_per_sm * num_sms // spec.num_kv_heads)
+
+
+def _max_tiles(spec: AttentionSpec, tuning: Tuning, limits: BatchLimits) -> int:
+    """Return the most tiles of a step: a tile has tokens of one sequence."""
+    step = tuning.many.block_m // (spec.num_heads // spec.num_kv_heads)
+    return -(-limits.max_num_batched_tokens // step) + limits.max_num_seqs

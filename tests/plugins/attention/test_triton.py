@@ -1,0 +1,353 @@
+"""The kernels of `triton` on a GPU, or in Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from attention_cases import (
+    GPU,
+    LIMITS,
+    Case,
+    Inputs,
+    Layer,
+    make_batch,
+    make_inputs,
+    make_spec,
+    make_tables,
+    run,
+    step_tensors,
+    write_past,
+)
+from attention_strategies import batches
+from dense_attention import attention, check_within_bound, scores_of
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.errors import KernelError
+from quire.interfaces.attention import AttentionSpec, GraphSupport
+from quire.interfaces.batch import Batch, GroupBatch
+from quire.layers.attention import QKNorm
+from quire.layers.rotary import RotaryTable
+from quire_attention.triton.backend import TritonAttention
+from quire_attention.triton.tuning import Tile
+
+
+class ManySplits(TritonAttention):
+    """Cut sequences with one token as finely as the kernels allow."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        single = attrs.evolve(self.tuning.single, block_n=16)
+        fine = attrs.evolve(self.tuning, single=single, ctas_per_sm=64, min_chunk=16)
+        self.set_tuning(fine)
+
+
+class SmallTiles(TritonAttention):
+    """Cut sequences with several tokens into many tiles."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        tile = Tile(block_m=16, block_n=16, num_warps=4, num_stages=2)
+        self.set_tuning(attrs.evolve(self.tuning, few=tile, many=tile))
+
+
+# A kernel is compiled for each, so on a GPU they are few: between them they have every dtype,
+# group sizes 1 to 8, heads of 16 to 256, blocks smaller and larger than a tile of keys, windows,
+# soft caps and sinks.
+SPECS = {
+    "plain": {},
+    "one-head-a-group": {"num_heads": 3, "num_kv_heads": 3, "dtype": "float16", "block_size": 1},
+    "odd-dims": {"head_dim": 20, "value_head_dim": 24, "scale": 0.5, "block_size": 2},
+    "group-of-8": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "dtype": "bfloat16"},
+    "window": {"sliding_window": 9, "dtype": "float16", "block_size": 8, "head_dim": 32},
+    "window-of-1": {"sliding_window": 1, "num_heads": 6, "num_kv_heads": 1, "block_size": 16},
+    "window-and-sinks": {
+        **{"sliding_window": 20, "sinks": True, "dtype": "bfloat16", "block_size": 32},
+        **{"num_heads": 7, "num_kv_heads": 1, "head_dim": 80, "value_head_dim": 80},
+    },
+    "soft-cap-and-sinks": {
+        **{"logit_softcap": 3.0, "sinks": True, "num_heads": 6, "num_kv_heads": 2},
+        **{"head_dim": 96, "value_head_dim": 96, "scale": 0.1},
+    },
+    "soft-cap": {"logit_softcap": 50.0, "num_heads": 5, "num_kv_heads": 1, "dtype": "float16"},
+    "large-blocks": {"block_size": 128, "dtype": "bfloat16", "head_dim": 128},
+    "wide-heads": {
+        **{"head_dim": 256, "value_head_dim": 256, "scale": 0.06, "block_size": 16},
+        **{"dtype": "bfloat16", "sliding_window": 40},
+    },
+}
+EACH_SPEC = pytest.mark.parametrize("name", SPECS)
+CUTS = pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles])
+# Rounding is a matter of luck, so the examples are always the same ones: never a rerun.
+# Nor are they made smaller: in the interpreter that takes minutes.
+WHOLE = (Phase.explicit, Phase.generate)
+FEW = settings(max_examples=4, deadline=None, derandomize=True, phases=WHOLE)
+
+
+def spec_named(name: str) -> AttentionSpec:
+    return make_spec(device=GPU, **SPECS[name])
+
+
+@EACH_SPEC
+@CUTS
+@given(batches(), st.integers(0, 999))
+@FEW
+def test_output_is_within_the_bound_and_no_hidden_slot_is_read(
+    backend: type[TritonAttention], name: str, lengths: tuple[tuple[int, int], ...], seed: int
+) -> None:
+    case = Case(spec=spec_named(name), lengths=lengths, seed=seed)
+    assert backend.why_unsupported(case.spec) is None
+    inputs = make_inputs(case)
+
+    check_within_bound(case, inputs, run(backend, case, inputs).out)
+
+
+@given(batches(), st.sampled_from([1, 4, 16]), st.integers(0, 999))
+@settings(max_examples=8, deadline=None, phases=WHOLE)
+def test_only_the_slots_of_the_step_are_written(
+    lengths: tuple[tuple[int, int], ...], size: int, seed: int
+) -> None:
+    case = Case(spec=make_spec(block_size=size, device=GPU), lengths=lengths, seed=seed)
+
+    done = run(TritonAttention, case, make_inputs(case))
+
+    changed = done.after.view(torch.int32) != done.before.view(torch.int32)
+    tokens = changed.any(dim=-1).any(dim=1).flatten().nonzero().flatten()
+    assert tokens.tolist() == done.slots.sort().values.tolist()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@CUTS
+def test_lse_is_the_log_sum_exp_of_the_scores(backend: type[TritonAttention], sinks: bool) -> None:
+    case = Case(spec=make_spec(sinks=sinks, device=GPU), lengths=((1, 70), (1, 3), (5, 40)))
+    inputs = make_inputs(case)
+
+    done = run(backend, case, inputs, wants_lse=True)
+
+    for i, found in enumerate(done.lse.split([1, 1, 5])):
+        scores = scores_of(case, inputs, i, torch.float64)
+        if inputs.sinks is not None:
+            more = inputs.sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = torch.cat((scores, more), dim=-1)
+        want = scores.logsumexp(-1).T
+        torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-6)
+
+
+class Graph:
+    """A batch of decodes in memory that a CUDA graph would have, with more rows than sequences."""
+
+    def __init__(self, case: Case, num_rows: int, backend: type[TritonAttention]) -> None:
+        self.case, self.inputs = case, make_inputs(case)
+        self.backend = backend(case.spec, LIMITS, {})
+        spec = case.spec
+        tables, num_blocks = make_tables(case)
+        shape = (num_blocks, *backend.kv_layout(spec).block_shape)
+        self.cache = torch.full(shape, float("nan"), device=spec.device)
+        write_past(self.backend, case, self.inputs, self.cache)
+        spans = [(seq_len - 1, seq_len) for _, seq_len in case.lengths]
+        batch = make_batch(spans, tables, spec.block_size, device=spec.device)
+        group, more = batch.groups[0], num_rows - len(spans)
+
+        def padded(x: Tensor) -> Tensor:
+            return torch.cat((x, x.new_zeros(more, *x.shape[1:])))
+
+        group = GroupBatch(
+            block_table=padded(group.block_table), slot_mapping=padded(group.slot_mapping)
+        )
+        self.batch: Batch = attrs.evolve(
+            batch,
+            positions=padded(batch.positions),
+            seq_lens=padded(batch.seq_lens),
+            cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device=spec.device),
+            groups=(group,),
+            padded_to=num_rows,
+        )
+        self.q, self.k, self.v = (padded(x) for x in step_tensors(case, self.inputs))
+        self.layer = Layer(sinks=None if self.inputs.sinks is None else self.inputs.sinks.to(GPU))
+
+    def run(self, plan: Any) -> Tensor:
+        out = torch.full_like(self.q, float("nan"))
+        self.backend.prepare(plan)
+        self.backend.write(self.layer, self.k, self.v, self.cache, plan)
+        self.backend.attend(self.layer, self.q, self.k, self.v, self.cache, plan, out)
+        return out
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("backend", [TritonAttention, ManySplits])
+def test_padding_rows_of_a_graph_are_zero_and_change_nothing(
+    backend: type[TritonAttention], sinks: bool
+) -> None:
+    case = Case(spec=make_spec(sinks=sinks, device=GPU), lengths=((1, 70), (1, 1), (1, 20)))
+    graph = Graph(case, 8, backend)
+
+    out = graph.run(graph.backend.plan(graph.batch, 0))
+
+    check_within_bound(case, graph.inputs, list(out[:3].cpu().split(1)))
+    assert out[3:].eq(0).all()
+
+
+def planned(graph: Graph) -> tuple[Any, ...]:
+    return attrs.astuple(graph.backend.plan(graph.batch, 0), recurse=False)
+
+
+def test_plan_of_a_graph_does_not_depend_on_lengths() -> None:
+    assert TritonAttention.graph_support is GraphSupport.SINGLE_TOKEN
+    long = Case(spec=make_spec(device=GPU), lengths=((1, 70), (1, 33), (1, 60)))
+    graph = Graph(long, 4, ManySplits)
+    none = attrs.evolve(graph.batch, query_lens=[], seq_lens_bound=[], num_single_token_seqs=0)
+
+    plan = graph.backend.plan(none, 0)
+
+    parts = zip(attrs.astuple(plan, recurse=False), planned(graph), strict=True)
+    assert all(one is other for one, other in parts)
+    check_within_bound(long, graph.inputs, list(graph.run(plan)[:3].cpu().split(1)))
+    # The next step's lengths come in the same memory.
+    kept = [60, 7, 1]
+    for i, seq_len in enumerate(kept):
+        graph.batch.seq_lens[i] = seq_len
+    short = Case(spec=long.spec, lengths=tuple((1, n) for n in kept))
+    inputs = attrs.evolve(
+        graph.inputs,
+        k=[k[:n] for k, n in zip(graph.inputs.k, kept, strict=True)],
+        v=[v[:n] for v, n in zip(graph.inputs.v, kept, strict=True)],
+    )
+    graph.batch.groups[0].slot_mapping.zero_()
+    check_within_bound(short, inputs, list(graph.run(plan)[:3].cpu().split(1)))
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=16), st.sampled_from([None, 40]))
+@settings(max_examples=15, deadline=None, phases=WHOLE)
+def test_split_plan_covers_every_visible_key_once(lengths: list[int], window: int | None) -> None:
+    backend = ManySplits(make_spec(sliding_window=window, device=GPU), LIMITS, {})
+    batch = make_batch([(0, 1)] * len(lengths), [[1]] * len(lengths), 4, device=GPU)
+    batch = attrs.evolve(batch, seq_lens=torch.tensor(lengths, dtype=torch.int32, device=GPU))
+
+    backend.prepare(backend.plan(batch, 0))
+
+    firsts = backend._first_items[: len(lengths) + 1].tolist()
+    count = backend._num_items.item()
+    assert (firsts[0], firsts[-1]) == (0, count)
+    assert count <= len(lengths) + backend.target_items
+    items = backend._items[:count].tolist()
+    for row, seq_len in enumerate(lengths):
+        own = items[firsts[row] : firsts[row + 1]]
+        first = 0 if window is None else max(0, seq_len - window) // 16 * 16
+        assert [item[0] for item in own] == [row] * len(own)
+        assert [item[1] for item in own] == [first, *(item[2] for item in own[:-1])]
+        assert own[-1][2] == seq_len
+        assert {item[3] for item in own} == {len(own)}
+
+
+def test_tiles_of_the_longest_context_come_first() -> None:
+    backend = SmallTiles(make_spec(device=GPU), LIMITS, {})
+    spans = [(5, 6), (0, 20), (30, 35)]
+    batch = make_batch(spans, [[1] * 9] * 3, 4, device=GPU)
+
+    plan = backend.plan(batch, 0)
+
+    # 8 tokens a tile: 2 heads a group, 16 rows.
+    assert plan.num_single == 1
+    assert plan.tiles.tolist() == [[2, 0], [1, 16], [1, 8], [1, 0]]
+
+
+def test_fused_write_equals_its_three_steps() -> None:
+    spec = make_spec(dtype="bfloat16", device=GPU)
+    backend = TritonAttention(spec, LIMITS, {})
+    batch = make_batch([(6, 7), (0, 5)], [[3, 1], [4, 2]], 4, device=GPU)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(6, 8 * 16, generator=generator).to(GPU, torch.bfloat16)
+    weights = torch.randn(2, 16, generator=generator).to(GPU, torch.bfloat16)
+    angles = torch.rand(9, 4, generator=generator).to(GPU)
+    norm = QKNorm(weights[0], weights[1], 1e-6, (4, 2))
+    rotary = RotaryTable(angles.cos(), angles.sin(), 16, torch.bfloat16)
+    caches = torch.zeros(2, 5, *backend.kv_layout(spec).block_shape, dtype=qkv.dtype, device=GPU)
+    plan = backend.plan(batch, 0)
+    heads = qkv.clone().view(6, 8, 16)
+    qk = rotary.rotate(norm.normalise(heads[:, :6]), batch.positions)
+    backend.write(Layer(), qk[:, 4:], heads[:, 6:], caches[0], plan)
+
+    q = backend.rotate_and_write(Layer(), qkv, batch.positions, rotary, norm, caches[1], plan)
+
+    unit = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(q, qk[:, :4], rtol=2 * unit, atol=unit)
+    torch.testing.assert_close(caches[1], caches[0], rtol=2 * unit, atol=unit)
+
+
+def test_fused_write_is_not_offered_for_values_of_another_width() -> None:
+    backend = TritonAttention(make_spec(value_head_dim=8, device=GPU), LIMITS, {})
+
+    assert backend.rotate_and_write(Layer(), *[None] * 6) is None
+
+
+def test_buffers_are_counted_in_the_workspace() -> None:
+    spec = make_spec(device=GPU)
+    backend = TritonAttention(spec, LIMITS, {})
+    buffers = [x for x in vars(backend).values() if isinstance(x, Tensor)]
+
+    held = sum(x.nbytes for x in buffers if x is not backend._staged)
+
+    assert held <= TritonAttention.workspace_bytes(spec, LIMITS)
+
+
+def test_attention_without_a_cache_is_refused() -> None:
+    backend = TritonAttention(make_spec(device=GPU), LIMITS, {})
+    q = torch.zeros(1, 4, 16, device=GPU)
+
+    with pytest.raises(KernelError, match="needs a KV cache"):
+        backend.attend(Layer(), q, q, q, None, None, q)
+
+
+REFUSED = {
+    "latent attention": {"latent": object()},
+    "ALiBi": {"alibi": True},
+    "bidirectional attention": {"causal": False},
+    "batch invariance": {"batch_invariant": True},
+    "KV cache in another dtype": {"kv_dtype": "float16"},
+    "heads beyond 256": {"head_dim": 320},
+    "block size of 12": {"block_size": 12},
+    "scale of zero": {"scale": 0.0},
+    "float64": {"dtype": "float64"},
+}
+
+
+@pytest.mark.parametrize(("words", "change"), REFUSED.items(), ids=REFUSED.keys())
+def test_triton_says_what_it_cannot_do(words: str, change: dict[str, object]) -> None:
+    reason = TritonAttention.why_unsupported(make_spec(**change))
+
+    assert reason is not None
+    assert words in reason
+
+
+def test_triton_refuses_a_cpu_without_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+
+    assert "TRITON_INTERPRET=1" in TritonAttention.why_unsupported(make_spec())
+
+
+def test_dense_attention_of_a_soft_cap_near_zero_keeps_its_digits() -> None:
+    """Small scores under a large cap: tanh must not lose what is left of them."""
+    spec = make_spec(logit_softcap=50.0, scale=0.01, device=GPU)
+    case = Case(spec=spec, lengths=((1, 60), (4, 30)))
+    inputs = make_inputs(case)
+
+    check_within_bound(case, inputs, run(TritonAttention, case, inputs).out)
+
+
+def test_nan_in_a_padding_free_row_stays_in_its_row() -> None:
+    case = Case(spec=make_spec(device=GPU), lengths=((1, 40), (1, 40), (1, 40)))
+    inputs: Inputs = make_inputs(case)
+    exact = attention(case, inputs, torch.float64)
+    inputs.k[1][3] = float("nan")
+
+    out = run(ManySplits, case, inputs).out
+
+    assert out[1].isnan().all()
+    for i in (0, 2):
+        assert (out[i].double() - exact[i]).abs().max() < 1e-5
