@@ -116,3 +116,59 @@ def gumbel_noise(seed: Tensor, child: Tensor, position: Tensor, vocab_size: int)
     # dropped could be drawn.
     uniform.clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
+
+
+def keep_top_k_top_p(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the k most likely tokens, then the fewest whose probability reaches top_p; -inf else.
+
+    `logits` float32 [num_rows, vocab_size]; `top_k` int64 and `top_p` float32 [num_rows]. Ties are
+    ordered by token id, so that exactly k remain.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[1], device=logits.device)
+    ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(1), float("-inf"))
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    outside = before >= top_p.unsqueeze(1)
+    # top_p of 1 keeps everything, also what rounding in the sum would cut off.
+    outside &= (top_p < 1).unsqueeze(1)
+    outside[:, 0] = False
+    ordered = ordered.masked_fill(outside, float("-inf"))
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
+    """Make tokens -inf that are less likely than min_p, [num_rows], times the most likely one."""
+    best = logits.max(dim=-1, keepdim=True).values
+    return logits.masked_fill(logits < best + min_p.log().unsqueeze(1), float("-inf"))
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    child: Tensor,
+    position: Tensor,
+    filters: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return a token a row, int64 [num_rows], and whether it is none, int32 [num_rows].
+
+    `logits` [num_rows, vocab_size] of any float dtype; `temperature` float32, of which 0 is greedy;
+    `seed`, `child`, `position` int64; `filters` are top_k int64, top_p and min_p float32, applied
+    in this order after the temperature. All are [num_rows]; nothing is read back to the host. A
+    row with NaN, +inf or no finite logit gets 1 in the second tensor and some token.
+    Source: `quire.interfaces.sampling.Sampler` defines the draw.
+    """
+    if logits.is_cuda and (kernels := _kernels("sampling")):
+        drawn: tuple[Tensor, Tensor] = kernels.sample(
+            logits, temperature, seed, child, position, filters
+        )
+        return drawn
+    best, token_ids = logits.max(dim=-1)
+    scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+    if filters is not None:
+        top_k, top_p, min_p = filters
+        scaled = keep_min_p(keep_top_k_top_p(scaled, top_k, top_p), min_p)
+    scores = scaled + gumbel_noise(seed, child, position, logits.shape[1])
+    token_ids = torch.where(temperature > 0, scores.argmax(dim=-1), token_ids)
+    return token_ids, best.isfinite().logical_not_().int()
