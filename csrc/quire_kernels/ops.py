@@ -72,6 +72,67 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
+def _one_row_kernels(x: Tensor, weight: Tensor, *, gated: bool = False) -> Any:
+    """Return the kernels of one-row products if they take this one, else None."""
+    if not x.is_cuda or x.shape[0] != 1:
+        return None
+    kernels = _kernels("gemv")
+    return kernels if kernels and kernels.serves(x, weight, gated=gated) else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b of `x` [num_tokens, in_features], W [out_features, in_features]."""
+    if kernels := _one_row_kernels(x, weight):
+        out: Tensor = kernels.linear(x, weight, bias)
+        return out
+    return functional.linear(x, weight, bias)
+
+
+def add_rms_norm_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return linear(rms_norm(x + residual)) and x + residual; x may be changed.
+
+    One launch where there is one row: every program norms it for itself.
+    """
+    if kernels := _one_row_kernels(x, weight):
+        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm_linear(
+            x, residual, norm_weight, eps, weight, bias
+        )
+        return fused
+    normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    return linear(normed, weight, bias), total
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return silu_mul(linear(x, weight)), the rows of `weight` [2 * size, in_features] gate first.
+
+    One launch where `x` has one row.
+    """
+    if kernels := _one_row_kernels(x, weight, gated=True):
+        out: Tensor = kernels.linear_silu_mul(x, weight)
+        return out
+    return silu_mul(linear(x, weight))
+
+
+def add_rms_norm_linear_silu_mul(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return linear_silu_mul(rms_norm(x + residual)) and x + residual; x may be changed."""
+    if kernels := _one_row_kernels(x, weight, gated=True):
+        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm_linear_silu_mul(
+            x, residual, norm_weight, eps, weight
+        )
+        return fused
+    normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    return linear_silu_mul(normed, weight), total
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Return the given rows, int32 [num_rows], of `x` [num_tokens, size]."""
     return x.index_select(0, rows)
