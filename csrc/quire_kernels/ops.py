@@ -34,6 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     `x` [..., size], `weight` [size] of the same dtype.
     Source: Zhang and Sennrich, "Root mean square layer normalization", 2019.
     """
+    if x.is_cuda and (kernels := _kernels("norms")) and x.shape[-1] <= kernels.MAX_SIZE:
+        normed: Tensor = kernels.rms_norm(x, weight, eps)
+        return normed
     if not x.is_cpu:
         return functional.rms_norm(x, weight.shape, weight, eps)
     # PyTorch squares into memory of its own: 2.9 ms for [2048, 256] in bfloat16 on two cores
@@ -50,6 +53,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     `x`, `residual` [num_tokens, size], `weight` [size].
     """
+    if x.is_cuda and (kernels := _kernels("norms")) and x.shape[-1] <= kernels.MAX_SIZE:
+        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm(x, residual, weight, eps)
+        return fused
     total = x.add_(residual)
     return rms_norm(total, weight, eps), total
 
@@ -59,8 +65,72 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
     Source: Shazeer, "GLU variants improve transformer", 2020.
     """
+    if gate_up.is_cuda and (kernels := _kernels("activation")):
+        out: Tensor = kernels.silu_mul(gate_up)
+        return out
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
+
+
+def _one_row_kernels(x: Tensor, weight: Tensor, *, gated: bool = False) -> Any:
+    """Return the kernels of one-row products if they take this one, else None."""
+    if not x.is_cuda or x.shape[0] != 1:
+        return None
+    kernels = _kernels("gemv")
+    return kernels if kernels and kernels.serves(x, weight, gated=gated) else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b of `x` [num_tokens, in_features], W [out_features, in_features]."""
+    if kernels := _one_row_kernels(x, weight):
+        out: Tensor = kernels.linear(x, weight, bias)
+        return out
+    return functional.linear(x, weight, bias)
+
+
+def add_rms_norm_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return linear(rms_norm(x + residual)) and x + residual; x may be changed.
+
+    One launch where there is one row: every program norms it for itself.
+    """
+    if kernels := _one_row_kernels(x, weight):
+        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm_linear(
+            x, residual, norm_weight, eps, weight, bias
+        )
+        return fused
+    normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    return linear(normed, weight, bias), total
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return silu_mul(linear(x, weight)), the rows of `weight` [2 * size, in_features] gate first.
+
+    One launch where `x` has one row.
+    """
+    if kernels := _one_row_kernels(x, weight, gated=True):
+        out: Tensor = kernels.linear_silu_mul(x, weight)
+        return out
+    return silu_mul(linear(x, weight))
+
+
+def add_rms_norm_linear_silu_mul(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return linear_silu_mul(rms_norm(x + residual)) and x + residual; x may be changed."""
+    if kernels := _one_row_kernels(x, weight, gated=True):
+        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm_linear_silu_mul(
+            x, residual, norm_weight, eps, weight
+        )
+        return fused
+    normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    return linear_silu_mul(normed, weight), total
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -156,3 +226,59 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
     turned = torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)
     return torch.cat((*turned, rest), dim=-1)
+
+
+def keep_top_k_top_p(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the k most likely tokens, then the fewest whose probability reaches top_p; -inf else.
+
+    `logits` float32 [num_rows, vocab_size]; `top_k` int64 and `top_p` float32 [num_rows]. Ties are
+    ordered by token id, so that exactly k remain.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[1], device=logits.device)
+    ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(1), float("-inf"))
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    outside = before >= top_p.unsqueeze(1)
+    # top_p of 1 keeps everything, also what rounding in the sum would cut off.
+    outside &= (top_p < 1).unsqueeze(1)
+    outside[:, 0] = False
+    ordered = ordered.masked_fill(outside, float("-inf"))
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def keep_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
+    """Make tokens -inf that are less likely than min_p, [num_rows], times the most likely one."""
+    best = logits.max(dim=-1, keepdim=True).values
+    return logits.masked_fill(logits < best + min_p.log().unsqueeze(1), float("-inf"))
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    child: Tensor,
+    position: Tensor,
+    filters: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return a token a row, int64 [num_rows], and whether it is none, int32 [num_rows].
+
+    `logits` [num_rows, vocab_size] of any float dtype; `temperature` float32, of which 0 is greedy;
+    `seed`, `child`, `position` int64; `filters` are top_k int64, top_p and min_p float32, applied
+    in this order after the temperature. All are [num_rows]; nothing is read back to the host. A
+    row with NaN, +inf or no finite logit gets 1 in the second tensor and some token.
+    Source: `quire.interfaces.sampling.Sampler` defines the draw.
+    """
+    if logits.is_cuda and (kernels := _kernels("sampling")):
+        drawn: tuple[Tensor, Tensor] = kernels.sample(
+            logits, temperature, seed, child, position, filters
+        )
+        return drawn
+    best, token_ids = logits.max(dim=-1)
+    scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+    if filters is not None:
+        top_k, top_p, min_p = filters
+        scaled = keep_min_p(keep_top_k_top_p(scaled, top_k, top_p), min_p)
+    scores = scaled + gumbel_noise(seed, child, position, logits.shape[1])
+    token_ids = torch.where(temperature > 0, scores.argmax(dim=-1), token_ids)
+    return token_ids, best.isfinite().logical_not_().int()

@@ -16,6 +16,7 @@ from quire.interfaces.quantization import (
     ShardRule,
     WeightLayer,
 )
+from quire_kernels import ops
 
 # The overload itself: finding it by name costs 8 us a call.
 _packed_linear = torch.ops.mkldnn._linear_pointwise.default
@@ -63,7 +64,7 @@ class DenseProduct(LayerMethod):
         assert isinstance(x, Tensor)
         if self.packed is not None:
             return _packed_linear(x, self.packed, bias, "none", [], "")
-        return functional.linear(x, layer.get_weight("weight"), bias)
+        return ops.linear(x, layer.get_weight("weight"), bias)
 
 
 class DenseLookup(LayerMethod):

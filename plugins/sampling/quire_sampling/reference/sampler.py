@@ -33,33 +33,9 @@ class ReferenceSampler(Sampler):
         temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)
         scaled = logits / temperature.unsqueeze(1)
         if batch.any_top_k or batch.any_top_p:
-            scaled = _top_k_top_p(scaled, batch)
+            scaled = ops.keep_top_k_top_p(scaled, batch.top_k, batch.top_p)
         if batch.any_min_p:
-            scaled = _min_p(scaled, batch.min_p)
+            scaled = ops.keep_min_p(scaled, batch.min_p)
         vocab_size = logits.shape[1]
         noise = ops.gumbel_noise(batch.seed, batch.child_index, batch.position, vocab_size)
         return (scaled + noise).argmax(dim=-1)
-
-
-def _top_k_top_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Keep the k most likely tokens, then the fewest whose probability reaches top_p.
-
-    Ties are ordered by token id, so that exactly k remain.
-    """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= batch.top_k.unsqueeze(1), float("-inf"))
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    outside = before >= batch.top_p.unsqueeze(1)
-    # top_p of 1 keeps everything, also what rounding in the sum would cut off.
-    outside &= (batch.top_p < 1).unsqueeze(1)
-    outside[:, 0] = False
-    ordered = ordered.masked_fill(outside, float("-inf"))
-    return torch.empty_like(logits).scatter_(1, order, ordered)
-
-
-def _min_p(logits: Tensor, min_p: Tensor) -> Tensor:
-    """Drop tokens less likely than min_p times the most likely one."""
-    best = logits.max(dim=-1, keepdim=True).values
-    return logits.masked_fill(logits < best + min_p.log().unsqueeze(1), float("-inf"))

@@ -1,0 +1,46 @@
+"""SiLU of the gate times up, in Triton; `ops` has what it means."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def silu(x):
+    """Return x * sigmoid(x) in float32."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up_ptr,
+    out_ptr,
+    stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Make BLOCK outputs of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    at = gate_up_ptr + row * stride + columns
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + SIZE, mask=inside, other=0.0).to(tl.float32)
+    out = silu(gate).to(dtype).to(tl.float32) * up
+    tl.store(out_ptr + row * SIZE + columns, out.to(dtype), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Return `ops.silu_mul` of rows whose values are neighbours."""
+    num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
+    if num_rows:
+        grid = (num_rows, triton.cdiv(size, _BLOCK))
+        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=_BLOCK)
+    return out

@@ -1,0 +1,87 @@
+"""RMSNorm in Triton, alone or after the residual is added; `ops` has what it means."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A longer row does not fit the registers of the one program that norms it.
+MAX_SIZE = 16384
+# So many rows fill a GPU, and several of them can share a program.
+_MANY_ROWS = 1024
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    residual_stride,
+    num_rows,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """Norm ROWS rows; with ADDS the residual is added first, and the sum replaces x."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = columns < SIZE
+    if ROWS > 1:
+        inside = inside & (rows < num_rows)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < SIZE, other=0.0).to(tl.float32)
+    if ADDS:
+        at = residual_ptr + rows * residual_stride + columns
+        total = (x + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x_ptr + rows * x_stride + columns, total, mask=inside)
+        x = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
+    normed = (x * scale[:, None]).to(dtype).to(tl.float32)
+    tl.store(out_ptr + rows * SIZE + columns, (normed * weight).to(dtype), mask=inside)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Norm the rows of `x` [num_rows, size] into new memory."""
+    num_rows, size = x.shape
+    out = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    block = triton.next_power_of_2(size)
+    rows = max(1, 2048 // block) if num_rows >= _MANY_ROWS else 1
+    _norm_kernel[(triton.cdiv(num_rows, rows),)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        num_rows,
+        eps,
+        SIZE=size,
+        BLOCK=block,
+        ROWS=rows,
+        ADDS=residual is not None,
+        # 16 bytes a thread and load in 16 bits.
+        num_warps=min(16, max(1, block * rows // 256)),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return `ops.rms_norm` for rows of at most MAX_SIZE."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return _launch(flat, None, weight, eps).view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `ops.add_rms_norm` for rows of at most MAX_SIZE whose values are neighbours."""
+    return _launch(x, residual, weight, eps), x
