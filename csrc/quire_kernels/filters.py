@@ -4,8 +4,8 @@ Tokens are ordered by value, equals by token id, as one int64; a row is cut at a
 order, and what lies below it is not drawn. For top-k and top-p the number is closed in on:
 
     measure   a program a split of the row: maximum, sum, number of finite values
-    narrow    twice: how many tokens, and how much mass, lie at or above each of 16 thresholds;
-              the cut lies between two of them
+    narrow    twice: how many tokens (top-k) or how much mass (top-p) lie at or above each of 16
+              thresholds; the cut lies between two of them
     gather    the few tokens between the two, into a buffer
     search    a program a row: eight-fold search among these, for top-k, then for top-p
 
@@ -30,10 +30,10 @@ _STEPS = tl.constexpr(8)
 _CHUNK = tl.constexpr(1024)
 # Candidates a row has room for; of more, the search reads the logits instead.
 _ROOM = tl.constexpr(8192)
-# Where a row's state has what: counts and masses of both narrowings, and what was gathered.
-_NUM_GATHERED = tl.constexpr(4 * 16)
-_MASS_ABOVE = tl.constexpr(4 * 16 + 1)
-_STATE = tl.constexpr(4 * 16 + 2)
+# Where a row's state has what: counts or masses of both narrowings, and what was gathered.
+_NUM_GATHERED = tl.constexpr(2 * 16)
+_MASS_ABOVE = tl.constexpr(2 * 16 + 1)
+_STATE = tl.constexpr(2 * 16 + 2)
 # A row's limits: of each narrowing an upper end and 16 thresholds, then the two that are left.
 _LIMITS = tl.constexpr(2 * 17 + 2)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -83,12 +83,10 @@ def _mass_wanted(top_p, total):
 @triton.jit
 def _bracket(state_ptr, limits_ptr, by_count, top_k, top_p, STAGE: tl.constexpr):
     """Return the two limits, low and high, between which a narrowing found the cut."""
-    at = tl.arange(0, _POINTS)
-    counts = tl.load(state_ptr + 2 * _POINTS * STAGE + at)
-    masses = tl.load(state_ptr + 2 * _POINTS * STAGE + _POINTS + at)
+    found = tl.load(state_ptr + _POINTS * STAGE + tl.arange(0, _POINTS))
     # The first narrowing's last threshold lies below every finite value.
-    wanted = _mass_wanted(top_p, tl.load(state_ptr + 2 * _POINTS - 1))
-    is_short = tl.where(by_count, counts < top_k, masses < wanted)
+    wanted = _mass_wanted(top_p, tl.load(state_ptr + _POINTS - 1))
+    is_short = found < tl.where(by_count, top_k, wanted)
     place = tl.minimum(tl.sum(is_short.to(tl.int32), axis=0), _POINTS - 1)
     limits = limits_ptr + 17 * STAGE + place
     return tl.load(limits + 1), tl.load(limits)
@@ -145,6 +143,27 @@ def _thresholds(state_ptr, limits_ptr, top, mean, top_k, top_p, by_count, STAGE:
 
 
 @triton.jit
+def _counts_above(points, logits_ptr, split, temperature, VOCAB: tl.constexpr):
+    """Return how many tokens of a split lie at or above each threshold, int64."""
+    counts = tl.zeros((_POINTS, _COLUMNS), tl.int32)
+    for start in range(split * _SPLIT, (split + 1) * _SPLIT, _COLUMNS):
+        values = _scaled(logits_ptr, start + tl.arange(0, _COLUMNS), temperature, VOCAB)
+        counts += (values[None, :] >= points[:, None]).to(tl.int32)
+    return tl.sum(counts, axis=1).to(tl.int64)
+
+
+@triton.jit
+def _masses_above(points, logits_ptr, split, temperature, top, VOCAB: tl.constexpr):
+    """Return the mass of a split's tokens at or above each threshold."""
+    masses = tl.zeros((_POINTS, _COLUMNS), tl.int64)
+    for start in range(split * _SPLIT, (split + 1) * _SPLIT, _COLUMNS):
+        values = _scaled(logits_ptr, start + tl.arange(0, _COLUMNS), temperature, VOCAB)
+        is_above = values[None, :] >= points[:, None]
+        masses += tl.where(is_above, _mass_of(values, top)[None, :], 0)
+    return tl.sum(masses, axis=1)
+
+
+@triton.jit
 def _narrow_kernel(
     logits_ptr,
     logits_stride,
@@ -159,7 +178,7 @@ def _narrow_kernel(
     PADDED: tl.constexpr,
     STAGE: tl.constexpr,
 ):
-    """Add to a row's counts and masses, at or above each threshold, those of a split."""
+    """Add to a row's counts or masses, at or above each threshold, those of a split."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
@@ -177,17 +196,13 @@ def _narrow_kernel(
             if split == 0:
                 tl.store(limits_ptr + 17 * STAGE, high)
                 tl.store(limits_ptr + 17 * STAGE + 1 + at, points)
-            counts = tl.zeros((_POINTS, _COLUMNS), tl.int32)
-            masses = tl.zeros((_POINTS, _COLUMNS), tl.int64)
-            for start in range(split * _SPLIT, (split + 1) * _SPLIT, _COLUMNS):
-                columns = start + tl.arange(0, _COLUMNS)
-                values = _scaled(logits_ptr + row * logits_stride, columns, temperature, VOCAB)
-                is_above = values[None, :] >= points[:, None]
-                counts += is_above.to(tl.int32)
-                masses += tl.where(is_above, _mass_of(values, top)[None, :], 0)
-            out = state_ptr + 2 * _POINTS * STAGE + at
-            tl.atomic_add(out, tl.sum(counts, axis=1).to(tl.int64), sem="relaxed")
-            tl.atomic_add(out + _POINTS, tl.sum(masses, axis=1), sem="relaxed")
+            if tl.load(measures + split) >= tl.min(points, axis=0):
+                row_ptr = logits_ptr + row * logits_stride
+                if by_count:
+                    found = _counts_above(points, row_ptr, split, temperature, VOCAB)
+                else:
+                    found = _masses_above(points, row_ptr, split, temperature, top, VOCAB)
+                tl.atomic_add(state_ptr + _POINTS * STAGE + at, found, sem="relaxed")
 
 
 @triton.jit
@@ -224,17 +239,16 @@ def _gather_kernel(
             if split == 0:
                 tl.store(limits_ptr + _LIMITS - 2, low)
                 tl.store(limits_ptr + _LIMITS - 1, high)
-            columns = split * _SPLIT + tl.arange(0, _SPLIT)
-            values = _scaled(logits_ptr + row * logits_stride, columns, temperature, VOCAB)
-            is_inside = (values >= low) & (values < high)
-            number = tl.sum(is_inside.to(tl.int32), axis=0)
-            if number > 0:
-                first = tl.atomic_add(state_ptr + _NUM_GATHERED, number.to(tl.int64), sem="relaxed")
+            if tl.load(measures + split) >= low:
+                columns = split * _SPLIT + tl.arange(0, _SPLIT)
+                values = _scaled(logits_ptr + row * logits_stride, columns, temperature, VOCAB)
+                is_inside = (values >= low) & (values < high)
+                number = tl.sum(is_inside.to(tl.int32), axis=0).to(tl.int64)
+                first = tl.atomic_add(state_ptr + _NUM_GATHERED, number, sem="relaxed")
                 place = first + tl.cumsum(is_inside.to(tl.int32), axis=0) - 1
                 at = orders_ptr + row * _ROOM + place
                 tl.store(at, order_of(values, columns), mask=is_inside & (place < _ROOM))
-            mass = tl.sum(tl.where(values >= high, _mass_of(values, top), 0), axis=0)
-            if mass > 0:
+                mass = tl.sum(tl.where(values >= high, _mass_of(values, top), 0), axis=0)
                 tl.atomic_add(state_ptr + _MASS_ABOVE, mass, sem="relaxed")
 
 
@@ -332,7 +346,7 @@ def _search_kernel(
             low, high = tl.load(limits), tl.load(limits + 1)
             cut = lowest_order_of(low)
             end = lowest_order_of(tl.minimum(high, top)) + 0x1000000
-            total = tl.load(state_ptr + 2 * _POINTS - 1)
+            total = tl.load(state_ptr + _POINTS - 1)
             above = tl.load(state_ptr + _MASS_ABOVE)
             if top_k < num_finite:
                 cut = _select(
