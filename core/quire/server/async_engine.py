@@ -27,7 +27,7 @@ from quire.server.messages import (
     Refused,
     Stepped,
     StepStats,
-    add_of,
+    encoded_add,
 )
 from quire.server.stream import News, Stream
 from quire.text.input_processor import RenderedChat, prompt_text
@@ -244,15 +244,20 @@ class AsyncEngine:
                 f"request id {request.request_id!r} is in use; give each request its own.",
                 parameter="request_id",
             )
+        assert self._client is not None, "an engine that is ready has a process"
+        data = encoded_add(request)
         self.admission.take_tokens(len(request.prompt_token_ids))
-        self._outputs.add_request(request, text)
+        try:
+            self._outputs.add_request(request, text)
+        except BaseException:
+            self.admission.give_tokens(len(request.prompt_token_ids))
+            raise
         stream = Stream(request, self._outputs, on_close=self._close, news=news)
         if self._num_incomplete == 0:
             self.last_message_s = time.monotonic()
         self._num_incomplete += 1
         self._streams[request.request_id] = stream
-        assert self._client is not None, "an engine that is ready has a process"
-        self._client.send(add_of(request))
+        self._client.send_encoded(data)
         return stream
 
     def _check_ready(self) -> None:

@@ -110,10 +110,14 @@ class EngineClient:
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; one to an engine that is gone is dropped."""
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Queue a message that was encoded before."""
         if not self.is_alive:
             return
         with contextlib.suppress(zmq.Again):  # it died, and `_watch` is about to say so
-            self._socket.send(encode(message), zmq.NOBLOCK)
+            self._socket.send(data, zmq.NOBLOCK)
         # Its descriptor signals once for many changes, and sending may have taken the signal.
         if cast(int, self._socket.events) & zmq.POLLIN:
             self._loop.call_soon(self._read)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +25,26 @@ def with_engine(test: Test) -> None:
             await test(engine)
 
     asyncio.run(run())
+
+
+class Running:
+    """An engine that several tests share, with the event loop that it belongs to."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self.engine = AsyncEngine("demo", **OPTIONS)
+
+    def run(self, test: Test) -> None:
+        self._runner.run(test(self.engine))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Running]:
+    with asyncio.Runner() as runner:
+        running = Running(runner)
+        runner.run(running.engine.start())
+        yield running
+        runner.run(running.engine.stop())
 
 
 async def last(engine: AsyncEngine, prompt: Any, params: SamplingParams, **options: Any) -> Any:
@@ -90,3 +110,29 @@ def test_death_ends_every_request_and_the_engine_comes_back() -> None:
         assert (await last(engine, "A", GREEDY)).finished
 
     with_engine(test)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"stop": ["\ud83d"]}, {"extra_args": {"x": object()}}, {"extra_args": {"x": 2**70}}],
+    ids=["half a character", "object", "large number"],
+)
+def test_what_no_message_can_hold_is_refused_and_leaves_nothing(
+    engine: Running, params: dict[str, Any]
+) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        with pytest.raises(RequestError, match="plain values"):
+            await last(engine, "A", SamplingParams(**params))
+        assert not engine.streams
+        assert engine.idle_s() == engine.admission.num_requests == engine.admission.num_tokens == 0
+
+    engine.run(test)
+
+
+def test_limits_beyond_64_bits_limit_nothing(engine: Running) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2**70, top_k=2**70, stop=["a", "e"])
+
+    async def test(engine: AsyncEngine) -> None:
+        assert (await last(engine, "A latte", params)).finished
+
+    engine.run(test)
