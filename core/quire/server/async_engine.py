@@ -101,9 +101,14 @@ class AsyncEngine:
         self._deaths: deque[float] = deque()
         self._restart: asyncio.Task[None] | None = None
         self._stopped = False
+        self._has_given_up = False
 
     async def __aenter__(self) -> AsyncEngine:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -234,8 +239,15 @@ class AsyncEngine:
         return await self.in_pool(lambda: self.frontend.render(messages, **options))
 
     async def in_pool(self, work: Callable[[], Any]) -> Any:
-        """Run work of the tokenizer in one of its threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Run work of the tokenizer in one of its threads. Raises: EngineDeadError after `stop`."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if not self._stopped:
+            try:
+                return await loop.run_in_executor(self._pool, work)
+            except asyncio.CancelledError:
+                if not self._stopped or task is None or task.cancelling():
+                    raise
+        raise EngineDeadError("the engine was stopped.")
 
     def _send(self, request: Request, text: str | None, news: News | None) -> Stream:
         self._check_ready()
@@ -261,6 +273,8 @@ class AsyncEngine:
         return stream
 
     def _check_ready(self) -> None:
+        if self._has_given_up or self._stopped:
+            raise EngineDeadError("the engine has ended; make a new one.")
         if not self.is_ready:
             raise OverloadedError(
                 "the engine is not ready; try again soon.", code="not_ready", retry_after_s=2
@@ -335,6 +349,7 @@ class AsyncEngine:
             self._deaths.popleft()
         self._deaths.append(now_s)
         if death.exit_code == 2 or len(self._deaths) > self.limits.max_engine_restarts:
+            self._has_given_up = True
             self.on_given_up(death)
             return
         self._restart = asyncio.create_task(self._start_again())

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quire import LLM, AsyncEngine, SamplingParams
 from quire.errors import EngineDeadError, OverloadedError, RequestError
+from quire.server.engine_client import EngineStartError
 
 OPTIONS: dict[str, Any] = {"num_threads": 1, "max_num_seqs": 4, "kv_cache_memory_bytes": 32 << 20}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -136,3 +140,78 @@ def test_limits_beyond_64_bits_limit_nothing(engine: Running) -> None:
         assert (await last(engine, "A latte", params)).finished
 
     engine.run(test)
+
+
+LARGE = "A latte " * 600  # so that it is tokenized in the pool
+
+
+def test_use_after_the_end_says_so() -> None:
+    async def run() -> None:
+        engine = AsyncEngine("demo", **OPTIONS)
+        await engine.start()
+        coming = [asyncio.create_task(last(engine, LARGE, GREEDY)) for _ in range(8)]
+        await asyncio.sleep(0)
+        await engine.stop()
+        await engine.stop()
+        found = await asyncio.gather(*coming, return_exceptions=True)
+        assert all(isinstance(error, (EngineDeadError, RequestError)) for error in found), found
+        for asked in (last(engine, "A", GREEDY), last(engine, LARGE, GREEDY), engine.render([])):
+            with pytest.raises(EngineDeadError):
+                await asked
+        assert engine.admission.num_requests == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.5])
+def test_start_that_is_cancelled_leaves_nothing(
+    delay_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def run() -> None:
+        engine = AsyncEngine("demo", **OPTIONS)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(delay_s), engine:
+                pass
+        await has_ended(engine.engine_pid)
+
+    asyncio.run(run())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_ends_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def run() -> None:
+        engine = AsyncEngine("demo", **OPTIONS)
+        starting = asyncio.create_task(engine.start())
+        await asyncio.sleep(0.3)
+        await engine.stop(0.1)
+        with pytest.raises(EngineStartError, match="stopped before"):
+            await asyncio.wait_for(starting, 5)
+        await has_ended(engine.engine_pid)
+
+    asyncio.run(run())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_is_full_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_options: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+
+    async def run() -> None:
+        with pytest.raises(EngineStartError, match="No space left"):
+            async with AsyncEngine("demo", **OPTIONS):
+                pass
+
+    asyncio.run(run())
+
+
+async def has_ended(pid: int | None) -> None:
+    """Wait until a process is gone."""
+    async with asyncio.timeout(5):
+        while pid is not None and Path(f"/proc/{pid}").exists():
+            await asyncio.sleep(0.01)
