@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import time
@@ -11,13 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
-from attrs import frozen
-
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, OverloadedError, RequestError
 from quire.frontend import Frontend
 from quire.request import Request, RequestOutput, SamplingParams, SequenceUpdate
-from quire.server.admission import Admission
+from quire.server.admission import Admission, ServingLimits
 from quire.server.engine_client import ENGINE_MODULE, Death, EngineClient, EngineStartError
 from quire.server.messages import (
     Abort,
@@ -30,7 +29,7 @@ from quire.server.messages import (
     encoded_add,
 )
 from quire.server.stream import News, Stream
-from quire.text.input_processor import RenderedChat, prompt_text
+from quire.text.input_processor import RenderedChat, check_request_id, prompt_text
 from quire.text.output_processor import OutputProcessor
 
 log = logging.getLogger("quire.server")
@@ -39,16 +38,6 @@ RESTART_WINDOW_S = 3600.0
 STOP_GRACE_S = 5.0
 # What is shorter is tokenized at once: a thread costs more, and waits for its turn.
 INLINE_CHARS = 4096
-
-
-@frozen(kw_only=True)
-class ServingLimits:
-    """How much an `AsyncEngine` takes on. Units as in `ServerOptions`."""
-
-    tokenizer_pool_size: int = 2
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 2**22
-    max_engine_restarts: int = 3
 
 
 class AsyncEngine:
@@ -93,6 +82,7 @@ class AsyncEngine:
         self._module = module
         self._outputs = OutputProcessor(frontend.tokenizer)
         self._streams: dict[str, Stream] = {}
+        self._in_pool: dict[str, bool] = {}  # being tokenized; whether it was aborted meanwhile
         self._num_incomplete = 0  # streams that the engine still works for
         self._numbers = itertools.count()
         self._pool = ThreadPoolExecutor(limits.tokenizer_pool_size, "quire-tokenizer")
@@ -191,6 +181,8 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its output ends with finish_reason `abort`. Unknown ids are no error."""
+        if request_id in self._in_pool:
+            self._in_pool[request_id] = True
         stream = self._streams.get(request_id)
         if stream is not None and not stream.is_complete:
             self._outputs.abort(request_id)
@@ -215,6 +207,7 @@ class AsyncEngine:
         self._check_ready()
         if request_id is None:
             request_id = f"quire-{next(self._numbers)}"
+        self._check_unused(request_id)
         self.admission.take_request()
         try:
             options: dict[str, Any] = {
@@ -222,17 +215,28 @@ class AsyncEngine:
                 "priority": priority,
                 "cache_salt": cache_salt,
             }
-            process = self.frontend.inputs.process
+            process = functools.partial(
+                self.frontend.inputs.process, prompt, params, request_id=request_id, **options
+            )
             if _is_short(prompt):
-                request = process(prompt, params, request_id=request_id, **options)
-            else:
-                request = await self.in_pool(
-                    lambda: process(prompt, params, request_id=request_id, **options)
-                )
-            return self._send(request, prompt_text(prompt), news)
+                return self._send(process(), prompt_text(prompt), news)
+            return await self._submit_from_pool(request_id, process, prompt_text(prompt), news)
         except BaseException:
             self.admission.give_request()
             raise
+
+    async def _submit_from_pool(
+        self, request_id: str, process: Callable[[], Request], text: str | None, news: News | None
+    ) -> Stream:
+        self._in_pool[request_id] = False
+        try:
+            request = await self.in_pool(process)
+        finally:
+            was_aborted = self._in_pool.pop(request_id)
+        stream = self._send(request, text, news)
+        if was_aborted:
+            await self.abort(request_id)
+        return stream
 
     async def render(self, messages: Any, **options: Any) -> RenderedChat:
         """Return the prompt of a conversation. Raises: RequestError, ConfigError."""
@@ -251,11 +255,6 @@ class AsyncEngine:
 
     def _send(self, request: Request, text: str | None, news: News | None) -> Stream:
         self._check_ready()
-        if request.request_id in self._streams:
-            raise RequestError(
-                f"request id {request.request_id!r} is in use; give each request its own.",
-                parameter="request_id",
-            )
         assert self._client is not None, "an engine that is ready has a process"
         data = encoded_add(request)
         self.admission.take_tokens(len(request.prompt_token_ids))
@@ -278,6 +277,14 @@ class AsyncEngine:
         if not self.is_ready:
             raise OverloadedError(
                 "the engine is not ready; try again soon.", code="not_ready", retry_after_s=2
+            )
+
+    def _check_unused(self, request_id: str) -> None:
+        check_request_id(request_id)
+        if request_id in self._streams or request_id in self._in_pool:
+            raise RequestError(
+                f"request id {request_id!r} is in use; give each request its own.",
+                parameter="request_id",
             )
 
     def _close(self, stream: Stream) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from quire.errors import OverloadedError
 from quire.frontend import Frontend
 from quire.server.access import Keys
-from quire.server.async_engine import AsyncEngine, ServingLimits
+from quire.server.admission import ServingLimits
+from quire.server.async_engine import AsyncEngine
 from quire.server.engine_client import ENGINE_MODULE
 from quire.server.errors import model_not_found
 from quire.server.event_stream import Patience

@@ -145,6 +145,24 @@ def test_limits_beyond_64_bits_limit_nothing(engine: Running) -> None:
 LARGE = "A latte " * 600  # so that it is tokenized in the pool
 
 
+def test_request_that_is_aborted_while_it_is_tokenized_ends(engine: Running) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        aborted = asyncio.create_task(last(engine, LARGE, GREEDY, request_id="mine"))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="in use"):
+            await last(engine, "A", GREEDY, request_id="mine")
+        await engine.abort("mine")
+
+        output = await aborted
+
+        assert [o.finish_reason for o in output.outputs] == ["abort"]
+        assert output.outputs[0].token_ids == []
+        assert (await last(engine, "A", GREEDY, request_id="mine")).finished
+        assert engine.admission.num_requests == engine.admission.num_tokens == 0
+
+    engine.run(test)
+
+
 def test_use_after_the_end_says_so() -> None:
     async def run() -> None:
         engine = AsyncEngine("demo", **OPTIONS)
