@@ -70,7 +70,7 @@ class AsyncEngine:
         self.frontend = frontend
         self.limits = limits
         self.stats = StepStats()
-        self.last_message_s = time.monotonic()
+        self.last_step_s = time.monotonic()
         self.on_stats: Callable[[StepStats], None] = lambda stats: None
         self.on_restart: Callable[[], None] = lambda: None
         self.on_given_up: Callable[[Death], None] = lambda death: None
@@ -120,8 +120,8 @@ class AsyncEngine:
         return tuple(self._streams.values())
 
     def idle_s(self) -> float:
-        """Return for how long the engine has said nothing although it has work; 0 without work."""
-        return time.monotonic() - self.last_message_s if self._num_incomplete else 0.0
+        """Return for how long no step did anything although there is work; 0 without work."""
+        return time.monotonic() - self.last_step_s if self._num_incomplete else 0.0
 
     # Start and end
 
@@ -135,7 +135,7 @@ class AsyncEngine:
         )
         ready = await self._client.start()
         self.frontend.serve(ready.max_model_len)
-        self.stats = StepStats(num_blocks=ready.num_blocks)
+        self._take_stats(StepStats(num_blocks=ready.num_blocks))
         self._is_ready = True
         return ready
 
@@ -265,7 +265,7 @@ class AsyncEngine:
             raise
         stream = Stream(request, self._outputs, on_close=self._close, news=news)
         if self._num_incomplete == 0:
-            self.last_message_s = time.monotonic()
+            self.last_step_s = time.monotonic()
         self._num_incomplete += 1
         self._streams[request.request_id] = stream
         self._client.send_encoded(data)
@@ -313,20 +313,20 @@ class AsyncEngine:
     # What the engine says
 
     def _take_message(self, message: FromEngine) -> None:
-        self.last_message_s = time.monotonic()
         if isinstance(message, Stepped):
-            self._take_step(message)
+            self._take_step(message, time.monotonic())
         elif isinstance(message, Refused):
             stream = self._streams.get(message.request_id)
             if stream is not None:
                 self._complete(stream)
                 stream.fail(RequestError(message.message, parameter=message.parameter))
 
-    def _take_step(self, message: Stepped) -> None:
+    def _take_step(self, message: Stepped, now_s: float) -> None:
+        if message.updates or message.stats.num_tokens:
+            self.last_step_s = now_s
         processed = self._outputs.process(cast(list[SequenceUpdate], message.updates))
         if processed.to_finish and self._client is not None:
             self._client.send(Finish(list(processed.to_finish)))
-        now_s = self.last_message_s
         streams = self._streams
         for request_id in message.started:
             if request_id in streams:
@@ -338,14 +338,17 @@ class AsyncEngine:
             if stream.is_queued:
                 self._leave_queue(stream)
             stream.notify(now_s)
-        self.stats = message.stats
-        self.on_stats(message.stats)
+        self._take_stats(message.stats)
+
+    def _take_stats(self, stats: StepStats) -> None:
+        self.stats = stats
+        self.on_stats(stats)
 
     def _take_death(self, death: Death) -> None:
         """End every request with an error, and start the engine again if that may help."""
         log.error("%s", death.message, extra={"fields": {"traceback": death.traceback}})
         self._is_ready = False
-        self.stats = StepStats()
+        self._take_stats(StepStats())
         self.fail_all(f"the engine stopped: {death.message}.")
         if self._client is not None:
             self._client.close()

@@ -17,6 +17,7 @@ import pytest
 from quire import LLM, AsyncEngine, SamplingParams
 from quire.errors import EngineDeadError, OverloadedError, RequestError
 from quire.server.engine_client import EngineStartError
+from quire.server.messages import StepStats
 
 OPTIONS: dict[str, Any] = {"num_threads": 1, "max_num_seqs": 4, "kv_cache_memory_bytes": 32 << 20}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -101,16 +102,21 @@ def test_death_ends_every_request_and_the_engine_comes_back() -> None:
     long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
 
     async def test(engine: AsyncEngine) -> None:
+        told: list[StepStats] = []
+        engine.on_stats = told.append
         running = [asyncio.create_task(last(engine, "A", long)) for _ in range(6)]
-        await asyncio.sleep(0.2)
+        while not engine.stats.num_running:
+            await asyncio.sleep(0.01)
         assert engine.engine_pid is not None
         os.kill(engine.engine_pid, signal.SIGKILL)
         found = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(error, EngineDeadError) for error in found)
         with pytest.raises(OverloadedError, match="not ready"):
             await last(engine, "A", GREEDY)
+        assert told[-1] == StepStats()  # no figure of what is gone
         while not engine.is_ready:
             await asyncio.sleep(0.05)
+        assert told[-1] == StepStats(num_blocks=told[0].num_blocks)
         assert (await last(engine, "A", GREEDY)).finished
 
     with_engine(test)
