@@ -326,15 +326,46 @@ def test_full_queue_answers_503_and_serves_the_rest() -> None:
         server.wait_until_idle()
 
 
-def test_reader_that_stops_is_given_up() -> None:
-    with serving("--reader-timeout-s", "1", "--max-num-seqs", "64") as server:
-        body = json.dumps({**LONG, "max_tokens": 2000, "n": 64, "stream": True}).encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\n\r\n" % len(body) + body
-            )
-            server.wait_for_log(r"POST /v1/completions", timeout_s=120)
-        server.wait_until_idle()
-        assert 'outcome="cancelled"' in server.get("/metrics")
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Server]:
+    with serving("--reader-timeout-s", "1", "--max-num-seqs", "64") as running:
+        yield running
+
+
+def open_files(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+def ask_without_reading(client: socket.socket, server: Server, body: dict[str, Any]) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", server.port))
+    data = json.dumps(body).encode()
+    client.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(data) + data
+    )
+
+
+def test_whole_answer_that_nobody_takes_does_not_stay(impatient: Server) -> None:
+    impatient.figure("quire:requests_total")
+    before = open_files(impatient)
+    with socket.socket() as client:
+        body = {**LONG, "max_tokens": 100, "n": 64, "logprobs": 20}
+        ask_without_reading(client, impatient, body)
+        impatient.wait_for_log(r"POST /v1/completions 200", timeout_s=120)
+
+        end_s = time.monotonic() + 10
+        while open_files(impatient) > before:
+            assert time.monotonic() < end_s
+            time.sleep(0.1)
+
+
+def test_reader_that_stops_is_given_up(impatient: Server) -> None:
+    with socket.socket() as client:
+        body = {**LONG, "max_tokens": 2000, "n": 64, "stream": True}
+        ask_without_reading(client, impatient, body)
+        end_s = time.monotonic() + 120
+        while 'outcome="cancelled"' not in impatient.get("/metrics"):
+            assert time.monotonic() < end_s
+            time.sleep(0.1)
+    impatient.wait_until_idle()

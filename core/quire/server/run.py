@@ -27,6 +27,7 @@ from quire.server.logs import WaitingLines, configure_logs
 from quire.server.messages import Ready
 from quire.server.options import ServerOptions
 from quire.server.service import Service
+from quire.server.slow_readers import SlowReaders
 
 log = logging.getLogger("quire.server")
 
@@ -135,6 +136,7 @@ class Run:
         others = [
             asyncio.create_task(self.service.watch()),
             asyncio.create_task(self.service.patience.run()),
+            asyncio.create_task(self._slow_readers().run()),
             asyncio.create_task(self._load()),
         ]
         await self._end.wait()
@@ -149,6 +151,10 @@ class Run:
             await asyncio.to_thread(self.service.tracing.flush)
         log.info("ended")
         return self._exit_code or 0
+
+    def _slow_readers(self) -> SlowReaders:
+        connections = self._server.server_state.connections
+        return SlowReaders(connections, self.service.options.reader_timeout_s)
 
     async def _load(self) -> None:
         try:
