@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import json
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import websockets
 from serving import START_S, Server, children, events_of, is_running, serving
 
 LONG: dict[str, Any] = {
@@ -275,6 +275,19 @@ def test_sigterm_ends_what_takes_too_long_with_an_error() -> None:
         assert server.process.wait(10) == 0
 
 
+def test_sigterm_does_not_wait_for_an_idle_websocket(fresh: Server) -> None:
+    async def run() -> int:
+        url = fresh.url.replace("http", "ws") + "/v1/chat/completions"
+        async with websockets.connect(url) as client:
+            fresh.process.send_signal(signal.SIGTERM)
+            with pytest.raises(websockets.ConnectionClosed) as closed:
+                await asyncio.wait_for(client.recv(), 5)
+            return closed.value.rcvd.code if closed.value.rcvd else 0
+
+    assert asyncio.run(run()) == 1013
+    assert fresh.process.wait(5) == 0
+
+
 def test_second_sigterm_ends_at_once(fresh: Server) -> None:
     below = [pid for pid, _ in children(fresh.process.pid)]
     with ThreadPoolExecutor(1) as pool:
@@ -324,48 +337,3 @@ def test_full_queue_answers_503_and_serves_the_rest() -> None:
         assert set(statuses) == {200, 503}
         assert statuses.count(200) >= 500
         server.wait_until_idle()
-
-
-@pytest.fixture(scope="module")
-def impatient() -> Iterator[Server]:
-    with serving("--reader-timeout-s", "1", "--max-num-seqs", "64") as running:
-        yield running
-
-
-def open_files(server: Server) -> int:
-    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
-
-
-def ask_without_reading(client: socket.socket, server: Server, body: dict[str, Any]) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.connect(("127.0.0.1", server.port))
-    data = json.dumps(body).encode()
-    client.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n" % len(data) + data
-    )
-
-
-def test_whole_answer_that_nobody_takes_does_not_stay(impatient: Server) -> None:
-    impatient.figure("quire:requests_total")
-    before = open_files(impatient)
-    with socket.socket() as client:
-        body = {**LONG, "max_tokens": 100, "n": 64, "logprobs": 20}
-        ask_without_reading(client, impatient, body)
-        impatient.wait_for_log(r"POST /v1/completions 200", timeout_s=120)
-
-        end_s = time.monotonic() + 10
-        while open_files(impatient) > before:
-            assert time.monotonic() < end_s
-            time.sleep(0.1)
-
-
-def test_reader_that_stops_is_given_up(impatient: Server) -> None:
-    with socket.socket() as client:
-        body = {**LONG, "max_tokens": 2000, "n": 64, "stream": True}
-        ask_without_reading(client, impatient, body)
-        end_s = time.monotonic() + 120
-        while 'outcome="cancelled"' not in impatient.get("/metrics"):
-            assert time.monotonic() < end_s
-            time.sleep(0.1)
-    impatient.wait_until_idle()
