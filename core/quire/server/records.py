@@ -66,6 +66,11 @@ class Record:
         return None if self.generation is None else self.generation.first_token_s()
 
     @property
+    def seconds_per_token(self) -> float | None:
+        """The time from token to token, after the first one."""
+        return None if self.generation is None else self.generation.seconds_per_token()
+
+    @property
     def finish_reasons(self) -> list[str]:
         """Why its sequences ended."""
         return [] if self.generation is None else self.generation.finish_reasons
