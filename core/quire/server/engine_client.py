@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from quire.server.messages import (
 ENGINE_MODULE = "quire.server.engine_process"
 MAX_SOCKET_PATH_CHARS = 100  # the system allows 107
 MESSAGES_A_TURN = 8
+TURN_S = 0.01
 LAST_WORDS_TURNS = 20
 
 
@@ -180,8 +182,11 @@ class EngineClient:
             self._folder = None
 
     def _read(self) -> None:
-        """Take what is there, but let others have a turn after a few messages."""
+        """Take what is there, but let others have a turn after a few messages, or a large one."""
+        end_s = time.perf_counter() + TURN_S
         for _ in range(MESSAGES_A_TURN):
+            if time.perf_counter() > end_s:
+                break
             if self._socket is None or self._socket.closed:
                 return
             try:
