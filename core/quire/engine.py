@@ -147,7 +147,15 @@ class Engine:
                     f"{loaded}); --logits-processors loads one.",
                     parameter="extra_args",
                 )
-            self._processors[name].check_arguments(arguments, params)
+            try:
+                self._processors[name].check_arguments(arguments, params)
+            except RequestError:
+                raise
+            except Exception as error:
+                raise RequestError(
+                    f"extra_args[{name!r}] cannot be checked: {type(error).__name__}: {error}.",
+                    parameter="extra_args",
+                ) from error
 
     def _check_alive(self) -> None:
         if self._failure is not None:

@@ -238,6 +238,20 @@ def test_request_that_can_never_fit_is_refused_and_the_engine_goes_on(
     assert tokens == {key: alone[key] for key in tokens}
 
 
+def test_check_of_arguments_that_fails_refuses_that_request_alone(engine: Engine) -> None:
+    class Broken:
+        @classmethod
+        def check_arguments(cls, arguments: Any, params: Any) -> None:
+            raise KeyError("no such thing")
+
+    engine._processors = {"broken": Broken}  # type: ignore[dict-item]
+
+    with pytest.raises(RequestError, match="no such thing"):
+        engine.add_request(request(0, prompt(0, 3), extra_args={"broken": {}}))
+
+    assert not engine.has_unfinished()
+
+
 def test_step_that_fails_as_a_whole_kills_the_engine_for_good(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
