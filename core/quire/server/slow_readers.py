@@ -1,6 +1,8 @@
 """Ends connections whose client takes nothing of what was written for it.
 
 What was written stays in the connection's buffer until then, also after its request has ended.
+Under TLS only what is not encrypted yet can be seen: a whole answer ends there with the idle
+timeout and TLS's own for its end, 30 s.
 """
 
 from __future__ import annotations
