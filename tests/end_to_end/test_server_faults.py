@@ -239,13 +239,20 @@ def test_engine_that_dies_too_often_ends_the_server_with_an_error() -> None:
         assert "given up" in server.read_log()
 
 
+def wait_until_running(server: Server, count: int) -> None:
+    end_s = time.monotonic() + 30
+    while server.figure("vllm:num_requests_running") < count:
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
 def test_sigterm_finishes_what_runs(fresh: Server) -> None:
     url = fresh.url + "/v1/completions"
 
     async def run() -> list[Any]:
-        asked = [read_stream(url, {**LONG, "max_tokens": 100, "stream": True}) for _ in range(8)]
+        asked = [read_stream(url, {**LONG, "max_tokens": 500, "stream": True}) for _ in range(8)]
         tasks = [asyncio.create_task(one) for one in asked]
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(wait_until_running, fresh, 8)
         fresh.process.send_signal(signal.SIGTERM)
         return await asyncio.gather(*tasks)
 
