@@ -21,9 +21,9 @@ from quire.start import Starter
 
 @define
 class StepTiming:
-    """The last step: how long the call took, how much of it the host worked, and on how much.
+    """The last call: how long it took, how much of it the host worked, and what it collected.
 
-    `started` are the requests that computed for the first time.
+    `started` are the requests that computed for the first time in steps that it dispatched.
     """
 
     step_s: float = 0.0
@@ -32,11 +32,14 @@ class StepTiming:
     num_seqs: int = 0
     started: list[str] = Factory(list)
 
-    def note(self, output: SchedulerOutput) -> None:
-        """Take down what a step computes."""
-        self.num_tokens = output.num_tokens
-        self.num_seqs = len(output.num_scheduled_tokens)
+    def note_dispatched(self, output: SchedulerOutput) -> None:
+        """Take down what a step begins with."""
         self.started += [added.request_id for added in output.added if added.index == 0]
+
+    def note_collected(self, output: SchedulerOutput | None) -> None:
+        """Take down what a step computed; None for a call that collects none."""
+        self.num_tokens = 0 if output is None else output.num_tokens
+        self.num_seqs = 0 if output is None else len(output.num_scheduled_tokens)
 
 
 class Engine:
@@ -62,7 +65,7 @@ class Engine:
             prepared.config.scheduler, self.block_manager, self.max_model_len, clock
         )
         self._depth = self.layout.limits.max_steps_in_flight
-        self._in_flight: deque[InFlight] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, InFlight]] = deque()
         self._failure: Exception | None = None
         self.timing = StepTiming()
 
@@ -102,12 +105,15 @@ class Engine:
                 output = self.schedule()
                 if output is None:
                     break
-                self._in_flight.append(self.dispatch(output))
-                self.timing.note(output)
+                self._in_flight.append((output, self.dispatch(output)))
+                self.timing.note_dispatched(output)
             if not self._in_flight:
+                self.timing.note_collected(None)
                 return []
+            output, in_flight = self._in_flight.popleft()
+            self.timing.note_collected(output)
             waited = time.perf_counter()
-            result = self.collect(self._in_flight.popleft())
+            result = self.collect(in_flight)
             waited = time.perf_counter() - waited
             updates = self.scheduler.update(result)
             self.timing.step_s = time.perf_counter() - begin
@@ -141,7 +147,15 @@ class Engine:
                     f"{loaded}); --logits-processors loads one.",
                     parameter="extra_args",
                 )
-            self._processors[name].check_arguments(arguments, params)
+            try:
+                self._processors[name].check_arguments(arguments, params)
+            except RequestError:
+                raise
+            except Exception as error:
+                raise RequestError(
+                    f"extra_args[{name!r}] cannot be checked: {type(error).__name__}: {error}.",
+                    parameter="extra_args",
+                ) from error
 
     def _check_alive(self) -> None:
         if self._failure is not None:

@@ -171,6 +171,22 @@ def test_two_steps_may_be_in_flight(folder: Path, alone: Tokens) -> None:
     assert has_all_blocks(engine)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_every_step_is_timed_once_with_what_it_computed(folder: Path, depth: int) -> None:
+    engine = make_engine(folder, max_num_batched_tokens=9)
+    engine._depth = depth
+    engine.add_request(request(0, prompt(0, 20), max_tokens=4))
+    sizes = []
+
+    while engine.has_unfinished():
+        engine.step()
+        sizes.append((engine.timing.num_tokens, engine.timing.num_seqs))
+    engine.step()
+
+    assert sizes == [(9, 1), (9, 1), (2, 1), (1, 1), (1, 1), (1, 1)]
+    assert engine.timing.num_tokens == engine.timing.num_seqs == 0
+
+
 @pytest.fixture
 def engine(folder: Path) -> Engine:
     return make_engine(folder)
@@ -220,6 +236,20 @@ def test_request_that_can_never_fit_is_refused_and_the_engine_goes_on(
 
     tokens, _ = run_all(engine, requests_of_all_lengths()[:3])
     assert tokens == {key: alone[key] for key in tokens}
+
+
+def test_check_of_arguments_that_fails_refuses_that_request_alone(engine: Engine) -> None:
+    class Broken:
+        @classmethod
+        def check_arguments(cls, arguments: Any, params: Any) -> None:
+            raise KeyError("no such thing")
+
+    engine._processors = {"broken": Broken}  # type: ignore[dict-item]
+
+    with pytest.raises(RequestError, match="no such thing"):
+        engine.add_request(request(0, prompt(0, 3), extra_args={"broken": {}}))
+
+    assert not engine.has_unfinished()
 
 
 def test_step_that_fails_as_a_whole_kills_the_engine_for_good(

@@ -340,6 +340,44 @@ def test_closing_a_websocket_frees_everything(server: Server) -> None:
     server.wait_until_idle(timeout_s=1.0)
 
 
+def test_every_question_on_a_websocket_is_counted(server: Server) -> None:
+    names = ("vllm:generation_tokens_total", "vllm:request_success_total")
+    before = [server.figure(name) for name in names]
+
+    async def run() -> None:
+        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
+            for _ in range(3):
+                await socket.send(json.dumps({**GREEDY, "messages": CHAT, "ignore_eos": True}))
+                while await socket.recv() != "[DONE]":
+                    pass
+
+    asyncio.run(run())
+
+    found = [server.figure(name) - was for name, was in zip(names, before, strict=True)]
+    assert found == [36, 3]
+
+
+async def read_all(socket: Any) -> None:
+    while True:
+        await socket.recv()
+
+
+def test_websocket_that_asks_too_much_is_closed(server: Server) -> None:
+    body = {"model": "demo", "messages": CHAT, "max_tokens": 1500, "ignore_eos": True}
+
+    async def run() -> int:
+        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
+            for _ in range(8):
+                await socket.send(json.dumps(body))
+            with pytest.raises(websockets.ConnectionClosed) as closed:
+                await asyncio.wait_for(read_all(socket), 20)
+            return closed.value.rcvd.code if closed.value.rcvd else 0
+
+    assert asyncio.run(run()) == 1008
+    server.wait_until_idle(timeout_s=1.0)
+    assert "Traceback" not in server.read_log()
+
+
 def test_figures_count_requests_and_tokens(server: Server, client: openai.OpenAI) -> None:
     before = server.figure("vllm:generation_tokens_total")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import socket
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -56,3 +58,15 @@ def test_each_request_is_a_span_of_its_clients_trace() -> None:
     assert {one.key: one.value for one in bad.attributes}[
         "http.response.status_code"
     ].int_value == 400
+
+
+def test_collector_that_does_not_answer_does_not_hold_the_end_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with serving("--otel-endpoint", endpoint, "--shutdown-timeout-s", "1") as server:
+            body = {"model": "demo", "prompt": "Hi", "max_tokens": 1}
+            httpx.post(server.url + "/v1/completions", json=body)
+            begin_s = time.monotonic()
+
+            assert server.stop() == 0
+            assert time.monotonic() - begin_s < 4

@@ -24,7 +24,7 @@ class Result:
     """What came of one request. Times are seconds from the begin of the run."""
 
     sent_s: float
-    chunk_s: list[float] = Factory(list)  # of the chunks with text
+    chunk_s: list[float] = Factory(list)  # of the chunks with text, or of an end without any
     end_s: float = 0.0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
@@ -165,7 +165,7 @@ class _Client:
                     result.error = f"{answer.status}: {text}"
                 else:
                     await self._read(answer.content, result)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             result.error = f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]
         result.end_s = self.now_s()
         return result
@@ -179,11 +179,12 @@ class _Client:
             if data == b"[DONE]":
                 is_done = True
             else:
-                self._take(json.loads(data), result)
+                try:
+                    self._take(json.loads(data), result)
+                except (AttributeError, LookupError, TypeError) as error:
+                    raise ValueError(f"an event has not OpenAI's form: {error!r}") from error
         if result.error is None and not (is_done and result.finish_reason):
             result.error = "the stream ended without finish_reason and [DONE]"
-        elif result.error is None and not result.chunk_s:
-            result.error = "the stream held no text"
         result.num_tokens = result.num_tokens or len(result.chunk_s)
 
     def _take(self, chunk: dict[str, Any], result: Result) -> None:
@@ -195,6 +196,9 @@ class _Client:
             if text:
                 result.chunk_s.append(self.now_s())
             result.finish_reason = choice.get("finish_reason") or result.finish_reason
+            if result.finish_reason and not result.chunk_s:
+                # A lone token may have no text: an end token, or half a character.
+                result.chunk_s.append(self.now_s())
         usage = chunk.get("usage")
         if usage:
             result.num_prompt_tokens = usage["prompt_tokens"]

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from attrs import frozen
+
 from quire.errors import OverloadedError
 
 RETRY_AFTER_S = 1
+
+
+@frozen(kw_only=True)
+class ServingLimits:
+    """How much an `AsyncEngine` takes on. Units as in `ServerOptions`."""
+
+    tokenizer_pool_size: int = 2
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 2**22
+    max_engine_restarts: int = 3
 
 
 class Admission:

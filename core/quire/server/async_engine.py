@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import time
@@ -11,13 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
-from attrs import frozen
-
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, OverloadedError, RequestError
 from quire.frontend import Frontend
 from quire.request import Request, RequestOutput, SamplingParams, SequenceUpdate
-from quire.server.admission import Admission
+from quire.server.admission import Admission, ServingLimits
 from quire.server.engine_client import ENGINE_MODULE, Death, EngineClient, EngineStartError
 from quire.server.messages import (
     Abort,
@@ -27,10 +26,10 @@ from quire.server.messages import (
     Refused,
     Stepped,
     StepStats,
-    add_of,
+    encoded_add,
 )
 from quire.server.stream import News, Stream
-from quire.text.input_processor import RenderedChat, prompt_text
+from quire.text.input_processor import RenderedChat, check_request_id, prompt_text
 from quire.text.output_processor import OutputProcessor
 from quire.vllm_keywords import without_neutral
 
@@ -40,16 +39,6 @@ RESTART_WINDOW_S = 3600.0
 STOP_GRACE_S = 5.0
 # What is shorter is tokenized at once: a thread costs more, and waits for its turn.
 INLINE_CHARS = 4096
-
-
-@frozen(kw_only=True)
-class ServingLimits:
-    """How much an `AsyncEngine` takes on. Units as in `ServerOptions`."""
-
-    tokenizer_pool_size: int = 2
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 2**22
-    max_engine_restarts: int = 3
 
 
 class AsyncEngine:
@@ -82,7 +71,7 @@ class AsyncEngine:
         self.frontend = frontend
         self.limits = limits
         self.stats = StepStats()
-        self.last_message_s = time.monotonic()
+        self.last_step_s = time.monotonic()
         self.on_stats: Callable[[StepStats], None] = lambda stats: None
         self.on_restart: Callable[[], None] = lambda: None
         self.on_given_up: Callable[[Death], None] = lambda death: None
@@ -94,6 +83,7 @@ class AsyncEngine:
         self._module = module
         self._outputs = OutputProcessor(frontend.tokenizer)
         self._streams: dict[str, Stream] = {}
+        self._in_pool: dict[str, bool] = {}  # being tokenized; whether it was aborted meanwhile
         self._num_incomplete = 0  # streams that the engine still works for
         self._numbers = itertools.count()
         self._pool = ThreadPoolExecutor(limits.tokenizer_pool_size, "quire-tokenizer")
@@ -102,9 +92,14 @@ class AsyncEngine:
         self._deaths: deque[float] = deque()
         self._restart: asyncio.Task[None] | None = None
         self._stopped = False
+        self._has_given_up = False
 
     async def __aenter__(self) -> AsyncEngine:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -126,8 +121,8 @@ class AsyncEngine:
         return tuple(self._streams.values())
 
     def idle_s(self) -> float:
-        """Return for how long the engine has said nothing although it has work; 0 without work."""
-        return time.monotonic() - self.last_message_s if self._num_incomplete else 0.0
+        """Return for how long no step did anything although there is work; 0 without work."""
+        return time.monotonic() - self.last_step_s if self._num_incomplete else 0.0
 
     # Start and end
 
@@ -141,7 +136,7 @@ class AsyncEngine:
         )
         ready = await self._client.start()
         self.frontend.serve(ready.max_model_len)
-        self.stats = StepStats(num_blocks=ready.num_blocks)
+        self._take_stats(StepStats(num_blocks=ready.num_blocks))
         self._is_ready = True
         return ready
 
@@ -187,6 +182,8 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its output ends with finish_reason `abort`. Unknown ids are no error."""
+        if request_id in self._in_pool:
+            self._in_pool[request_id] = True
         stream = self._streams.get(request_id)
         if stream is not None and not stream.is_complete:
             self._outputs.abort(request_id)
@@ -211,6 +208,7 @@ class AsyncEngine:
         self._check_ready()
         if request_id is None:
             request_id = f"quire-{next(self._numbers)}"
+        self._check_unused(request_id)
         self.admission.take_request()
         try:
             options: dict[str, Any] = {
@@ -218,48 +216,76 @@ class AsyncEngine:
                 "priority": priority,
                 "cache_salt": cache_salt,
             }
-            process = self.frontend.inputs.process
+            process = functools.partial(
+                self.frontend.inputs.process, prompt, params, request_id=request_id, **options
+            )
             if _is_short(prompt):
-                request = process(prompt, params, request_id=request_id, **options)
-            else:
-                request = await self.in_pool(
-                    lambda: process(prompt, params, request_id=request_id, **options)
-                )
-            return self._send(request, prompt_text(prompt), news)
+                return self._send(process(), prompt_text(prompt), news)
+            return await self._submit_from_pool(request_id, process, prompt_text(prompt), news)
         except BaseException:
             self.admission.give_request()
             raise
+
+    async def _submit_from_pool(
+        self, request_id: str, process: Callable[[], Request], text: str | None, news: News | None
+    ) -> Stream:
+        self._in_pool[request_id] = False
+        try:
+            request = await self.in_pool(process)
+        finally:
+            was_aborted = self._in_pool.pop(request_id)
+        stream = self._send(request, text, news)
+        if was_aborted:
+            await self.abort(request_id)
+        return stream
 
     async def render(self, messages: Any, **options: Any) -> RenderedChat:
         """Return the prompt of a conversation. Raises: RequestError, ConfigError."""
         return await self.in_pool(lambda: self.frontend.render(messages, **options))
 
     async def in_pool(self, work: Callable[[], Any]) -> Any:
-        """Run work of the tokenizer in one of its threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Run work of the tokenizer in one of its threads. Raises: EngineDeadError after `stop`."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if not self._stopped:
+            try:
+                return await loop.run_in_executor(self._pool, work)
+            except asyncio.CancelledError:
+                if not self._stopped or task is None or task.cancelling():
+                    raise
+        raise EngineDeadError("the engine was stopped.")
 
     def _send(self, request: Request, text: str | None, news: News | None) -> Stream:
         self._check_ready()
-        if request.request_id in self._streams:
-            raise RequestError(
-                f"request id {request.request_id!r} is in use; give each request its own.",
-                parameter="request_id",
-            )
+        assert self._client is not None, "an engine that is ready has a process"
+        data = encoded_add(request)
         self.admission.take_tokens(len(request.prompt_token_ids))
-        self._outputs.add_request(request, text)
+        try:
+            self._outputs.add_request(request, text)
+        except BaseException:
+            self.admission.give_tokens(len(request.prompt_token_ids))
+            raise
         stream = Stream(request, self._outputs, on_close=self._close, news=news)
         if self._num_incomplete == 0:
-            self.last_message_s = time.monotonic()
+            self.last_step_s = time.monotonic()
         self._num_incomplete += 1
         self._streams[request.request_id] = stream
-        assert self._client is not None, "an engine that is ready has a process"
-        self._client.send(add_of(request))
+        self._client.send_encoded(data)
         return stream
 
     def _check_ready(self) -> None:
+        if self._has_given_up or self._stopped:
+            raise EngineDeadError("the engine has ended; make a new one.")
         if not self.is_ready:
             raise OverloadedError(
                 "the engine is not ready; try again soon.", code="not_ready", retry_after_s=2
+            )
+
+    def _check_unused(self, request_id: str) -> None:
+        check_request_id(request_id)
+        if request_id in self._streams or request_id in self._in_pool:
+            raise RequestError(
+                f"request id {request_id!r} is in use; give each request its own.",
+                parameter="request_id",
             )
 
     def _close(self, stream: Stream) -> None:
@@ -288,20 +314,20 @@ class AsyncEngine:
     # What the engine says
 
     def _take_message(self, message: FromEngine) -> None:
-        self.last_message_s = time.monotonic()
         if isinstance(message, Stepped):
-            self._take_step(message)
+            self._take_step(message, time.monotonic())
         elif isinstance(message, Refused):
             stream = self._streams.get(message.request_id)
             if stream is not None:
                 self._complete(stream)
                 stream.fail(RequestError(message.message, parameter=message.parameter))
 
-    def _take_step(self, message: Stepped) -> None:
+    def _take_step(self, message: Stepped, now_s: float) -> None:
+        if message.updates or message.stats.num_tokens:
+            self.last_step_s = now_s
         processed = self._outputs.process(cast(list[SequenceUpdate], message.updates))
         if processed.to_finish and self._client is not None:
             self._client.send(Finish(list(processed.to_finish)))
-        now_s = self.last_message_s
         streams = self._streams
         for request_id in message.started:
             if request_id in streams:
@@ -313,14 +339,17 @@ class AsyncEngine:
             if stream.is_queued:
                 self._leave_queue(stream)
             stream.notify(now_s)
-        self.stats = message.stats
-        self.on_stats(message.stats)
+        self._take_stats(message.stats)
+
+    def _take_stats(self, stats: StepStats) -> None:
+        self.stats = stats
+        self.on_stats(stats)
 
     def _take_death(self, death: Death) -> None:
         """End every request with an error, and start the engine again if that may help."""
         log.error("%s", death.message, extra={"fields": {"traceback": death.traceback}})
         self._is_ready = False
-        self.stats = StepStats()
+        self._take_stats(StepStats())
         self.fail_all(f"the engine stopped: {death.message}.")
         if self._client is not None:
             self._client.close()
@@ -331,6 +360,7 @@ class AsyncEngine:
             self._deaths.popleft()
         self._deaths.append(now_s)
         if death.exit_code == 2 or len(self._deaths) > self.limits.max_engine_restarts:
+            self._has_given_up = True
             self.on_given_up(death)
             return
         self._restart = asyncio.create_task(self._start_again())

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from quire.server.messages import (
 ENGINE_MODULE = "quire.server.engine_process"
 MAX_SOCKET_PATH_CHARS = 100  # the system allows 107
 MESSAGES_A_TURN = 8
+TURN_S = 0.01
 LAST_WORDS_TURNS = 20
 
 
@@ -61,14 +63,10 @@ class EngineClient:
         self._on_message = on_message
         self._on_death = on_death
         self._module = module
-        self._folder = _private_folder()
+        self._folder: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.linger = 0
-        # Admission bounds what waits here while the engine is in a long step.
-        self._socket.sndhwm = 0
-        self._fileno = int(self._socket.FD)
+        self._socket: zmq.Socket[bytes] | None = None
         self._loop = asyncio.get_running_loop()
         self._watcher: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
@@ -87,8 +85,31 @@ class EngineClient:
         return running and not self._stopping
 
     async def start(self) -> Ready:
-        """Start the process and wait until the model is loaded. Raises: EngineStartError."""
+        """Start the process and wait until the model is loaded.
+
+        Raises: EngineStartError. Whatever is raised, nothing is left of the start.
+        """
+        try:
+            await self._launch()
+            ready = await self._ready
+            self._remove_folder()  # both ends are connected
+            return ready
+        except BaseException as error:
+            self.kill()
+            self.close()
+            if not isinstance(error, (OSError, zmq.ZMQError)):
+                raise
+            death = Death(message=f"the engine process cannot be started: {error}")
+            raise EngineStartError(death) from error
+
+    async def _launch(self) -> None:
+        """Open a socket, and start a process that connects to it."""
+        self._folder = _private_folder()
         address = f"ipc://{self._folder}/engine"
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.linger = 0
+        # Admission bounds what waits here while the engine is in a long step.
+        self._socket.sndhwm = 0
         self._socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -104,16 +125,19 @@ class EngineClient:
         with contextlib.suppress(ConnectionError):  # it died at once: `_watch` says why
             self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
             await self._process.stdin.drain()
-        self._loop.add_reader(self._fileno, self._read)
+        self._loop.add_reader(int(self._socket.FD), self._read)
         self._watcher = asyncio.create_task(self._watch())
-        return await self._ready
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; one to an engine that is gone is dropped."""
-        if not self.is_alive:
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Queue a message that was encoded before."""
+        if self._socket is None or not self.is_alive:
             return
         with contextlib.suppress(zmq.Again):  # it died, and `_watch` is about to say so
-            self._socket.send(encode(message), zmq.NOBLOCK)
+            self._socket.send(data, zmq.NOBLOCK)
         # Its descriptor signals once for many changes, and sending may have taken the signal.
         if cast(int, self._socket.events) & zmq.POLLIN:
             self._loop.call_soon(self._read)
@@ -142,16 +166,28 @@ class EngineClient:
         """Let go of the socket and its folder."""
         if self._watcher is not None and self._watcher is not asyncio.current_task():
             self._watcher.cancel()
-        if not self._socket.closed:
-            self._loop.remove_reader(self._fileno)
+        if not self._ready.done():
+            death = Death(message="the engine was stopped before it was ready")
+            self._ready.set_exception(EngineStartError(death))
+            self._ready.exception()  # perhaps nobody waits for it
+        if self._socket is not None and not self._socket.closed:
+            self._loop.remove_reader(int(self._socket.FD))
             self._socket.close()
-            self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._context.term()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _read(self) -> None:
-        """Take what is there, but let others have a turn after a few messages."""
+        """Take what is there, but let others have a turn after a few messages, or a large one."""
+        end_s = time.perf_counter() + TURN_S
         for _ in range(MESSAGES_A_TURN):
-            if self._socket.closed:
+            if time.perf_counter() > end_s:
+                break
+            if self._socket is None or self._socket.closed:
                 return
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
@@ -162,7 +198,8 @@ class EngineClient:
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Ready):
-            self._ready.set_result(message)
+            if not self._ready.done():  # `start` may have been cancelled
+                self._ready.set_result(message)
         elif isinstance(message, Failed):
             self._failed = message
         else:

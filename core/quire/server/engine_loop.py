@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+import msgspec
 import zmq
 
 from quire.errors import RequestError
@@ -59,7 +60,8 @@ class EngineLoop:
                 self._socket.send(encode(Stepped(updates, engine.stats(), engine.started())))
             elif not was_idle:
                 # What was left was aborted: no step will tell that all blocks are free.
-                self._socket.send(encode(Stepped([], engine.stats(), [])))
+                stats = msgspec.structs.replace(engine.stats(), num_tokens=0, num_seqs=0)
+                self._socket.send(encode(Stepped([], stats, [])))
 
     def _receive(self, *, wait: bool) -> None:
         """Take in all messages that are there; with `wait`, at least one."""

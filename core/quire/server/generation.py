@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attrs import define, frozen
 
+from quire.errors import OverloadedError, RequestError
 from quire.request import SamplingParams
 from quire.server.async_engine import AsyncEngine
 from quire.server.errors import SequenceFailed
@@ -22,6 +24,7 @@ class Asked:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    generates: bool = True  # False: the engine's token is not wanted, and not counted
 
 
 @define
@@ -45,10 +48,14 @@ class Usage:
 class Generation:
     """The streams of one HTTP request. Choice `i` is prompt `i // n`, sequence `i % n`."""
 
-    def __init__(self, streams: Sequence[Stream], news: News, n: int) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], news: News, n: int, *, generates: bool = True
+    ) -> None:
         self.streams = streams
         self.news = news
         self.n = n
+        self._generates = generates
+        self._num_tokens = [0] * (len(streams) * n)  # by choice
         self.usage = Usage(prompt_tokens=sum(s.num_prompt_tokens for s in streams))
         self.finish_reasons: list[str] = []
 
@@ -59,6 +66,8 @@ class Generation:
         streams: list[Stream] = []
         try:
             for prompt in asked.prompts:
+                if streams:
+                    await asyncio.sleep(0)  # many short ones together take long
                 stream = await engine.submit(
                     prompt,
                     asked.params,
@@ -67,11 +76,14 @@ class Generation:
                     news=news,
                 )
                 streams.append(stream)
-        except BaseException:
+        except BaseException as error:
+            is_alone = 0 < len(streams) == engine.admission.num_requests
             for stream in streams:
                 stream.close()
+            if is_alone and isinstance(error, OverloadedError) and error.code == "queue_full":
+                raise _too_many(asked) from error
             raise
-        return cls(streams, news, asked.params.n)
+        return cls(streams, news, asked.params.n, generates=asked.generates)
 
     @property
     def is_finished(self) -> bool:
@@ -109,16 +121,37 @@ class Generation:
         times = [s.scheduled_s for s in self.streams if s.scheduled_s is not None]
         return min(times, default=None)
 
+    def seconds_per_token(self) -> float | None:
+        """Return the time from token to token in one choice; None where none has two."""
+        found = []
+        for number, stream in enumerate(self.streams):
+            longest = max(self._num_tokens[number * self.n : (number + 1) * self.n])
+            if longest > 1 and stream.first_token_s is not None:
+                found.append((stream.last_token_s - stream.first_token_s) / (longest - 1))
+        return sum(found) / len(found) if found else None
+
     def _take(self) -> Iterator[tuple[int, Delta]]:
         for number, stream in enumerate(self.streams):
             for delta in stream.take():
-                self._count(delta)
-                yield number * self.n + delta.index, delta
+                index = number * self.n + delta.index
+                self._count(index, delta)
+                yield index, delta
 
-    def _count(self, delta: Delta) -> None:
-        self.usage.completion_tokens += len(delta.token_ids)
+    def _count(self, index: int, delta: Delta) -> None:
+        if self._generates:
+            self._num_tokens[index] += len(delta.token_ids)
+            self.usage.completion_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             self.usage.cached_tokens = sum(s.num_cached_tokens for s in self.streams)
             self.finish_reasons.append(delta.finish_reason)
             if delta.finish_reason not in ("stop", "length"):
                 raise SequenceFailed(delta.error or "the request was ended by the server")
+
+
+def _too_many(asked: Asked) -> RequestError:
+    """Refuse for good what does not even fit into an empty queue."""
+    return RequestError(
+        f"prompt has {len(asked.prompts)} entries, together more than the queue holds; ask for "
+        "fewer at once, or raise --max-queued-requests or --max-queued-tokens.",
+        parameter="prompt",
+    )

@@ -100,6 +100,7 @@ class GenerationRoutes:
             params=params,
             priority=body.priority or 0,
             cache_salt=combined_salt(key, body.cache_salt) or None,
+            generates=not getattr(body, "wants_no_generation", False),
         )
 
     async def _begin(self, scope: Any, asked: Asked) -> Generation:

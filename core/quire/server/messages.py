@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import msgspec
 
+from quire.errors import RequestError
 from quire.request import (
     SAMPLING_FIELDS,
     FinishReason,
@@ -138,13 +139,14 @@ encode = _encoder.encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 _DEFAULTS = SamplingParams()
+MAX_INTEGER = 2**64 - 1  # of MessagePack; a larger limit limits nothing
 
 
 def add_of(request: Request) -> Add:
     """Return the message that carries a request."""
     params = request.params
     changed = {
-        name: value
+        name: min(value, MAX_INTEGER) if type(value) is int else value
         for name in SAMPLING_FIELDS
         if (value := getattr(params, name)) != getattr(_DEFAULTS, name)
     }
@@ -159,6 +161,17 @@ def add_of(request: Request) -> Add:
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
+
+
+def encoded_add(request: Request) -> bytes:
+    """Return the message that carries a request, encoded. Raises: RequestError."""
+    try:
+        return encode(add_of(request))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"sampling_params cannot be sent to the engine's process: {error}; give plain values.",
+            parameter="sampling_params",
+        ) from error
 
 
 def request_of(message: Add, arrival_s: float) -> Request:

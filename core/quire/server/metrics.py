@@ -121,9 +121,8 @@ class ServerMetrics:
             self._queued.labels(**labels).observe(record.scheduled_s - record.arrival_s)
         if record.first_token_s is not None:
             self._first.labels(**labels).observe(record.first_token_s - record.arrival_s)
-            if record.generated_tokens > 1:
-                rest_s = record.finished_s - record.first_token_s
-                self._each.labels(**labels).observe(rest_s / (record.generated_tokens - 1))
+        if (per_token_s := record.seconds_per_token) is not None:
+            self._each.labels(**labels).observe(per_token_s)
 
     def error(self, kind: str) -> None:
         """Count an error."""

@@ -63,7 +63,7 @@ class ServerOptions:
     body_timeout_s: float = seconds_setting(10.0, "longest pause while a body arrives")
     idle_timeout_s: float = seconds_setting(30.0, "time that a connection may stay unused")
     reader_timeout_s: float = seconds_setting(
-        30.0, "time that a client may take nothing of its stream before it is given up"
+        30.0, "time that a client may take nothing of its answer before it is given up"
     )
     keep_alive_s: float = seconds_setting(15.0, "pause of a stream after which a comment is sent")
     shutdown_timeout_s: float = seconds_setting(30.0, "time to finish requests after SIGTERM")

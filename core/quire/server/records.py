@@ -19,11 +19,15 @@ log = logging.getLogger("quire.server.requests")
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 CLIENT_LEFT = 499  # as nginx counts them; never sent
+SWITCHING_PROTOCOLS = 101
 
 
 @define(kw_only=True)
 class Record:
-    """One request from its first byte to the end of its answer. Times are monotonic."""
+    """One request from its first byte to the end of its answer. Times are monotonic.
+
+    A WebSocket has one of its own, and each question on it another.
+    """
 
     route: str
     arrival_s: float
@@ -60,6 +64,11 @@ class Record:
     def first_token_s(self) -> float | None:
         """When its first token came."""
         return None if self.generation is None else self.generation.first_token_s()
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """The time from token to token, after the first one."""
+        return None if self.generation is None else self.generation.seconds_per_token()
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -107,27 +116,29 @@ class RecordMiddleware:
         self._service.num_active += 1
 
         async def note_status(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 record.status = message["status"]
+            elif message["type"] == "websocket.accept":
+                record.status = SWITCHING_PROTOCOLS
             await send(message)
 
         try:
             await self._app(scope, receive, note_status)
         finally:
             self._service.num_active -= 1
-            self._finish(record, scope)
+            finish_record(record, scope, self._service)
 
-    def _finish(self, record: Record, scope: Scope) -> None:
-        record.finished_s = time.monotonic()
-        record.error = record.error or scope["state"].get("quire_error")
-        route = scope.get("route")
-        record.route = getattr(route, "path", "unknown")
-        if record.client_left or not record.status:
-            record.status = record.status or CLIENT_LEFT
-        self._service.metrics.request_finished(record)
-        if self._service.tracing is not None:
-            self._service.tracing.request_finished(record, scope)
-        if record.error is not None:
-            self._service.metrics.error(record.error.code or record.error.type)
-        extra = {"fields": record.to_fields(scope["state"])}
-        log.info("%s %s %d", scope.get("method", "WS"), scope["path"], record.status, extra=extra)
+
+def finish_record(record: Record, scope: Scope, service: Service) -> None:
+    """Count a request whose answer has ended, and log it."""
+    record.finished_s = time.monotonic()
+    record.error = record.error or scope["state"].get("quire_error")
+    record.route = getattr(scope.get("route"), "path", "unknown")
+    record.status = record.status or CLIENT_LEFT
+    service.metrics.request_finished(record)
+    if service.tracing is not None:
+        service.tracing.request_finished(record, scope)
+    if record.error is not None:
+        service.metrics.error(record.error.code or record.error.type)
+    extra = {"fields": record.to_fields(scope["state"])}
+    log.info("%s %s %d", scope.get("method", "WS"), scope["path"], record.status, extra=extra)

@@ -14,6 +14,9 @@ from quire.server.event_stream import EventSource, EventStream, Patience
 from quire.server.generation import Generation
 from quire.server.records import record_of
 
+# With twenty log-probabilities each, as many take 20 ms to write.
+INLINE_TOKENS = 1024
+
 
 class WholeReply(Response):
     """One body, sent when the generation has ended."""
@@ -33,7 +36,7 @@ class WholeReply(Response):
             finished = await self._finish()
             response: Response | None = None
             if finished:
-                response = Response(self._write(self._generation), media_type="application/json")
+                response = Response(await self._written(), media_type="application/json")
         except (QuireError, SequenceFailed) as error:
             record.error = to_api_error(error)
             response = error_response(record.error)
@@ -43,6 +46,13 @@ class WholeReply(Response):
         record.client_left = self._client_is_gone
         if response is not None:
             await response(scope, receive, send)
+
+    async def _written(self) -> bytes:
+        """Return the body; one with many tokens is written in a thread, so that others go on."""
+        usage = self._generation.usage
+        if usage.prompt_tokens + usage.completion_tokens <= INLINE_TOKENS:
+            return self._write(self._generation)
+        return await asyncio.to_thread(self._write, self._generation)
 
     async def _finish(self) -> bool:
         while not self._generation.is_finished:

@@ -28,6 +28,8 @@ from quire.server.logs import WaitingLines, configure_logs
 from quire.server.messages import Ready
 from quire.server.options import ServerOptions
 from quire.server.service import Service
+from quire.server.slow_readers import SlowReaders
+from quire.server.tracing import Tracing
 
 log = logging.getLogger("quire.server")
 
@@ -136,6 +138,7 @@ class Run:
         others = [
             asyncio.create_task(self.service.watch()),
             asyncio.create_task(self.service.patience.run()),
+            asyncio.create_task(self._slow_readers().run()),
             asyncio.create_task(self._load()),
         ]
         await self._end.wait()
@@ -147,9 +150,13 @@ class Run:
             task.cancel()
         await self.service.engine.stop(FLUSH_S)
         if self.service.tracing is not None:
-            await asyncio.to_thread(self.service.tracing.flush)
+            await self._flush_traces(self.service.tracing)
         log.info("ended")
         return self._exit_code or 0
+
+    def _slow_readers(self) -> SlowReaders:
+        connections = self._server.server_state.connections
+        return SlowReaders(connections, self.service.options.reader_timeout_s)
 
     async def _load(self) -> None:
         try:
@@ -191,7 +198,7 @@ class Run:
     def _stop(self, code: int) -> None:
         if self._exit_code is None:
             self._exit_code = code
-        self.service.is_draining = True
+        self.service.drain()
         self._end.set()
 
     async def _finish_requests(self) -> None:
@@ -207,6 +214,20 @@ class Run:
             end_s = time.monotonic() + FLUSH_S
             while self.service.num_active and time.monotonic() < end_s:
                 await asyncio.sleep(0.02)
+
+    async def _flush_traces(self, tracing: Tracing) -> None:
+        """Send the last spans; a collector that does not answer may not keep the process."""
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def flush() -> None:
+            tracing.flush()
+            with contextlib.suppress(RuntimeError):  # too late: the loop has ended
+                loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=flush, daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), FLUSH_S)
 
     def _arm_hard_exit(self) -> None:
         """End even if something hangs: no client and no kernel may keep the process."""

@@ -6,13 +6,14 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quire.errors import OverloadedError
 from quire.frontend import Frontend
 from quire.server.access import Keys
-from quire.server.async_engine import AsyncEngine, ServingLimits
+from quire.server.admission import ServingLimits
+from quire.server.async_engine import AsyncEngine
 from quire.server.engine_client import ENGINE_MODULE
 from quire.server.errors import model_not_found
 from quire.server.event_stream import Patience
@@ -61,6 +62,7 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = "fp_starting"
         self.is_draining = False
+        self.on_drain: set[Callable[[], None]] = set()
         self.is_stalled = False
         self.num_active = 0  # requests between their first byte and the end of their answer
 
@@ -77,6 +79,12 @@ class Service:
         if self.is_stalled:
             return "the engine has work and makes no step"
         return None if self.engine.is_ready else "the engine is not ready"
+
+    def drain(self) -> None:
+        """Take on nothing more, and wake those who wait for more."""
+        self.is_draining = True
+        for wake in tuple(self.on_drain):
+            wake()
 
     def check_open(self) -> None:
         """Refuse new work while the server ends. Raises: OverloadedError."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from quire.errors import QuireError
 from quire.server.errors import SequenceFailed, to_api_error
 from quire.server.generation import Generation, Usage
 from quire.text.output_processor import Delta
+
+LARGE_BYTES = 65536  # takes about a millisecond to write
 
 
 class EventWriter(Protocol):
@@ -48,12 +51,21 @@ class AnswerSource:
         if len(news) == 1:
             events += answers.pieces(*news[0])
         else:
-            events += b"".join([answers.pieces(index, delta) for index, delta in news])
+            events += await self._all_pieces(news)
         events = answers.with_usage(events, generation.usage)
         if generation.is_finished:
             self._has_ended = True
             events += answers.end(generation.usage)
         return events
+
+    async def _all_pieces(self, news: list[tuple[int, Delta]]) -> bytes:
+        """Return the events of all choices; others have a turn after large ones."""
+        parts = []
+        for index, delta in news:
+            parts.append(self._answers.pieces(index, delta))
+            if len(parts[-1]) > LARGE_BYTES:
+                await asyncio.sleep(0)
+        return b"".join(parts)
 
     def ring(self) -> None:
         """Make a `next` that waits return."""

@@ -58,7 +58,7 @@ class Stream:
         self.arrival_s = request.arrival_s
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
+        self.last_token_s = 0.0
         self.is_queued = True  # until the first token
         self.is_complete = False  # the engine has nothing more for it
         self._outputs = outputs

@@ -90,7 +90,7 @@ class InputProcessor:
             )
         params = copy(params)  # the caller may set other values for its next request
         parsed = _parse_prompt(prompt)
-        _check_request_id(request_id)
+        check_request_id(request_id)
         salt = _checked_salt(cache_salt if cache_salt is not None else parsed.cache_salt)
         self._check_priority(priority)
         self._check_params(params)
@@ -231,7 +231,8 @@ def _check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
             )
 
 
-def _check_request_id(request_id: Any) -> None:
+def check_request_id(request_id: Any) -> None:
+    """Raise RequestError for an id that cannot be logged as it is."""
     if (
         not isinstance(request_id, str)
         or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS

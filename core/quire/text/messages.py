@@ -171,8 +171,12 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 def _check_plain(value: Any, parameter: str) -> None:
     """Refuse what JSON cannot carry, half surrogate pairs, and too much of anything."""
+    # One by one: nothing else runs in this process while json writes a value.
+    parts = value if isinstance(value, list) else [{key: one} for key, one in value.items()]
     try:
-        size = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+        size = sum(
+            len(json.dumps(part, ensure_ascii=False, allow_nan=False).encode()) for part in parts
+        )
     except UnicodeEncodeError as error:
         raise _wrong(
             parameter, "has half a surrogate pair, which is not a character", parameter

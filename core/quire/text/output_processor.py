@@ -199,9 +199,9 @@ class OutputProcessor:
                 continue
             output = state.outputs[update.index]
             state.num_cached_tokens = max(state.num_cached_tokens, update.num_cached_tokens)
-            if update.logprobs is not None or update.prompt_logprobs is not None:
-                self._take_logprobs(state, output, update)
             try:
+                if update.logprobs is not None or update.prompt_logprobs is not None:
+                    self._take_logprobs(state, output, update)
                 output.add(update)
             except Exception as error:  # noqa: BLE001  one request's failure is its own
                 output.fail(error)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from attrs import frozen
 
 WORKER_FILE = Path(__file__).with_name("template_worker.py")
@@ -58,6 +59,14 @@ def _worker_command() -> list[str]:
     assert origin is not None, "jinja2 is a dependency of Quire"
     packages = str(Path(origin).parents[1])
     return [sys.executable, "-I", "-c", START_WORKER, packages, str(WORKER_FILE)]
+
+
+def _to_json(value: Mapping[str, Any]) -> bytes:
+    """Return JSON; ten times as fast as `json`, while which no other thread would run."""
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError):  # such as a number above 64 bits
+        return json.dumps(value).encode()
 
 
 def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
@@ -133,7 +142,7 @@ class TemplateProcess:
     def _send(self, value: Mapping[str, Any]) -> None:
         # A child that is gone already is noticed by `ask`, which finds no answer.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._channel.sendall(json.dumps(value).encode() + b"\n")
+            self._channel.sendall(_to_json(value) + b"\n")
 
     def _receive_line(self) -> bytes:
         """Return a line, or what came of one that has no end or is longer than an answer is."""

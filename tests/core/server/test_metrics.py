@@ -74,6 +74,7 @@ class Generated:
     arrival_s: float = 1.0
     scheduled_s: float = 1.5
     first_token_s: float = 2.0
+    seconds_per_token: float = 0.25
     finished_s: float = 4.0
 
 
@@ -88,5 +89,5 @@ def test_a_request_is_counted_once_with_its_times() -> None:
     assert figure(metrics, f"vllm:request_queue_time_seconds_sum{label}") == 0.5
     assert figure(metrics, f"vllm:e2e_request_latency_seconds_sum{label}") == 3.0
     each = f"vllm:request_time_per_output_token_seconds_sum{label}"
-    assert figure(metrics, each) == 0.5
+    assert figure(metrics, each) == 0.25
     assert figure(metrics, 'vllm:request_success_total{finished_reason="stop",model_name="m"}') == 1

@@ -292,6 +292,15 @@ def test_reserved_variable_names_are_refused(name: str, make: Make) -> None:
     assert error.value.parameter == "chat_template_kwargs"
 
 
+@pytest.mark.parametrize("value", [2**70, {None: 1}, {1: 2}, "é\u2028\n\U0001f600", 0.5], ids=repr)
+def test_whatever_json_can_carry_reaches_the_template(value: Any, make: Make) -> None:
+    variables = {"value": {"inner": value}}
+
+    text = make("{{ value | tojson }}").render(HI, kwargs=variables)
+
+    assert json.loads(text) == json.loads(json.dumps(variables["value"]))
+
+
 def test_other_variables_reach_the_template(make: Make) -> None:
     assert make("{{ enable_thinking }}").render(HI, kwargs={"enable_thinking": False}) == "False"
 

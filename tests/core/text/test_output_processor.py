@@ -252,6 +252,20 @@ def test_a_failure_in_one_request_does_not_touch_the_others(
     assert processor.error("good") is None
 
 
+def test_logprobs_that_do_not_fit_end_their_sequence_alone(gpt2: Tokenizer) -> None:
+    processor = OutputProcessor(gpt2)
+    processor.add_request(build_request(gpt2, "bad", prompt_logprobs=0))
+    processor.add_request(build_request(gpt2, "good"))
+    updates = [update([40], request_id=r) for r in ("bad", "good")]
+    updates[0].prompt_logprobs = (None,) * 99
+
+    result = processor.process(updates)
+
+    assert result.to_finish == (("bad", 0),)
+    assert only(processor.output("bad")).finish_reason == "error"
+    assert only(processor.output("good")).token_ids == [40]
+
+
 def test_an_engine_error_ends_its_sequence_with_the_reason(gpt2: Tokenizer) -> None:
     processor, _ = run_text(gpt2, " hi", None)
 

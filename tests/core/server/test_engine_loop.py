@@ -1,0 +1,94 @@
+"""What the engine's process says, and when."""
+
+from __future__ import annotations
+
+import threading
+
+import zmq
+
+from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
+from quire.server.engine_loop import EngineLoop
+from quire.server.messages import (
+    Abort,
+    FromEngine,
+    Ready,
+    Stepped,
+    StepStats,
+    Stop,
+    decode_from_engine,
+    encode,
+    encoded_add,
+)
+
+REQUEST = Request(
+    request_id="r", prompt_token_ids=(1, 2), params=SamplingParams(), max_tokens=99, seed=0
+)
+
+
+class Endless:
+    """An engine that computes two tokens a step for a request until it is aborted."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+        self.is_in_step = threading.Semaphore(0)
+        self.may_end_step = threading.Semaphore(0)
+
+    def add_request(self, request: Request) -> None:
+        self.running.add(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        self.running.discard(request_id)
+
+    def finish_sequence(self, request_id: str, index: int, reason: FinishReason) -> None:
+        self.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        return bool(self.running)
+
+    def step(self) -> list[SequenceUpdate]:
+        self.is_in_step.release()
+        self.may_end_step.acquire()
+        return []
+
+    def stats(self) -> StepStats:
+        return StepStats(num_running=len(self.running), num_tokens=2, num_seqs=1)
+
+    def started(self) -> list[str]:
+        return []
+
+    def ready(self, phases_s: dict[str, float]) -> Ready:
+        return Ready(9, 9, 9, phases_s, [])
+
+
+def test_step_is_told_of_once_also_when_all_that_ran_is_aborted() -> None:
+    context = zmq.Context()
+    server, theirs = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    server.rcvtimeo = 5000
+    server.bind("inproc://engine")
+    theirs.connect("inproc://engine")
+    engine = Endless()
+    thread = threading.Thread(target=EngineLoop(engine, theirs).run, args=({},))
+
+    def hear() -> FromEngine:
+        return decode_from_engine(server.recv())
+
+    thread.start()
+    try:
+        assert isinstance(hear(), Ready)
+        server.send(encoded_add(REQUEST))
+        engine.may_end_step.release()
+        first = hear()
+        for _ in range(2):
+            assert engine.is_in_step.acquire(timeout=5)
+        server.send(encode(Abort(["r"])))
+        engine.may_end_step.release()
+        found = [first, hear(), hear()]
+    finally:
+        server.send(encode(Stop()))
+        engine.may_end_step.release()
+        thread.join(5)
+        context.destroy(0)
+
+    assert all(isinstance(message, Stepped) for message in found)
+    tokens = [message.stats.num_tokens for message in found if isinstance(message, Stepped)]
+    assert tokens == [2, 2, 0]
