@@ -94,14 +94,53 @@ def test_body_that_comes_too_slowly_is_given_up(server: Server) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS client
         b"nonsense\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n\r\n",
+        b"GET /health\r\n\r\n",
         POST + b"content-length: -5\r\n\r\n",
         POST + b"content-length: 5\r\ncontent-length: 6\r\n\r\nabcde",
         POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     ],
-    ids=["tls", "nonsense", "version", "negative", "two lengths", "both"],
+    ids=["tls", "nonsense", "version", "no version", "negative", "two lengths", "both"],
 )
 def test_bytes_that_are_no_http_get_an_error_object(server: Server, data: bytes) -> None:
     check(exchange(server, data), 400, "malformed_request")
+
+
+@pytest.mark.parametrize("rest", [b"5;" + b"a" * 9000, b"0\r\nx: " + b"a" * 9000])
+def test_endless_chunk_sizes_and_trailers_are_refused(server: Server, rest: bytes) -> None:
+    answer = exchange(server, POST + b"transfer-encoding: chunked\r\n\r\n", rest, rest)
+
+    check(answer, 431, "headers_too_large")
+
+
+def test_request_answered_before_its_end_must_end_soon(server: Server) -> None:
+    head = POST.replace(b"/v1/completions", b"/nope") + b"content-length: 100\r\n\r\n"
+    begin_s = time.monotonic()
+
+    answer = exchange(server, head, *[b" "] * 20, pause_s=0.1)
+
+    check(answer, 404, "not_found")
+    assert time.monotonic() - begin_s < 2.5
+
+
+def test_answer_to_a_large_body_reaches_a_client_that_sends_all_of_it(server: Server) -> None:
+    body = b"x" * 20_000_000
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+
+        answer = client.recv(65536)
+
+    check(answer, 413, "body_too_large")
+
+
+def test_bytes_that_are_no_http_do_not_overtake_an_answer(server: Server) -> None:
+    body = b'{"model":"demo","prompt":"Hi","max_tokens":30,"ignore_eos":true}'
+    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+
+    answer = exchange(server, request + b"nonsense\r\n\r\n")
+
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 30
 
 
 def test_connection_that_says_nothing_is_closed(server: Server) -> None:
