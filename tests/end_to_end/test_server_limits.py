@@ -112,6 +112,15 @@ def test_endless_chunk_sizes_and_trailers_are_refused(server: Server, rest: byte
     check(answer, 431, "headers_too_large")
 
 
+def test_body_that_trickles_is_given_up(server: Server) -> None:
+    begin_s = time.monotonic()
+
+    answer = exchange(server, POST + b"content-length: 100\r\n\r\n", *[b" "] * 9, pause_s=0.1)
+
+    assert b"HTTP/1.1 408 " in answer
+    assert time.monotonic() - begin_s < 2
+
+
 def test_request_answered_before_its_end_must_end_soon(server: Server) -> None:
     head = POST.replace(b"/v1/completions", b"/nope") + b"content-length: 100\r\n\r\n"
     begin_s = time.monotonic()
