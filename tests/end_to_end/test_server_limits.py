@@ -152,6 +152,24 @@ def test_bytes_that_are_no_http_do_not_overtake_an_answer(server: Server) -> Non
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 30
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "offer", [b"Upgrade, HTTP2-Settings\r\nupgrade: h2c", b"upgrade\r\nupgrade: websocket"]
+)
+def test_offer_of_another_protocol_does_not_lose_the_body(
+    server: Server, offer: bytes, pause_s: float
+) -> None:
+    body = b'{"model":"demo","prompt":"Hi","max_tokens":2}'
+    head = POST + b"connection: %b\r\n" % offer + b"content-length: %d\r\n\r\n" % len(body)
+    more = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    parts = (head, body, more) if pause_s else (head + body + more,)
+
+    answer = exchange(server, *parts, pause_s=pause_s)
+
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    assert b'"completion_tokens":2' in answer
+
+
 def test_connection_that_says_nothing_is_closed(server: Server) -> None:
     begin_s = time.monotonic()
 

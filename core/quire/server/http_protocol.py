@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from quire.server.errors import ApiError, header_too_large, malformed, timed_out, too_large
@@ -15,6 +16,7 @@ MAX_URL_BYTES = 8192
 VERSIONS = ("1.0", "1.1")
 # Closing on a client that still sends resets the connection, and may lose the answer on its way.
 LINGER_S = 2.0
+OFFERS = (b"connection", b"upgrade", b"http2-settings")
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -40,10 +42,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Count what is no body: heads, sizes of chunks and trailers that never end are refused."""
         if self._refused:
             return
+        self._unset_keepalive_if_required()
         if self._in_head and self._loose_bytes == 0:
             self._start_timer()
         self._loose_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._loose_bytes > self.options.max_header_bytes:
             self._refuse(header_too_large(self.options.max_header_bytes))
 
@@ -55,7 +58,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Check what was sent before a request is made of it."""
-        if self._refused:
+        if self._refused or self._is_declined():
             return
         self._stop_timer()
         self._loose_bytes = 0
@@ -75,7 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Be ready for the next request on the connection."""
-        if self._refused:
+        if self._refused or self._is_declined():
             return
         self._stop_timer()
         self._loose_bytes = 0
@@ -88,9 +91,40 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self._in_head and self.cycle.response_complete:
             self._close_after(self.options.body_timeout_s)
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are not HTTP."""
-        self._refuse(malformed("the bytes cannot be parsed"))
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._refused:
+                return
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+            else:
+                self._parse_without_offer(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(malformed("the bytes cannot be parsed"))
+
+    def _should_upgrade(self) -> bool:
+        is_first = self.cycle is None or self.cycle.response_complete
+        return is_first and self.parser.get_method() == b"GET" and super()._should_upgrade()
+
+    def _is_declined(self) -> bool:
+        """Whether the head offers a protocol that is not spoken here."""
+        return bool(self.parser.should_upgrade()) and not self._should_upgrade()
+
+    def _parse_without_offer(self, rest: bytes) -> None:
+        """Begin the request again: its body is lost to a parser that saw an offer of HTTP/2.
+
+        Java's client sends one with its first request.
+        """
+        head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n"
+        for name, value in self.headers:
+            if name not in OFFERS:
+                head += name + b": " + value + b"\r\n"
+            elif name == b"connection" and b"close" in value.lower():
+                head += b"connection: close\r\n"
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(head + b"\r\n" + rest)
 
     def _head_error(self) -> ApiError | None:
         if self.parser.get_http_version() not in VERSIONS:
