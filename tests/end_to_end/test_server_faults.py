@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import websockets.sync.client
 from serving import START_S, Server, children, events_of, is_running, serving
 
 LONG: dict[str, Any] = {
@@ -273,6 +274,19 @@ def test_sigterm_ends_what_takes_too_long_with_an_error() -> None:
         assert "error" in events_of(streamed)[-1]  # type: ignore[operator]
         assert status == 500
         assert server.process.wait(10) == 0
+
+
+def test_sigterm_closes_a_websocket_that_asks_nothing(fresh: Server) -> None:
+    url = fresh.url.replace("http", "ws") + "/v1/chat/completions"
+    with websockets.sync.client.connect(url) as socket:
+        begin_s = time.monotonic()
+        fresh.process.send_signal(signal.SIGTERM)
+
+        with pytest.raises(websockets.ConnectionClosed):
+            socket.recv(10)
+
+    assert fresh.process.wait(10) == 0
+    assert time.monotonic() - begin_s < 5
 
 
 def test_second_sigterm_ends_at_once(fresh: Server) -> None:

@@ -191,7 +191,7 @@ class Run:
     def _stop(self, code: int) -> None:
         if self._exit_code is None:
             self._exit_code = code
-        self.service.is_draining = True
+        self.service.drain()
         self._end.set()
 
     async def _finish_requests(self) -> None:

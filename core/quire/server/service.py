@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quire.errors import OverloadedError
@@ -62,6 +62,7 @@ class Service:
         self.fingerprint = "fp_starting"
         self.is_draining = False
         self.is_stalled = False
+        self.on_drain: set[Callable[[], None]] = set()  # what wakes connections that wait
         self.num_active = 0  # requests between their first byte and the end of their answer
 
     async def start(self) -> Ready:
@@ -77,6 +78,12 @@ class Service:
         if self.is_stalled:
             return "the engine has work and makes no step"
         return None if self.engine.is_ready else "the engine is not ready"
+
+    def drain(self) -> None:
+        """Take no new work from now on."""
+        self.is_draining = True
+        for wake in tuple(self.on_drain):
+            wake()
 
     def check_open(self) -> None:
         """Refuse new work while the server ends. Raises: OverloadedError."""

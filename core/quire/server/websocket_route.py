@@ -52,6 +52,7 @@ class Connection:
     async def run(self) -> None:
         """Serve until either side closes."""
         reader = asyncio.create_task(self._read())
+        self._service.on_drain.add(self._wake)
         try:
             while not self._is_gone:
                 question = await self._questions.get()
@@ -61,7 +62,12 @@ class Connection:
                     await self._socket.close(TRY_AGAIN_LATER)
                     return
         finally:
+            self._service.on_drain.discard(self._wake)
             reader.cancel()
+
+    def _wake(self) -> None:
+        """Make `run` look whether there is still something to do."""
+        self._questions.put_nowait(None)
 
     async def _read(self) -> None:
         """Take in questions, and notice that the client is gone."""
@@ -77,7 +83,7 @@ class Connection:
                 message.get("bytes", b"") if text is None else text.encode("utf-8", "replace")
             )
         self._is_gone = True
-        self._questions.put_nowait(None)
+        self._wake()
         if self._source is not None:
             self._source.ring()
 
