@@ -30,7 +30,7 @@ log = logging.getLogger("quire.server")
 def build_app(service: Service) -> Any:
     """Return the whole application, outermost layer first."""
     app: Any = _routed(service)
-    app = AccessMiddleware(app, service.keys)
+    app = AccessMiddleware(app, service.keys, service.options.allowed_origins)
     cors = cors_middleware(service.options)
     if cors is not None:
         app = CORSMiddleware(app, **cors)
