@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import websockets
+import websockets.sync.client
 from serving import Server, events_of, serving
 
 from quire import LLM, SamplingParams
@@ -307,6 +307,15 @@ def test_websocket_answers_one_message_a_chunk(server: Server) -> None:
         for answer in (first, second)
     ]
     assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize("path", ["/nope", "/v1/completions"])
+def test_websocket_elsewhere_is_not_found(server: Server, path: str) -> None:
+    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+        websockets.sync.client.connect(server.url.replace("http", "ws") + path)
+
+    assert caught.value.response.status_code == 404
+    assert json.loads(caught.value.response.body)["error"]["code"] == "not_found"
 
 
 def test_websocket_answers_mistakes_and_goes_on(server: Server) -> None:

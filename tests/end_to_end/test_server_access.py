@@ -108,7 +108,9 @@ def test_origins_are_let_in_by_name_only(server: Server) -> None:
         return httpx.options(server.url + "/v1/completions", headers=headers)
 
     assert preflight("https://app.example").headers["access-control-allow-origin"]
-    assert "access-control-allow-origin" not in preflight("https://other.example").headers
+    refused = preflight("https://other.example")
+    assert "access-control-allow-origin" not in refused.headers
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "origin_not_allowed")
 
 
 def test_log_is_json_with_ids_and_without_prompts_and_keys(server: Server) -> None:

@@ -63,6 +63,8 @@ def test_odd_request_is_served(http: httpx.Client, case: tuple[str, str, Any]) -
     [
         ("GET", "/nope", 404, "not_found"),
         ("POST", "/v1/embeddings", 404, "not_found"),
+        ("GET", "/health/", 404, "not_found"),
+        ("POST", "/v1/completions/", 404, "not_found"),
         ("GET", "/v1/models/nope", 404, "model_not_found"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 
 from quire.errors import ConfigError
-from quire.server.errors import ApiError, foreign_origin, unauthorized
+from quire.server.errors import ApiError, foreign_origin, preflight_refused, unauthorized
 from quire.server.options import ServerOptions
 
 KEY_VARIABLE = "QUIRE_API_KEY"
@@ -171,6 +174,19 @@ def cors_middleware(options: ServerOptions) -> dict[str, Any] | None:
         "allow_headers": ["*"],
         "expose_headers": ["x-request-id"],
     }
+
+
+class Cors(CORSMiddleware):
+    """starlette's, with our error object where a page may not do what it asks for."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Say what a page may do."""
+        response = super().preflight_response(request_headers)
+        if response.status_code >= 400:
+            response.body = preflight_refused().body()
+            response.headers["content-type"] = "application/json"
+            response.headers["content-length"] = str(len(response.body))
+        return response
 
 
 def tls_settings(options: ServerOptions) -> dict[str, str]:

@@ -123,6 +123,15 @@ def foreign_origin() -> ApiError:
     )
 
 
+def preflight_refused() -> ApiError:
+    """Refuse a browser that asks whether a page may do something."""
+    return ApiError(
+        400,
+        "the page's origin, method or headers are not allowed; --allowed-origins lets origins in.",
+        code="origin_not_allowed",
+    )
+
+
 def too_large(limit: int) -> ApiError:
     """Refuse a body above the limit."""
     return ApiError(
