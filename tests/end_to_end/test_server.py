@@ -253,6 +253,26 @@ def test_echo_gives_the_prompts_logprobs_as_offline(client: openai.OpenAI, offli
     assert "".join(found.tokens or []) == answer.choices[0].text
 
 
+def test_logprobs_name_tokens_by_their_ids_where_asked(client: openai.OpenAI) -> None:
+    extra = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+
+    answer = client.completions.create(prompt="I", logprobs=1, **GREEDY, extra_body=extra)
+    chat = client.chat.completions.create(
+        messages=CHAT,
+        logprobs=True,
+        top_logprobs=1,
+        **GREEDY,  # type: ignore[arg-type]
+        extra_body=extra,
+    )
+
+    for choice, tokens in (
+        (answer.choices[0], answer.choices[0].logprobs.tokens),
+        (chat.choices[0], [entry.token for entry in chat.choices[0].logprobs.content]),
+    ):
+        assert tokens == [f"token_id:{i}" for i in choice.token_ids]
+    assert next(iter(answer.choices[0].logprobs.top_logprobs[0])).startswith("token_id:")
+
+
 def test_logit_bias_forces_a_token(client: openai.OpenAI) -> None:
     answer = client.completions.create(prompt="I", logit_bias={"300": 100}, **GREEDY)
 

@@ -12,6 +12,11 @@ TokenBytes = Callable[[int], bytes]
 Entry = dict[int, Logprob]
 
 
+def token_id_bytes(token_id: int) -> bytes:
+    """Spell a token by its id, for `return_tokens_as_token_ids`. Source: vLLM."""
+    return b"token_id:%d" % token_id
+
+
 def _value(logprob: float) -> float:
     return max(logprob, LOWEST)
 
