@@ -262,6 +262,7 @@ RESPONSES: list[Case] = [
         ("max_output_tokens", 0),
         ("max_output_tokens", "x"),
         ("max_tokens", 5),
+        ("prompt_logprobs", 1),
         ("tools", [{"type": "web_search"}]),
         ("tool_choice", "required"),
         ("text", {"format": {"type": "json_object"}}),

@@ -253,6 +253,42 @@ def test_echo_gives_the_prompts_logprobs_as_offline(client: openai.OpenAI, offli
     assert "".join(found.tokens or []) == answer.choices[0].text
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_prompt_logprobs_equal_offline(server: Server, offline: LLM, echo: bool) -> None:
+    body = {**GREEDY, "prompt_logprobs": 2, "max_tokens": 1}
+    own = {"echo": True, "logprobs": 0} if echo else {}
+
+    answer = httpx.post(
+        server.url + "/v1/completions", json={**body, "prompt": ["I want a", "Hi"], **own}
+    ).json()
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    for choice, expected in zip(
+        answer["choices"], offline.generate(["I want a", "Hi"], params, use_tqdm=False), strict=True
+    ):
+        found = choice["prompt_logprobs"]
+        assert found[0] is None
+        assert expected.prompt_logprobs is not None
+        for entry, wanted in zip(found[1:], expected.prompt_logprobs[1:], strict=True):
+            assert wanted is not None
+            assert {int(i): (v["rank"], v["decoded_token"]) for i, v in entry.items()} == {
+                i: (v.rank, v.decoded_token) for i, v in wanted.items()
+            }
+            values = {int(i): v["logprob"] for i, v in entry.items()}
+            assert values == pytest.approx({i: v.logprob for i, v in wanted.items()}, abs=1e-3)
+
+
+def test_prompt_logprobs_of_a_chat_stand_beside_its_choices(server: Server) -> None:
+    body = {**GREEDY, "messages": CHAT, "prompt_logprobs": 0}
+
+    answer = httpx.post(server.url + CHAT_PATH, json=body).json()
+
+    first, *others = answer["prompt_logprobs"]
+    assert first is None
+    assert len(others) == answer["usage"]["prompt_tokens"] - 1
+    assert all(len(entry) == 1 for entry in others)
+
+
 def test_logprobs_name_tokens_by_their_ids_where_asked(client: openai.OpenAI) -> None:
     extra = {"return_tokens_as_token_ids": True, "return_token_ids": True}
 

@@ -45,6 +45,28 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
+def prompt_logprobs(
+    entries: Sequence[Entry | None] | None, num_top: int
+) -> list[dict[str, Any] | None] | None:
+    """Return a prompt's log-probabilities by token id, as vLLM writes them."""
+    if entries is None:
+        return None
+    return [None if entry is None else _by_id(entry, num_top) for entry in entries]
+
+
+def _by_id(entry: Entry, num_top: int) -> dict[str, Any]:
+    own = next(iter(entry))
+    return {
+        str(token_id): {
+            "logprob": _value(found.logprob),
+            "rank": found.rank,
+            "decoded_token": found.decoded_token,
+        }
+        for token_id, found in entry.items()
+        if token_id == own or (found.rank or 0) <= num_top
+    }
+
+
 class CompletionLogprobs:
     """The `logprobs` of one choice of a completion; offsets count on from chunk to chunk."""
 

@@ -11,7 +11,12 @@ from typing import Any
 import msgspec
 from attrs import frozen
 
-from quire.server.answer_logprobs import CompletionLogprobs, TokenBytes, chat_logprobs
+from quire.server.answer_logprobs import (
+    CompletionLogprobs,
+    TokenBytes,
+    chat_logprobs,
+    prompt_logprobs,
+)
 from quire.server.generation import Generation, Usage
 from quire.server.stream import Stream
 from quire.text.output_processor import Delta
@@ -31,7 +36,8 @@ def event(value: Any) -> bytes:
 class AnswerOptions:
     """What a request says about the form of its answer.
 
-    `num_logprobs` is None where none are wanted. `token_bytes` spells a token.
+    `num_logprobs` is None where none are wanted, as `num_prompt_logprobs` is. `token_bytes` spells
+    a token.
     """
 
     model: str
@@ -40,6 +46,7 @@ class AnswerOptions:
     include_usage: bool = False
     continuous_usage: bool = False
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     echo: bool = False
     generates: bool = True  # False: the prompt alone is echoed
     token_ids: bool = False
@@ -83,12 +90,15 @@ class Answers(abc.ABC):
 
     def whole(self, generation: Generation) -> bytes:
         """Return the body of an answer that is not streamed."""
+        return to_json(self._whole(generation))
+
+    def _whole(self, generation: Generation) -> dict[str, Any]:
         choices = [
             self.choice(number * generation.n + sequence, stream, sequence)
             for number, stream in enumerate(generation.streams)
             for sequence in range(generation.n)
         ]
-        answer = {
+        return {
             "id": self.id,
             "object": self.whole_kind,
             "created": self.created,
@@ -97,7 +107,6 @@ class Answers(abc.ABC):
             "choices": choices,
             "usage": generation.usage.to_json(),
         }
-        return to_json(answer)
 
     def with_usage(self, events: bytes, usage: Usage) -> bytes:
         """Return the events with the usage so far, for `continuous_usage_stats`."""
@@ -105,6 +114,13 @@ class Answers(abc.ABC):
             return events
         tail = b'],"usage":' + to_json(usage.to_json()) + b"}\n\n"
         return events.replace(self._tail, tail)
+
+    def _of_prompt(self, stream: Stream) -> dict[str, Any]:
+        """Return what a whole chat answer, or a completion's choice, says of its prompt."""
+        if self.options.num_prompt_logprobs is None:
+            return {}
+        found = prompt_logprobs(stream.prompt_logprobs, self.options.num_prompt_logprobs)
+        return {"prompt_logprobs": found}
 
     def _has_news(self, delta: Delta) -> bool:
         """Whether a chunk is to be sent: tokens without a text are told of where ids are wanted."""
@@ -164,6 +180,10 @@ class ChatAnswers(Answers):
             "stop_reason": output.stop_reason,
         }
         return choice | ({"token_ids": output.token_ids} if self.options.token_ids else {})
+
+    def whole(self, generation: Generation) -> bytes:
+        """Return the body; a conversation's prompt is told of beside its choices."""
+        return to_json(self._whole(generation) | self._of_prompt(generation.streams[0]))
 
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
         return chat_logprobs(
@@ -232,7 +252,7 @@ class CompletionAnswers(Answers):
         if self.options.token_ids:
             choice["token_ids"] = output.token_ids
             choice["prompt_token_ids"] = list(stream.request.prompt_token_ids)
-        return choice
+        return choice | self._of_prompt(stream)
 
     def _piece(self, index: int, text: str, logprobs: bytes, extra: bytes = b"") -> bytes:
         return self._chunk(

@@ -140,6 +140,7 @@ class GenerationRoutes:
             include_usage=bool(stream_options and stream_options.include_usage),
             continuous_usage=bool(stream_options and stream_options.continuous_usage_stats),
             token_ids=bool(asked.return_token_ids),
+            num_prompt_logprobs=asked.prompt_logprobs,
             **own,
         )
 

@@ -106,6 +106,7 @@ class ResponsesRequest(
     ) = None
     parallel_tool_calls: f.Flag | None = None
 
+    prompt_logprobs: f.Refused = None
     previous_response_id: f.Refused = None
     conversation: f.Refused = None
     max_tool_calls: f.Refused = None
