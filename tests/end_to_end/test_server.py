@@ -84,9 +84,17 @@ def test_stream_echoes_each_prompt_before_its_answer(server: Server) -> None:
 
 
 def test_echo_without_tokens_gives_the_prompt_alone(client: openai.OpenAI) -> None:
-    answer = client.completions.create(prompt="I want", echo=True, **{**GREEDY, "max_tokens": 0})
+    answer = client.completions.create(
+        prompt="I want",
+        echo=True,
+        **{**GREEDY, "max_tokens": 0},
+        extra_body={"return_token_ids": True},
+    )
 
     assert answer.choices[0].text == "I want"
+    assert answer.choices[0].token_ids == []
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 0)
 
 
 def test_chat_equals_offline(client: openai.OpenAI, offline: LLM) -> None:

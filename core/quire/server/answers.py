@@ -250,7 +250,7 @@ class CompletionAnswers(Answers):
             "stop_reason": output.stop_reason if self.options.generates else None,
         }
         if self.options.token_ids:
-            choice["token_ids"] = output.token_ids
+            choice["token_ids"] = output.token_ids if self.options.generates else []
             choice["prompt_token_ids"] = list(stream.request.prompt_token_ids)
         return choice | self._of_prompt(stream)
 

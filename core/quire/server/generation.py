@@ -22,6 +22,7 @@ class Asked:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    generates: bool = True  # False: the token that the engine makes is not told of
 
 
 @define
@@ -45,10 +46,11 @@ class Usage:
 class Generation:
     """The streams of one HTTP request. Choice `i` is prompt `i // n`, sequence `i % n`."""
 
-    def __init__(self, streams: Sequence[Stream], news: News, n: int) -> None:
+    def __init__(self, streams: Sequence[Stream], news: News, asked: Asked) -> None:
         self.streams = streams
         self.news = news
-        self.n = n
+        self.n = asked.params.n
+        self._generates = asked.generates
         self.usage = Usage(prompt_tokens=sum(s.num_prompt_tokens for s in streams))
         self.finish_reasons: list[str] = []
 
@@ -71,7 +73,7 @@ class Generation:
             for stream in streams:
                 stream.close()
             raise
-        return cls(streams, news, asked.params.n)
+        return cls(streams, news, asked)
 
     @property
     def is_finished(self) -> bool:
@@ -116,7 +118,8 @@ class Generation:
                 yield number * self.n + delta.index, delta
 
     def _count(self, delta: Delta) -> None:
-        self.usage.completion_tokens += len(delta.token_ids)
+        if self._generates:
+            self.usage.completion_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             self.usage.cached_tokens = sum(s.num_cached_tokens for s in self.streams)
             self.finish_reasons.append(delta.finish_reason)

@@ -101,6 +101,7 @@ class GenerationRoutes:
             params=params,
             priority=body.priority or 0,
             cache_salt=combined_salt(key, body.cache_salt) or None,
+            generates=not body.wants_no_generation,
         )
 
     async def _begin(self, scope: Any, asked: Asked) -> Generation:

@@ -88,6 +88,11 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         """The same for the tokens of the prompt."""
         return self.prompt_logprobs
 
+    @property
+    def wants_no_generation(self) -> bool:
+        """Whether the prompt alone is wanted back, with its log-probabilities."""
+        return False
+
     def length_limit(self) -> tuple[str, int | None]:
         """Return the field that limits the answer's tokens, and what SamplingParams gets of it."""
         raise NotImplementedError
