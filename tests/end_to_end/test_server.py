@@ -141,6 +141,24 @@ def test_raw_answer_carries_the_request_id(client: openai.OpenAI) -> None:
     assert raw.parse().data[0].id == "demo"
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "expected"),
+    [
+        ("/v1/completions", {"prompt": "Hi"}, "cmpl-mine-2"),
+        (CHAT_PATH, {"messages": CHAT}, "chatcmpl-mine-2"),
+        ("/v1/responses", {"input": "Hi"}, "resp_mine-2"),
+    ],
+)
+def test_answer_is_called_by_its_request_id(
+    server: Server, path: str, asked: dict[str, Any], expected: str
+) -> None:
+    body = {"model": "demo", "request_id": "mine-2", "temperature": 0, **asked}
+
+    answer = httpx.post(server.url + path, json=body)
+
+    assert answer.json()["id"] == expected
+
+
 def test_stream_has_role_once_and_usage_last(server: Server) -> None:
     body = {**GREEDY, "messages": CHAT, "n": 2, "stream_options": {"include_usage": True}}
 

@@ -50,6 +50,7 @@ class AnswerOptions:
     echo: bool = False
     generates: bool = True  # False: the prompt alone is echoed
     token_ids: bool = False
+    request_id: str | None = None  # what the answer is called; None: a name of its own
 
 
 class Answers(abc.ABC):
@@ -61,7 +62,7 @@ class Answers(abc.ABC):
 
     def __init__(self, options: AnswerOptions) -> None:
         self.options = options
-        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self.id = f"{self.prefix}-{options.request_id or secrets.token_hex(12)}"
         self.created = int(time.time())
         head = {"id": self.id, "object": self.chunk_kind, "created": self.created}
         head |= {"model": options.model, "system_fingerprint": options.fingerprint}

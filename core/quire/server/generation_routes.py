@@ -142,6 +142,7 @@ class GenerationRoutes:
             continuous_usage=bool(stream_options and stream_options.continuous_usage_stats),
             token_ids=bool(asked.return_token_ids),
             num_prompt_logprobs=asked.prompt_logprobs,
+            request_id=asked.request_id,
             **own,
         )
 

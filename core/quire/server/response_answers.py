@@ -23,7 +23,7 @@ class ResponseAnswers:
 
     def __init__(self, options: AnswerOptions, asked: ResponsesRequest) -> None:
         self.options = options
-        self.id = f"resp_{secrets.token_hex(24)}"
+        self.id = f"resp_{options.request_id or secrets.token_hex(24)}"
         self._item_id = f"msg_{secrets.token_hex(24)}"
         self._created = int(time.time())
         self._asked = asked
