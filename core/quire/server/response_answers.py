@@ -7,8 +7,6 @@ import secrets
 import time
 from typing import Any
 
-import msgspec
-
 from quire.server.answer_logprobs import chat_logprobs
 from quire.server.answers import AnswerOptions, to_json
 from quire.server.generation import Generation, Usage
@@ -132,7 +130,7 @@ class ResponseAnswers:
             "top_p": asked.top_p,
             "top_logprobs": asked.top_logprobs or 0,
             "tool_choice": asked.tool_choice or "auto",
-            "tools": msgspec.to_builtins(asked.tools or []),
+            "tools": asked.tools or [],
             "text": {"format": {"type": "text"}},
             "truncation": "disabled",
             "background": False,

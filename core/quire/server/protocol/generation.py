@@ -109,6 +109,23 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         return sampling_params(self, defaults)
 
 
+def check_size(name: str, given: Any) -> None:
+    """Refuse what a template is told if it has too many values. Raises: RequestError.
+
+    Copying and rendering millions of them would hold everybody up.
+    """
+    todo = [given]
+    count = 0
+    while todo:
+        value = todo.pop()
+        inner = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list)):
+            count += len(value)
+            if count > f.MAX_TEMPLATE_VALUES:
+                raise conflict(name, f"has too many values; allowed: {f.MAX_TEMPLATE_VALUES}")
+            todo.extend(inner)
+
+
 def conflict(name: str, fact: str) -> RequestError:
     """Return the error for a field that does not fit to another."""
     return RequestError(f"{name} {fact}.", parameter=name)
