@@ -176,6 +176,15 @@ def test_stream_has_role_once_and_usage_last(server: Server) -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_choices_of_a_stream_begin_in_order(server: Server) -> None:
+    body = {**GREEDY, "prompt": ["I want", "Hello", "Two"], "n": 3, "temperature": 1}
+
+    chunks = stream(server, "/v1/completions", body)[:-1]
+
+    begun = dict.fromkeys(chunk["choices"][0]["index"] for chunk in chunks)
+    assert list(begun) == list(range(9))
+
+
 @pytest.mark.parametrize("stop", [" I", "please", "."])
 def test_stop_string_never_shows_in_a_stream(server: Server, stop: str) -> None:
     body = {**GREEDY, "prompt": "Hello", "max_tokens": 60, "ignore_eos": True}

@@ -208,11 +208,16 @@ class CompletionAnswers(Answers):
         self._to_echo: dict[int, Stream] = {}
 
     def begin(self, generation: Generation) -> bytes:
-        """Return nothing; prompts to echo go out before each choice's first token."""
+        """Return an empty chunk a choice where there are several, so that they come in order.
+
+        Prompts to echo go out before each choice's first token.
+        """
+        numbers = range(len(generation.streams) * generation.n)
         if self.options.echo:
-            numbers = range(len(generation.streams) * generation.n)
             self._to_echo = {i: generation.streams[i // generation.n] for i in numbers}
-        return b""
+        if len(numbers) == 1:
+            return b""
+        return b"".join(self._piece(index, "", b"null") for index in numbers)
 
     def pieces(self, index: int, delta: Delta) -> bytes:
         """Return a chunk with text, where there is some, and one for the end."""
