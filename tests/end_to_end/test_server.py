@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import websockets.sync.client
 from serving import Server, events_of, serving
 
 from quire import LLM, SamplingParams
@@ -375,69 +374,6 @@ def test_plain_routes_answer(server: Server) -> None:
     assert set(json.loads(server.get("/version"))) == {"version"}
     assert json.loads(server.get("/v1/models/demo"))["max_model_len"] == 2048
     assert json.loads(server.get("/openapi.json"))["openapi"] == "3.1.0"
-
-
-def test_websocket_answers_one_message_a_chunk(server: Server) -> None:
-    async def run() -> list[list[Any]]:
-        url = server.url.replace("http", "ws") + "/v1/chat/completions"
-        answers = []
-        async with websockets.connect(url) as socket:
-            for _ in range(2):
-                await socket.send(json.dumps({**GREEDY, "messages": CHAT}))
-                found: list[Any] = []
-                while not found or found[-1] != "[DONE]":
-                    text = await asyncio.wait_for(socket.recv(), 30)
-                    found.append(text if text == "[DONE]" else json.loads(text))
-                answers.append(found)
-        return answers
-
-    first, second = asyncio.run(run())
-
-    texts = [
-        "".join(c["choices"][0]["delta"].get("content", "") for c in answer[:-1])
-        for answer in (first, second)
-    ]
-    assert texts[0] == texts[1] != ""
-
-
-@pytest.mark.parametrize("path", ["/nope", "/v1/completions"])
-def test_websocket_elsewhere_is_not_found(server: Server, path: str) -> None:
-    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
-        websockets.sync.client.connect(server.url.replace("http", "ws") + path)
-
-    assert caught.value.response.status_code == 404
-    assert json.loads(caught.value.response.body)["error"]["code"] == "not_found"
-
-
-def test_websocket_answers_mistakes_and_goes_on(server: Server) -> None:
-    body = {**GREEDY, "messages": CHAT}
-
-    async def run() -> list[Any]:
-        found = []
-        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
-            for question in ("{not json", json.dumps({**body, "n": 0}), json.dumps(body)):
-                await socket.send(question)
-                found.append(json.loads(await socket.recv()))
-        return found
-
-    first, second, third = asyncio.run(run())
-
-    assert first["error"]["type"] == "invalid_request_error"
-    assert second["error"]["param"] == "n"
-    assert third["object"] == "chat.completion.chunk"
-
-
-def test_closing_a_websocket_frees_everything(server: Server) -> None:
-    body = {"model": "demo", "messages": CHAT, "n": 4, "max_tokens": 1500, "ignore_eos": True}
-
-    async def run() -> None:
-        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
-            await socket.send(json.dumps(body))
-            await socket.recv()
-
-    asyncio.run(run())
-
-    server.wait_until_idle(timeout_s=1.0)
 
 
 def test_figures_count_requests_and_tokens(server: Server, client: openai.OpenAI) -> None:
