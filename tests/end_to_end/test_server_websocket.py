@@ -45,6 +45,21 @@ def test_websocket_answers_one_message_a_chunk(server: Server) -> None:
     assert texts[0] == texts[1] != ""
 
 
+def test_websocket_streams_whether_asked_to_or_not(server: Server) -> None:
+    body = {**GREEDY, "messages": CHAT, "stream_options": {"include_usage": True}}
+    with websockets.sync.client.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
+        socket.send(json.dumps(body))
+        found = [socket.recv(10)]
+        while found[-1] != "[DONE]":
+            found.append(socket.recv(10))
+
+        socket.send(json.dumps({**GREEDY, "messages": CHAT, "prompt_logprobs": 1}))
+        refused = json.loads(socket.recv(10))
+
+    assert json.loads(found[-2])["usage"]["completion_tokens"] == 12
+    assert refused["error"]["param"] == "prompt_logprobs"
+
+
 @pytest.mark.parametrize("path", ["/nope", "/v1/completions"])
 def test_websocket_elsewhere_is_not_found(server: Server, path: str) -> None:
     with pytest.raises(websockets.exceptions.InvalidStatus) as caught:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import Any
 
+import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from quire.errors import QuireError
@@ -90,7 +91,8 @@ class Connection:
     async def _answer(self, question: bytes) -> None:
         record = record_of(self._socket.scope)
         try:
-            asked = parse(question, ChatCompletionRequest)
+            # What is asked here is always streamed, said or not.
+            asked = msgspec.structs.replace(parse(question, ChatCompletionRequest), stream=True)
             generation, answers = await self._routes.begin_chat(self._socket.scope, asked)
         except (QuireError, ApiError) as error:
             record.error = to_api_error(error)
