@@ -17,6 +17,7 @@ from quire.server.answer_logprobs import (
     chat_logprobs,
     prompt_logprobs,
 )
+from quire.server.errors import ApiError
 from quire.server.generation import Generation, Usage
 from quire.server.stream import Stream
 from quire.text.output_processor import Delta
@@ -88,6 +89,10 @@ class Answers(abc.ABC):
             return DONE
         usage_json = to_json(usage.to_json())
         return self._head + b'],"usage":' + usage_json + b"}\n\n" + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event of an error, which no `[DONE]` follows."""
+        return b"data: " + error.body() + b"\n\n"
 
     def whole(self, generation: Generation) -> bytes:
         """Return the body of an answer that is not streamed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from quire.server.answer_logprobs import chat_logprobs
 from quire.server.answers import AnswerOptions, to_json
+from quire.server.errors import ApiError
 from quire.server.generation import Generation, Usage
 from quire.server.protocol.responses import ResponsesRequest
 from quire.text.output_processor import Delta
@@ -64,6 +65,11 @@ class ResponseAnswers:
             + self._event("response.output_item.done", output_index=0, item=item)
             + self._event(f"response.{status}", response=self._response(status, [item], usage))
         )
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return OpenAI's typed event, with the object that its client raises beside it."""
+        fields = {"code": error.code, "message": error.message, "param": error.param}
+        return self._event("error", **fields, **error.to_json())
 
     def with_usage(self, events: bytes, usage: Usage) -> bytes:
         """Return the events as they are: the last one alone tells the usage."""

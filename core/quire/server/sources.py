@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from quire.errors import QuireError
-from quire.server.errors import SequenceFailed, to_api_error
+from quire.server.errors import ApiError, SequenceFailed, to_api_error
 from quire.server.generation import Generation, Usage
 from quire.text.output_processor import Delta
 
@@ -17,6 +17,7 @@ class EventWriter(Protocol):
     def pieces(self, index: int, delta: Delta) -> bytes: ...
     def with_usage(self, events: bytes, usage: Usage) -> bytes: ...
     def end(self, usage: Usage) -> bytes: ...
+    def failure(self, error: ApiError) -> bytes: ...
 
 
 class AnswerSource:
@@ -54,6 +55,10 @@ class AnswerSource:
             self._has_ended = True
             events += answers.end(generation.usage)
         return events
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream which has begun."""
+        return self._answers.failure(error)
 
     def ring(self) -> None:
         """Make a `next` that waits return."""
