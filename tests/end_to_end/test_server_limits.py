@@ -185,6 +185,21 @@ def test_requests_sent_at_once_are_answered_in_order(server: Server) -> None:
     assert answer.index(b'"version"') < answer.index(b'"ok"')
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_closes_its_sending_side_counts_as_gone(server: Server, stream: bool) -> None:
+    asked = {"model": "demo", "prompt": "Hi", "max_tokens": 1500, "ignore_eos": True}
+    body = json.dumps({**asked, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        while not server.figure("vllm:num_requests_running"):
+            time.sleep(0.01)
+        client.shutdown(socket.SHUT_WR)
+
+        server.wait_until_idle(timeout_s=1.0)
+        while client.recv(65536):
+            pass
+
+
 def test_body_cut_off_by_the_client_leaves_nothing(server: Server) -> None:
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
