@@ -309,6 +309,7 @@ GOOD: list[tuple[str, str, Any]] = [
         chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}]),
     ),
     ("response", R, response(input=[{"role": "user", "content": "a"}], instructions="b")),
+    ("response with tool_choice alone", R, response(tool_choice="auto")),
     ("developer", H, chat(messages=[{"role": "developer", "content": "a"}])),
 ]
 

@@ -128,8 +128,6 @@ class ResponsesRequest(
     def check(self) -> None:
         """Refuse fields that do not fit together. Raises: RequestError."""
         super().check()
-        if self.tool_choice == "auto" and self.tools is None:
-            raise conflict("tool_choice", "needs tools; give some or leave it out")
         to_messages(self)
 
 
