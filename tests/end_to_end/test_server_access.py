@@ -141,6 +141,7 @@ def test_prompts_are_logged_when_asked_for() -> None:
     [
         ("--api-key", ""),
         ("--api-key", "two words"),
+        ("--api-key", "a-secret", "--api-key", ""),
         ("--api-key-file", "/nowhere/keys"),
         ("--ssl-keyfile", "key.pem"),
         ("--ssl-certfile", "/nowhere/cert.pem", "--ssl-keyfile", "/nowhere/key.pem"),
@@ -160,6 +161,7 @@ def test_bad_setting_is_one_line_before_anything_starts(options: tuple[str, ...]
 
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+    assert "a-secret" not in done.stderr
     assert options[0].removeprefix("--") in done.stderr.replace("_", "-")
 
 
