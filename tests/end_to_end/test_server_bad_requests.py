@@ -98,7 +98,7 @@ def test_health_answers_while_large_bad_bodies_come(server: Server) -> None:
         json.dumps(bad_requests.completion(prompt=[-1] * 1_000_000)).encode(),
         json.dumps(bad_requests.chat(messages=[{"role": "user", "content": 5}] * 50_000)).encode(),
         json.dumps(bad_requests.completion(prompt="a " * 3_000_000)).encode(),
-        json.dumps(bad_requests.completion(prompt=[[5]] * 1_500_000)).encode(),
+        json.dumps(bad_requests.completion(prompt=[[5]] * 600_000)).encode(),
     ]
     slowest = 0.0
     ended = threading.Event()
