@@ -120,14 +120,14 @@ def fraction_setting(default: float, meaning: str) -> Any:
 def names_setting(meaning: str) -> Any:
     """Declare a list of names."""
 
-    def check(value: Any) -> bool:
-        return isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
-
     metadata = {"meaning": meaning, "unit": "", "kind": tuple, "allowed": "names"}
 
     def validate(_instance: object, attribute: Attribute[Any], value: Any) -> None:
-        if not check(value):
-            raise ConfigError(f"{option_name(attribute.name)} is {_short(value)}; allowed: names.")
+        for one in value if isinstance(value, tuple) else [value]:
+            if not isinstance(one, str) or not one:
+                # The others may be secret: API keys are such a list.
+                name = option_name(attribute.name)
+                raise ConfigError(f"{name} has {_short(one)}; allowed: names.")
 
     def to_tuple(value: Any) -> Any:
         if isinstance(value, str):

@@ -262,6 +262,7 @@ RESPONSES: list[Case] = [
         ("max_output_tokens", 0),
         ("max_output_tokens", "x"),
         ("max_tokens", 5),
+        ("prompt_logprobs", 1),
         ("tools", [{"type": "web_search"}]),
         ("tool_choice", "required"),
         ("text", {"format": {"type": "json_object"}}),
@@ -308,6 +309,7 @@ GOOD: list[tuple[str, str, Any]] = [
         chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}]),
     ),
     ("response", R, response(input=[{"role": "user", "content": "a"}], instructions="b")),
+    ("response with tool_choice alone", R, response(tool_choice="auto")),
     ("developer", H, chat(messages=[{"role": "developer", "content": "a"}])),
 ]
 

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import websockets
 from serving import Server, events_of, serving
 
 from quire import LLM, SamplingParams
@@ -84,9 +83,17 @@ def test_stream_echoes_each_prompt_before_its_answer(server: Server) -> None:
 
 
 def test_echo_without_tokens_gives_the_prompt_alone(client: openai.OpenAI) -> None:
-    answer = client.completions.create(prompt="I want", echo=True, **{**GREEDY, "max_tokens": 0})
+    answer = client.completions.create(
+        prompt="I want",
+        echo=True,
+        **{**GREEDY, "max_tokens": 0},
+        extra_body={"return_token_ids": True},
+    )
 
     assert answer.choices[0].text == "I want"
+    assert answer.choices[0].token_ids == []
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 0)
 
 
 def test_chat_equals_offline(client: openai.OpenAI, offline: LLM) -> None:
@@ -133,6 +140,24 @@ def test_raw_answer_carries_the_request_id(client: openai.OpenAI) -> None:
     assert raw.parse().data[0].id == "demo"
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "expected"),
+    [
+        ("/v1/completions", {"prompt": "Hi"}, "cmpl-mine-2"),
+        (CHAT_PATH, {"messages": CHAT}, "chatcmpl-mine-2"),
+        ("/v1/responses", {"input": "Hi"}, "resp_mine-2"),
+    ],
+)
+def test_answer_is_called_by_its_request_id(
+    server: Server, path: str, asked: dict[str, Any], expected: str
+) -> None:
+    body = {"model": "demo", "request_id": "mine-2", "temperature": 0, **asked}
+
+    answer = httpx.post(server.url + path, json=body)
+
+    assert answer.json()["id"] == expected
+
+
 def test_stream_has_role_once_and_usage_last(server: Server) -> None:
     body = {**GREEDY, "messages": CHAT, "n": 2, "stream_options": {"include_usage": True}}
 
@@ -148,6 +173,15 @@ def test_stream_has_role_once_and_usage_last(server: Server) -> None:
     assert sorted(end["index"] for end in ends) == [0, 1]
     assert all(end["delta"] == {} for end in ends)
     assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_choices_of_a_stream_begin_in_order(server: Server) -> None:
+    body = {**GREEDY, "prompt": ["I want", "Hello", "Two"], "n": 3, "temperature": 1}
+
+    chunks = stream(server, "/v1/completions", body)[:-1]
+
+    begun = dict.fromkeys(chunk["choices"][0]["index"] for chunk in chunks)
+    assert list(begun) == list(range(9))
 
 
 @pytest.mark.parametrize("stop", [" I", "please", "."])
@@ -253,6 +287,62 @@ def test_echo_gives_the_prompts_logprobs_as_offline(client: openai.OpenAI, offli
     assert "".join(found.tokens or []) == answer.choices[0].text
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_prompt_logprobs_equal_offline(server: Server, offline: LLM, echo: bool) -> None:
+    body = {**GREEDY, "prompt_logprobs": 2, "max_tokens": 1}
+    own = {"echo": True, "logprobs": 0} if echo else {}
+
+    answer = httpx.post(
+        server.url + "/v1/completions", json={**body, "prompt": ["I want a", "Hi"], **own}
+    ).json()
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    for choice, expected in zip(
+        answer["choices"], offline.generate(["I want a", "Hi"], params, use_tqdm=False), strict=True
+    ):
+        found = choice["prompt_logprobs"]
+        assert found[0] is None
+        assert expected.prompt_logprobs is not None
+        for entry, wanted in zip(found[1:], expected.prompt_logprobs[1:], strict=True):
+            assert wanted is not None
+            assert {int(i): (v["rank"], v["decoded_token"]) for i, v in entry.items()} == {
+                i: (v.rank, v.decoded_token) for i, v in wanted.items()
+            }
+            values = {int(i): v["logprob"] for i, v in entry.items()}
+            assert values == pytest.approx({i: v.logprob for i, v in wanted.items()}, abs=1e-3)
+
+
+def test_prompt_logprobs_of_a_chat_stand_beside_its_choices(server: Server) -> None:
+    body = {**GREEDY, "messages": CHAT, "prompt_logprobs": 0}
+
+    answer = httpx.post(server.url + CHAT_PATH, json=body).json()
+
+    first, *others = answer["prompt_logprobs"]
+    assert first is None
+    assert len(others) == answer["usage"]["prompt_tokens"] - 1
+    assert all(len(entry) == 1 for entry in others)
+
+
+def test_logprobs_name_tokens_by_their_ids_where_asked(client: openai.OpenAI) -> None:
+    extra = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+
+    answer = client.completions.create(prompt="I", logprobs=1, **GREEDY, extra_body=extra)
+    chat = client.chat.completions.create(
+        messages=CHAT,
+        logprobs=True,
+        top_logprobs=1,
+        **GREEDY,  # type: ignore[arg-type]
+        extra_body=extra,
+    )
+
+    for choice, tokens in (
+        (answer.choices[0], answer.choices[0].logprobs.tokens),
+        (chat.choices[0], [entry.token for entry in chat.choices[0].logprobs.content]),
+    ):
+        assert tokens == [f"token_id:{i}" for i in choice.token_ids]
+    assert next(iter(answer.choices[0].logprobs.top_logprobs[0])).startswith("token_id:")
+
+
 def test_logit_bias_forces_a_token(client: openai.OpenAI) -> None:
     answer = client.completions.create(prompt="I", logit_bias={"300": 100}, **GREEDY)
 
@@ -284,98 +374,6 @@ def test_plain_routes_answer(server: Server) -> None:
     assert set(json.loads(server.get("/version"))) == {"version"}
     assert json.loads(server.get("/v1/models/demo"))["max_model_len"] == 2048
     assert json.loads(server.get("/openapi.json"))["openapi"] == "3.1.0"
-
-
-def test_websocket_answers_one_message_a_chunk(server: Server) -> None:
-    async def run() -> list[list[Any]]:
-        url = server.url.replace("http", "ws") + "/v1/chat/completions"
-        answers = []
-        async with websockets.connect(url) as socket:
-            for _ in range(2):
-                await socket.send(json.dumps({**GREEDY, "messages": CHAT}))
-                found: list[Any] = []
-                while not found or found[-1] != "[DONE]":
-                    text = await asyncio.wait_for(socket.recv(), 30)
-                    found.append(text if text == "[DONE]" else json.loads(text))
-                answers.append(found)
-        return answers
-
-    first, second = asyncio.run(run())
-
-    texts = [
-        "".join(c["choices"][0]["delta"].get("content", "") for c in answer[:-1])
-        for answer in (first, second)
-    ]
-    assert texts[0] == texts[1] != ""
-
-
-def test_websocket_answers_mistakes_and_goes_on(server: Server) -> None:
-    body = {**GREEDY, "messages": CHAT}
-
-    async def run() -> list[Any]:
-        found = []
-        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
-            for question in ("{not json", json.dumps({**body, "n": 0}), json.dumps(body)):
-                await socket.send(question)
-                found.append(json.loads(await socket.recv()))
-        return found
-
-    first, second, third = asyncio.run(run())
-
-    assert first["error"]["type"] == "invalid_request_error"
-    assert second["error"]["param"] == "n"
-    assert third["object"] == "chat.completion.chunk"
-
-
-def test_closing_a_websocket_frees_everything(server: Server) -> None:
-    body = {"model": "demo", "messages": CHAT, "n": 4, "max_tokens": 1500, "ignore_eos": True}
-
-    async def run() -> None:
-        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
-            await socket.send(json.dumps(body))
-            await socket.recv()
-
-    asyncio.run(run())
-
-    server.wait_until_idle(timeout_s=1.0)
-
-
-def test_every_question_on_a_websocket_is_counted(server: Server) -> None:
-    names = ("vllm:generation_tokens_total", "vllm:request_success_total")
-    before = [server.figure(name) for name in names]
-
-    async def run() -> None:
-        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
-            for _ in range(3):
-                await socket.send(json.dumps({**GREEDY, "messages": CHAT, "ignore_eos": True}))
-                while await socket.recv() != "[DONE]":
-                    pass
-
-    asyncio.run(run())
-
-    found = [server.figure(name) - was for name, was in zip(names, before, strict=True)]
-    assert found == [36, 3]
-
-
-async def read_all(socket: Any) -> None:
-    while True:
-        await socket.recv()
-
-
-def test_websocket_that_asks_too_much_is_closed(server: Server) -> None:
-    body = {"model": "demo", "messages": CHAT, "max_tokens": 1500, "ignore_eos": True}
-
-    async def run() -> int:
-        async with websockets.connect(server.url.replace("http", "ws") + CHAT_PATH) as socket:
-            for _ in range(8):
-                await socket.send(json.dumps(body))
-            with pytest.raises(websockets.ConnectionClosed) as closed:
-                await asyncio.wait_for(read_all(socket), 20)
-            return closed.value.rcvd.code if closed.value.rcvd else 0
-
-    assert asyncio.run(run()) == 1008
-    server.wait_until_idle(timeout_s=1.0)
-    assert "Traceback" not in server.read_log()
 
 
 def test_figures_count_requests_and_tokens(server: Server, client: openai.OpenAI) -> None:

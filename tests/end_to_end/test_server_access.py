@@ -72,13 +72,45 @@ def test_websocket_without_a_key_is_refused(server: Server) -> None:
         websockets.sync.client.connect(url)
 
 
+@pytest.mark.parametrize("origin", ["https://other.example", "null", "http://127.0.0.1:1"])
+def test_websocket_of_another_sites_page_is_refused(server: Server, origin: str) -> None:
+    url = server.url.replace("http", "ws") + "/v1/chat/completions"
+    headers = {"authorization": "Bearer first", "origin": origin}
+
+    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+        websockets.sync.client.connect(url, additional_headers=headers)
+
+    assert caught.value.response.status_code == 403
+    assert json.loads(caught.value.response.body)["error"]["code"] == "origin_not_allowed"
+
+
+@pytest.mark.parametrize("origin", ["https://app.example", "own"])
+def test_websocket_of_an_allowed_page_is_let_in(server: Server, origin: str) -> None:
+    url = server.url.replace("http", "ws") + "/v1/chat/completions"
+    headers = {"authorization": "Bearer first"}
+    headers["origin"] = server.url if origin == "own" else origin
+
+    with websockets.sync.client.connect(url, additional_headers=headers) as socket:
+        socket.send("{")
+        assert "error" in json.loads(socket.recv(10))
+
+
+def test_refusal_says_how_long_it_is(server: Server) -> None:
+    answer = httpx.get(server.url + "/v1/models")
+
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
 def test_origins_are_let_in_by_name_only(server: Server) -> None:
     def preflight(origin: str) -> httpx.Response:
         headers = {"origin": origin, "access-control-request-method": "POST"}
         return httpx.options(server.url + "/v1/completions", headers=headers)
 
     assert preflight("https://app.example").headers["access-control-allow-origin"]
-    assert "access-control-allow-origin" not in preflight("https://other.example").headers
+    refused = preflight("https://other.example")
+    assert "access-control-allow-origin" not in refused.headers
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "origin_not_allowed")
 
 
 def test_log_is_json_with_ids_and_without_prompts_and_keys(server: Server) -> None:
@@ -109,6 +141,7 @@ def test_prompts_are_logged_when_asked_for() -> None:
     [
         ("--api-key", ""),
         ("--api-key", "two words"),
+        ("--api-key", "a-secret", "--api-key", ""),
         ("--api-key-file", "/nowhere/keys"),
         ("--ssl-keyfile", "key.pem"),
         ("--ssl-certfile", "/nowhere/cert.pem", "--ssl-keyfile", "/nowhere/key.pem"),
@@ -128,6 +161,7 @@ def test_bad_setting_is_one_line_before_anything_starts(options: tuple[str, ...]
 
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+    assert "a-secret" not in done.stderr
     assert options[0].removeprefix("--") in done.stderr.replace("_", "-")
 
 

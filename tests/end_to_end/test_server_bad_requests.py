@@ -63,6 +63,8 @@ def test_odd_request_is_served(http: httpx.Client, case: tuple[str, str, Any]) -
     [
         ("GET", "/nope", 404, "not_found"),
         ("POST", "/v1/embeddings", 404, "not_found"),
+        ("GET", "/health/", 404, "not_found"),
+        ("POST", "/v1/completions/", 404, "not_found"),
         ("GET", "/v1/models/nope", 404, "model_not_found"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
@@ -96,6 +98,7 @@ def test_health_answers_while_large_bad_bodies_come(server: Server) -> None:
         json.dumps(bad_requests.completion(prompt=[-1] * 1_000_000)).encode(),
         json.dumps(bad_requests.chat(messages=[{"role": "user", "content": 5}] * 50_000)).encode(),
         json.dumps(bad_requests.completion(prompt="a " * 3_000_000)).encode(),
+        json.dumps(bad_requests.completion(prompt=[[5]] * 600_000)).encode(),
     ]
     slowest = 0.0
     ended = threading.Event()

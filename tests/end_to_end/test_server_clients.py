@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from serving import Server, serving
@@ -132,3 +135,26 @@ def test_lm_eval(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert results is not None
     assert results["results"]["orders"]["acc,none"] == 1.0
     assert results["n-samples"]["replies"]["effective"] == 2
+
+
+def test_streamed_response_ends_with_a_typed_error() -> None:
+    with serving() as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        asked = {"model": "demo", "input": "Hi", "ignore_eos": True, "stream": True}
+        url = server.url + "/v1/responses"
+        with httpx.stream("POST", url, json=asked, timeout=60) as answer:
+            events = client.responses.create(
+                model="demo", input="Hi", stream=True, extra_body={"ignore_eos": True}
+            )
+            next(iter(events))
+            os.kill(server.engine_pid(), signal.SIGKILL)
+
+            with pytest.raises(openai.APIError, match="SIGKILL"):
+                list(events)
+            text = "".join(answer.iter_text())
+
+    name, _, data = text.strip().rpartition("\n\n")[2].partition("\ndata: ")
+    found = json.loads(data)
+    assert (name, found["type"], found["code"]) == ("event: error", "error", "engine_dead")
+    assert found["error"]["message"] == found["message"]
+    assert found["sequence_number"] == text.count("event: ") - 1

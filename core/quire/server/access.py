@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 
 from quire.errors import ConfigError
-from quire.server.errors import unauthorized
+from quire.server.errors import ApiError, foreign_origin, preflight_refused, unauthorized
 from quire.server.options import ServerOptions
 
 KEY_VARIABLE = "QUIRE_API_KEY"
@@ -88,23 +91,41 @@ def combined_salt(identity: KeyIdentity | None, own: str | None) -> str:
 
 
 class AccessMiddleware:
-    """Lets in what carries a key; every path needs one but those that are open."""
+    """Lets in what carries a key; every path needs one but those that are open.
 
-    def __init__(self, app: Any, keys: Keys | None) -> None:
+    No key keeps a page that a user of this machine looks at from opening a WebSocket: browsers
+    ask nobody first, as they do for HTTP, so that its origin is looked at here.
+    """
+
+    def __init__(self, app: Any, keys: Keys | None, origins: Sequence[str] = ()) -> None:
         self._app = app
         self._keys = keys
+        self._origins = origins
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or self._keys is None or _is_open(scope):
+        error = None if scope["type"] == "lifespan" else self._error(scope)
+        if error is None:
             await self._app(scope, receive, send)
             return
+        scope["state"]["quire_error"] = error
+        await _refuse(scope, send, error)
+
+    def _error(self, scope: Any) -> ApiError | None:
+        if scope["type"] == "websocket" and _is_foreign(scope["headers"], self._origins):
+            return foreign_origin()
+        if self._keys is None or _is_open(scope):
+            return None
         identity = self._keys.find(header(scope["headers"], b"authorization"))
         scope["state"]["quire_key"] = identity
-        if identity is not None:
-            await self._app(scope, receive, send)
-            return
-        scope["state"]["quire_error"] = unauthorized()
-        await _refuse(scope, send)
+        return unauthorized() if identity is None else None
+
+
+def _is_foreign(headers: Sequence[tuple[bytes, bytes]], allowed: Sequence[str]) -> bool:
+    """Whether a page asks that is neither this server's own nor of an allowed origin."""
+    origin = header(headers, b"origin")
+    if origin is None or "*" in allowed or origin.decode("latin-1") in allowed:
+        return False
+    return origin.partition(b"://")[2].lower() != (header(headers, b"host") or b"").lower()
 
 
 def _is_open(scope: Any) -> bool:
@@ -112,17 +133,18 @@ def _is_open(scope: Any) -> bool:
     return is_plain and scope["path"] in OPEN_PATHS
 
 
-async def _refuse(scope: Any, send: Any) -> None:
-    error = unauthorized()
+async def _refuse(scope: Any, send: Any, error: ApiError) -> None:
     kind = "http.response"
     if scope["type"] == "websocket":
         kind = "websocket.http.response"
         if kind not in scope.get("extensions", {}):
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
             return
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+    body = error.body()
+    own = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
+    headers = [(name.lower().encode(), value.encode()) for name, value in own.items()]
     await send({"type": f"{kind}.start", "status": error.status, "headers": headers})
-    await send({"type": f"{kind}.body", "body": error.body()})
+    await send({"type": f"{kind}.body", "body": body})
 
 
 def header(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> bytes | None:
@@ -152,6 +174,19 @@ def cors_middleware(options: ServerOptions) -> dict[str, Any] | None:
         "allow_headers": ["*"],
         "expose_headers": ["x-request-id"],
     }
+
+
+class Cors(CORSMiddleware):
+    """starlette's, with our error object where a page may not do what it asks for."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Say what a page may do."""
+        response = super().preflight_response(request_headers)
+        if response.status_code >= 400:
+            response.body = preflight_refused().body()
+            response.headers["content-type"] = "application/json"
+            response.headers["content-length"] = str(len(response.body))
+        return response
 
 
 def tls_settings(options: ServerOptions) -> dict[str, str]:

@@ -12,6 +12,11 @@ TokenBytes = Callable[[int], bytes]
 Entry = dict[int, Logprob]
 
 
+def token_id_bytes(token_id: int) -> bytes:
+    """Spell a token by its id, for `return_tokens_as_token_ids`. Source: vLLM."""
+    return b"token_id:%d" % token_id
+
+
 def _value(logprob: float) -> float:
     return max(logprob, LOWEST)
 
@@ -38,6 +43,28 @@ def chat_logprobs(
         item["top_logprobs"] = [one(token_id, found.logprob) for token_id, found in top]
         content.append(item)
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(
+    entries: Sequence[Entry | None] | None, num_top: int
+) -> list[dict[str, Any] | None] | None:
+    """Return a prompt's log-probabilities by token id, as vLLM writes them."""
+    if entries is None:
+        return None
+    return [None if entry is None else _by_id(entry, num_top) for entry in entries]
+
+
+def _by_id(entry: Entry, num_top: int) -> dict[str, Any]:
+    own = next(iter(entry))
+    return {
+        str(token_id): {
+            "logprob": _value(found.logprob),
+            "rank": found.rank,
+            "decoded_token": found.decoded_token,
+        }
+        for token_id, found in entry.items()
+        if token_id == own or (found.rank or 0) <= num_top
+    }
 
 
 class CompletionLogprobs:

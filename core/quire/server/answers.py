@@ -11,7 +11,13 @@ from typing import Any
 import msgspec
 from attrs import frozen
 
-from quire.server.answer_logprobs import CompletionLogprobs, TokenBytes, chat_logprobs
+from quire.server.answer_logprobs import (
+    CompletionLogprobs,
+    TokenBytes,
+    chat_logprobs,
+    prompt_logprobs,
+)
+from quire.server.errors import ApiError
 from quire.server.generation import Generation, Usage
 from quire.server.stream import Stream
 from quire.text.output_processor import Delta
@@ -31,7 +37,8 @@ def event(value: Any) -> bytes:
 class AnswerOptions:
     """What a request says about the form of its answer.
 
-    `num_logprobs` is None where none are wanted. `token_bytes` spells a token.
+    `num_logprobs` is None where none are wanted, as `num_prompt_logprobs` is. `token_bytes` spells
+    a token.
     """
 
     model: str
@@ -40,9 +47,11 @@ class AnswerOptions:
     include_usage: bool = False
     continuous_usage: bool = False
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     echo: bool = False
     generates: bool = True  # False: the prompt alone is echoed
     token_ids: bool = False
+    request_id: str | None = None  # what the answer is called; None: a name of its own
 
 
 class Answers(abc.ABC):
@@ -54,7 +63,7 @@ class Answers(abc.ABC):
 
     def __init__(self, options: AnswerOptions) -> None:
         self.options = options
-        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self.id = f"{self.prefix}-{options.request_id or secrets.token_hex(12)}"
         self.created = int(time.time())
         head = {"id": self.id, "object": self.chunk_kind, "created": self.created}
         head |= {"model": options.model, "system_fingerprint": options.fingerprint}
@@ -81,14 +90,21 @@ class Answers(abc.ABC):
         usage_json = to_json(usage.to_json())
         return self._head + b'],"usage":' + usage_json + b"}\n\n" + DONE
 
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event of an error, which no `[DONE]` follows."""
+        return b"data: " + error.body() + b"\n\n"
+
     def whole(self, generation: Generation) -> bytes:
         """Return the body of an answer that is not streamed."""
+        return to_json(self._whole(generation))
+
+    def _whole(self, generation: Generation) -> dict[str, Any]:
         choices = [
             self.choice(number * generation.n + sequence, stream, sequence)
             for number, stream in enumerate(generation.streams)
             for sequence in range(generation.n)
         ]
-        answer = {
+        return {
             "id": self.id,
             "object": self.whole_kind,
             "created": self.created,
@@ -97,7 +113,6 @@ class Answers(abc.ABC):
             "choices": choices,
             "usage": generation.usage.to_json(),
         }
-        return to_json(answer)
 
     def with_usage(self, events: bytes, usage: Usage) -> bytes:
         """Return the events with the usage so far, for `continuous_usage_stats`."""
@@ -105,6 +120,13 @@ class Answers(abc.ABC):
             return events
         tail = b'],"usage":' + to_json(usage.to_json()) + b"}\n\n"
         return events.replace(self._tail, tail)
+
+    def _of_prompt(self, stream: Stream) -> dict[str, Any]:
+        """Return what a whole chat answer, or a completion's choice, says of its prompt."""
+        if self.options.num_prompt_logprobs is None:
+            return {}
+        found = prompt_logprobs(stream.prompt_logprobs, self.options.num_prompt_logprobs)
+        return {"prompt_logprobs": found}
 
     def _has_news(self, delta: Delta) -> bool:
         """Whether a chunk is to be sent: tokens without a text are told of where ids are wanted."""
@@ -165,6 +187,10 @@ class ChatAnswers(Answers):
         }
         return choice | ({"token_ids": output.token_ids} if self.options.token_ids else {})
 
+    def whole(self, generation: Generation) -> bytes:
+        """Return the body; a conversation's prompt is told of beside its choices."""
+        return to_json(self._whole(generation) | self._of_prompt(generation.streams[0]))
+
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
         return chat_logprobs(
             delta.logprobs or (), self.options.num_logprobs or 0, self.options.token_bytes
@@ -187,11 +213,16 @@ class CompletionAnswers(Answers):
         self._to_echo: dict[int, Stream] = {}
 
     def begin(self, generation: Generation) -> bytes:
-        """Return nothing; prompts to echo go out before each choice's first token."""
+        """Return an empty chunk a choice where there are several, so that they come in order.
+
+        Prompts to echo go out before each choice's first token.
+        """
+        numbers = range(len(generation.streams) * generation.n)
         if self.options.echo:
-            numbers = range(len(generation.streams) * generation.n)
             self._to_echo = {i: generation.streams[i // generation.n] for i in numbers}
-        return b""
+        if len(numbers) == 1:
+            return b""
+        return b"".join(self._piece(index, "", b"null") for index in numbers)
 
     def pieces(self, index: int, delta: Delta) -> bytes:
         """Return a chunk with text, where there is some, and one for the end."""
@@ -230,9 +261,9 @@ class CompletionAnswers(Answers):
             "stop_reason": output.stop_reason if self.options.generates else None,
         }
         if self.options.token_ids:
-            choice["token_ids"] = output.token_ids
+            choice["token_ids"] = output.token_ids if self.options.generates else []
             choice["prompt_token_ids"] = list(stream.request.prompt_token_ids)
-        return choice
+        return choice | self._of_prompt(stream)
 
     def _piece(self, index: int, text: str, logprobs: bytes, extra: bytes = b"") -> bytes:
         return self._chunk(

@@ -8,11 +8,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import WebSocketRoute
 
 from quire.errors import QuireError
-from quire.server.access import AccessMiddleware, cors_middleware
+from quire.server.access import AccessMiddleware, Cors, cors_middleware
 from quire.server.bodies import Disconnected
 from quire.server.errors import ApiError, method_not_allowed, not_found, to_api_error
 from quire.server.generation_routes import GenerationRoutes
@@ -30,10 +29,10 @@ log = logging.getLogger("quire.server")
 def build_app(service: Service) -> Any:
     """Return the whole application, outermost layer first."""
     app: Any = _routed(service)
-    app = AccessMiddleware(app, service.keys)
+    app = AccessMiddleware(app, service.keys, service.options.allowed_origins)
     cors = cors_middleware(service.options)
     if cors is not None:
-        app = CORSMiddleware(app, **cors)
+        app = Cors(app, **cors)
     app = RecordMiddleware(app, service)
     return RequestIdMiddleware(app)
 
@@ -41,7 +40,9 @@ def build_app(service: Service) -> Any:
 def _routed(service: Service) -> FastAPI:
     from quire import __version__
 
-    app = FastAPI(title="Quire", version=__version__, redoc_url=None)
+    # A redirect would send clients to whatever host their request names.
+    app = FastAPI(title="Quire", version=__version__, redoc_url=None, redirect_slashes=False)
+    app.router.default = _no_route
     schema = document("Quire", __version__)
     app.openapi = lambda: schema  # type: ignore[method-assign]
     plain, generation = PlainRoutes(service), GenerationRoutes(service)
@@ -72,6 +73,13 @@ def _routed(service: Service) -> FastAPI:
     return app
 
 
+async def _no_route(scope: Any, receive: Any, send: Any) -> None:
+    """Answer a path that is not there, a WebSocket's too."""
+    error = not_found(scope["path"])
+    scope["state"]["quire_error"] = error
+    await error_response(error)(scope, receive, send)
+
+
 async def _on_disconnect(request: Request, error: Exception) -> Response:
     """Note that nobody waits for an answer."""
     record_of(request.scope).client_left = True
@@ -89,8 +97,6 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _routing_error(request: Request, error: HTTPException) -> Exception:
-    if error.status_code == 404:
-        return not_found(request.url.path)
     if error.status_code == 405:
         return method_not_allowed((error.headers or {}).get("Allow", "GET"))
     return error

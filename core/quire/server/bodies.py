@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from quire.server.errors import timed_out, too_large, unsupported_media_type
 
 TOTAL_PAUSES = 6  # a whole body may take so many of the longest pauses
+MIN_BYTES_PER_S = 1024  # what comes more slowly is a client that only wants to hold a connection
 
 
 class Disconnected(Exception):
@@ -29,8 +31,10 @@ async def read_body(
 async def _read(receive: Any, limit: int, pause_s: float) -> bytes:
     parts: list[bytes] = []
     size = 0
+    begin_s = time.monotonic()
     while True:
-        async with asyncio.timeout(pause_s):
+        left_s = begin_s + pause_s + size / MIN_BYTES_PER_S - time.monotonic()
+        async with asyncio.timeout(min(pause_s, left_s)):
             message = await receive()
         if message["type"] == "http.disconnect":
             raise Disconnected

@@ -114,6 +114,24 @@ def unauthorized() -> ApiError:
     )
 
 
+def foreign_origin() -> ApiError:
+    """Refuse a page of another site, which a browser lets open a WebSocket without asking."""
+    return ApiError(
+        403,
+        "the page's origin may not open a WebSocket here; --allowed-origins lets origins in.",
+        code="origin_not_allowed",
+    )
+
+
+def preflight_refused() -> ApiError:
+    """Refuse a browser that asks whether a page may do something."""
+    return ApiError(
+        400,
+        "the page's origin, method or headers are not allowed; --allowed-origins lets origins in.",
+        code="origin_not_allowed",
+    )
+
+
 def too_large(limit: int) -> ApiError:
     """Refuse a body above the limit."""
     return ApiError(

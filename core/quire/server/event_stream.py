@@ -30,6 +30,9 @@ class EventSource(Protocol):
         Raises: StopAsyncIteration at the end, ApiError where it failed.
         """
 
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream which has begun."""
+
     def ring(self) -> None:
         """Make a `next` that waits return."""
 
@@ -132,7 +135,7 @@ class EventStream:
             if raises:
                 raise
             self.error = error
-            return b"data: " + error.body() + b"\n\n", True
+            return self.source.failure(error), True
         if not events and self.wants_comment:
             events = KEEP_ALIVE
         return events, False

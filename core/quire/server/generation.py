@@ -24,7 +24,7 @@ class Asked:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
-    generates: bool = True  # False: the engine's token is not wanted, and not counted
+    generates: bool = True  # False: the token that the engine makes is not told of
 
 
 @define
@@ -48,14 +48,12 @@ class Usage:
 class Generation:
     """The streams of one HTTP request. Choice `i` is prompt `i // n`, sequence `i % n`."""
 
-    def __init__(
-        self, streams: Sequence[Stream], news: News, n: int, *, generates: bool = True
-    ) -> None:
+    def __init__(self, streams: Sequence[Stream], news: News, asked: Asked) -> None:
         self.streams = streams
         self.news = news
-        self.n = n
-        self._generates = generates
-        self._num_tokens = [0] * (len(streams) * n)  # by choice
+        self.n = asked.params.n
+        self._generates = asked.generates
+        self._num_tokens = [0] * (len(streams) * self.n)  # by choice
         self.usage = Usage(prompt_tokens=sum(s.num_prompt_tokens for s in streams))
         self.finish_reasons: list[str] = []
 
@@ -83,7 +81,7 @@ class Generation:
             if is_alone and isinstance(error, OverloadedError) and error.code == "queue_full":
                 raise _too_many(asked) from error
             raise
-        return cls(streams, news, asked.params.n, generates=asked.generates)
+        return cls(streams, news, asked)
 
     @property
     def is_finished(self) -> bool:

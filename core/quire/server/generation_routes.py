@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from quire.errors import ConfigError, RequestError
 from quire.request import SamplingParams
 from quire.server.access import combined_salt
+from quire.server.answer_logprobs import TokenBytes, token_id_bytes
 from quire.server.answers import AnswerOptions, Answers, ChatAnswers, CompletionAnswers
 from quire.server.generation import Asked, Generation
 from quire.server.protocol.chat import ChatCompletionRequest
@@ -100,7 +101,7 @@ class GenerationRoutes:
             params=params,
             priority=body.priority or 0,
             cache_salt=combined_salt(key, body.cache_salt) or None,
-            generates=not getattr(body, "wants_no_generation", False),
+            generates=not body.wants_no_generation,
         )
 
     async def _begin(self, scope: Any, asked: Asked) -> Generation:
@@ -135,13 +136,20 @@ class GenerationRoutes:
         stream_options = asked.stream_options
         return AnswerOptions(
             model=asked.model,
-            token_bytes=self._tokenizer().token_bytes if own["num_logprobs"] is not None else _none,
+            token_bytes=self._token_bytes(asked, own["num_logprobs"]),
             fingerprint=self._service.fingerprint,
             include_usage=bool(stream_options and stream_options.include_usage),
             continuous_usage=bool(stream_options and stream_options.continuous_usage_stats),
             token_ids=bool(asked.return_token_ids),
+            num_prompt_logprobs=asked.prompt_logprobs,
+            request_id=asked.request_id,
             **own,
         )
+
+    def _token_bytes(self, asked: Any, num_logprobs: int | None) -> TokenBytes:
+        if asked.return_tokens_as_token_ids:
+            return token_id_bytes
+        return self._tokenizer().token_bytes if num_logprobs is not None else _none
 
     def _tokenizer(self) -> Tokenizer:
         try:

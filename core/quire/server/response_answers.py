@@ -7,10 +7,9 @@ import secrets
 import time
 from typing import Any
 
-import msgspec
-
 from quire.server.answer_logprobs import chat_logprobs
 from quire.server.answers import AnswerOptions, to_json
+from quire.server.errors import ApiError
 from quire.server.generation import Generation, Usage
 from quire.server.protocol.responses import ResponsesRequest
 from quire.text.output_processor import Delta
@@ -23,7 +22,7 @@ class ResponseAnswers:
 
     def __init__(self, options: AnswerOptions, asked: ResponsesRequest) -> None:
         self.options = options
-        self.id = f"resp_{secrets.token_hex(24)}"
+        self.id = f"resp_{options.request_id or secrets.token_hex(24)}"
         self._item_id = f"msg_{secrets.token_hex(24)}"
         self._created = int(time.time())
         self._asked = asked
@@ -66,6 +65,11 @@ class ResponseAnswers:
             + self._event("response.output_item.done", output_index=0, item=item)
             + self._event(f"response.{status}", response=self._response(status, [item], usage))
         )
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return OpenAI's typed event, with the object that its client raises beside it."""
+        fields = {"code": error.code, "message": error.message, "param": error.param}
+        return self._event("error", **fields, **error.to_json())
 
     def with_usage(self, events: bytes, usage: Usage) -> bytes:
         """Return the events as they are: the last one alone tells the usage."""
@@ -132,7 +136,7 @@ class ResponseAnswers:
             "top_p": asked.top_p,
             "top_logprobs": asked.top_logprobs or 0,
             "tool_choice": asked.tool_choice or "auto",
-            "tools": msgspec.to_builtins(asked.tools or []),
+            "tools": asked.tools or [],
             "text": {"format": {"type": "text"}},
             "truncation": "disabled",
             "background": False,

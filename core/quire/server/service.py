@@ -62,8 +62,8 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = "fp_starting"
         self.is_draining = False
-        self.on_drain: set[Callable[[], None]] = set()
         self.is_stalled = False
+        self.on_drain: set[Callable[[], None]] = set()  # what wakes connections that wait
         self.num_active = 0  # requests between their first byte and the end of their answer
 
     async def start(self) -> Ready:

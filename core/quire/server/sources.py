@@ -6,7 +6,7 @@ import asyncio
 from typing import Protocol
 
 from quire.errors import QuireError
-from quire.server.errors import SequenceFailed, to_api_error
+from quire.server.errors import ApiError, SequenceFailed, to_api_error
 from quire.server.generation import Generation, Usage
 from quire.text.output_processor import Delta
 
@@ -20,6 +20,7 @@ class EventWriter(Protocol):
     def pieces(self, index: int, delta: Delta) -> bytes: ...
     def with_usage(self, events: bytes, usage: Usage) -> bytes: ...
     def end(self, usage: Usage) -> bytes: ...
+    def failure(self, error: ApiError) -> bytes: ...
 
 
 class AnswerSource:
@@ -66,6 +67,10 @@ class AnswerSource:
             if len(parts[-1]) > LARGE_BYTES:
                 await asyncio.sleep(0)
         return b"".join(parts)
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream which has begun."""
+        return self._answers.failure(error)
 
     def ring(self) -> None:
         """Make a `next` that waits return."""

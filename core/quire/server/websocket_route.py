@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import Any
 
+import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from quire.errors import QuireError
@@ -71,6 +72,7 @@ class Connection:
             reader.cancel()
 
     def _wake(self) -> None:
+        """Make `run` look whether there is still something to do."""
         self._questions.put_nowait(None)
 
     async def _read(self) -> None:
@@ -108,7 +110,8 @@ class Connection:
             finish_record(record, scope, self._service)
 
     async def _send_answer(self, question: bytes, scope: Scope) -> None:
-        asked = parse(question, ChatCompletionRequest)
+        # What is asked here is always streamed, said or not.
+        asked = msgspec.structs.replace(parse(question, ChatCompletionRequest), stream=True)
         generation, answers = await self._routes.begin_chat(scope, asked)
         self._source = AnswerSource(generation, answers)
         try:

@@ -94,7 +94,7 @@ def test_parse_bytes_knows_powers_of_1024(text: str, value: Any) -> None:
         (["--gpu-memory-utilization", "x"], "--gpu-memory-utilization is 'x'; allowed: numbers"),
         (["--max-model-len", "automatic"], "--max-model-len is 'automatic'; allowed: auto, or"),
         (["--kv-cache-memory-bytes", "4X"], "--kv-cache-memory-bytes is '4X'; allowed: whole"),
-        (["--disable-plugin", "a,,b"], "--disable-plugin is ('a', '', 'b'); allowed: names."),
+        (["--disable-plugin", "a,,b"], "--disable-plugin has ''; allowed: names."),
         (["--seed", "-5"], "--seed is -5; allowed: whole numbers from 0"),
     ],
 )

@@ -25,6 +25,9 @@ class Source:
             raise found
         return found
 
+    def failure(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n"
+
     def ring(self) -> None:
         self.waiting.put_nowait(b"")
 

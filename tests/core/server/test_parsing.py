@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -38,6 +39,26 @@ def parse_or_refuse(data: bytes, kind: type[msgspec.Struct]) -> msgspec.Struct |
         if len(str(error)) > 1000:
             raise AssertionError("an error echoes its input") from error
         return None
+
+
+@pytest.mark.parametrize("field", ["tools", "chat_template_kwargs"])
+def test_what_a_template_is_told_is_bounded(field: str) -> None:
+    many: dict[str, Any] = {"a": [{"b": 1}] * 40_000}
+    told = [{"type": "function", "function": {"name": "f", "parameters": many}}]
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+    asked = parse(
+        json.dumps({**body, field: told if field == "tools" else many}).encode(),
+        ChatCompletionRequest,
+    )
+
+    with pytest.raises(RequestError, match=field):
+        asked.template_options()
+
+
+def test_large_body_leaves_the_collector_on() -> None:
+    parse_or_refuse(b'{"prompt":[' + b"[1]," * 50_000 + b"[1]]}", CompletionRequest)
+
+    assert gc.isenabled()
 
 
 @given(st.binary() | st.text().map(str.encode), st.sampled_from(KINDS))

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from quire.server.protocol import fields as f
-from quire.server.protocol.generation import GenerationBody, conflict
+from quire.server.protocol.generation import GenerationBody, check_size, conflict
 
 Content = Meta(description="a text, or a list of parts of type text")
 
@@ -124,12 +124,23 @@ class Templated:
         """Return what the template is told beside the messages."""
         continues = bool(self.continue_final_message)
         adds = self.add_generation_prompt
+        check_size("chat_template_kwargs", self.chat_template_kwargs)
         return {
-            "tools": None if self.tools is None else msgspec.to_builtins(self.tools),
+            "tools": None if self.tools is None else self._tools(self.tools),
             "add_generation_prompt": not continues if adds is None else adds,
             "continue_final_message": continues,
             "kwargs": self.chat_template_kwargs,
         }
+
+    @staticmethod
+    def _tools(tools: list[Tool]) -> list[dict[str, Any]]:
+        check_size("tools", [tool.function.parameters for tool in tools])
+        return [{"type": tool.type, "function": given_fields(tool.function)} for tool in tools]
+
+
+def given_fields(part: msgspec.Struct) -> dict[str, Any]:
+    """Return a struct's fields that are not null, without copying what they hold."""
+    return {k: v for k, v in msgspec.structs.asdict(part).items() if v is not None}
 
 
 class Conversation(

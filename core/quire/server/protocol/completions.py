@@ -36,7 +36,8 @@ class CompletionRequest(
     @property
     def num_prompt_logprobs(self) -> int | None:
         """An echoed prompt gets log-probabilities as the answer does."""
-        return self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
     @property
     def wants_no_generation(self) -> bool:

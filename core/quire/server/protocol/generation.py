@@ -88,6 +88,11 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         """The same for the tokens of the prompt."""
         return self.prompt_logprobs
 
+    @property
+    def wants_no_generation(self) -> bool:
+        """Whether the prompt alone is wanted back, with its log-probabilities."""
+        return False
+
     def length_limit(self) -> tuple[str, int | None]:
         """Return the field that limits the answer's tokens, and what SamplingParams gets of it."""
         raise NotImplementedError
@@ -102,6 +107,23 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return how to choose tokens and when to stop. Raises: RequestError."""
         return sampling_params(self, defaults)
+
+
+def check_size(name: str, given: Any) -> None:
+    """Refuse what a template is told if it has too many values. Raises: RequestError.
+
+    Copying and rendering millions of them would hold everybody up.
+    """
+    todo = [given]
+    count = 0
+    while todo:
+        value = todo.pop()
+        inner = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list)):
+            count += len(value)
+            if count > f.MAX_TEMPLATE_VALUES:
+                raise conflict(name, f"has too many values; allowed: {f.MAX_TEMPLATE_VALUES}")
+            todo.extend(inner)
 
 
 def conflict(name: str, fact: str) -> RequestError:

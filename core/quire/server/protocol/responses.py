@@ -8,8 +8,8 @@ import msgspec
 from msgspec import Meta
 
 from quire.server.protocol import fields as f
-from quire.server.protocol.chat import ToolChoice
-from quire.server.protocol.generation import GenerationBody, conflict
+from quire.server.protocol.chat import ToolChoice, given_fields
+from quire.server.protocol.generation import GenerationBody, check_size, conflict
 
 
 class ResponsePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -106,6 +106,7 @@ class ResponsesRequest(
     ) = None
     parallel_tool_calls: f.Flag | None = None
 
+    prompt_logprobs: f.Refused = None
     previous_response_id: f.Refused = None
     conversation: f.Refused = None
     max_tool_calls: f.Refused = None
@@ -127,8 +128,6 @@ class ResponsesRequest(
     def check(self) -> None:
         """Refuse fields that do not fit together. Raises: RequestError."""
         super().check()
-        if self.tool_choice == "auto" and self.tools is None:
-            raise conflict("tool_choice", "needs tools; give some or leave it out")
         to_messages(self)
 
 
@@ -136,9 +135,10 @@ def to_chat_tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
     """Return the tools in the form that chat templates read."""
     if not request.tools or request.tool_choice == "none":
         return None
+    check_size("tools", [tool.parameters for tool in request.tools])
     tools = []
     for tool in request.tools:
-        function = msgspec.to_builtins(tool)
+        function = given_fields(tool)
         tools.append({"type": function.pop("type"), "function": function})
     return tools
 
