@@ -61,9 +61,11 @@ def blocks_of(table, first, columns, high, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl
         BLOCK_SIZE <  BLOCK_N   [ b ][ b ][ b ][ b ]        an entry a key, equal within a block
     """
     if BLOCK_SIZE >= BLOCK_N:
-        return tl.load(table + first // BLOCK_SIZE, mask=first < high, other=0)
-    entries = table + first // BLOCK_SIZE + columns // BLOCK_SIZE
-    return tl.load(entries, mask=first + columns < high, other=0)
+        blocks = tl.load(table + first // BLOCK_SIZE, mask=first < high, other=0)
+    else:
+        entries = table + first // BLOCK_SIZE + columns // BLOCK_SIZE
+        blocks = tl.load(entries, mask=first + columns < high, other=0)
+    return blocks
 
 
 @triton.jit
@@ -74,8 +76,10 @@ def offsets_in(
     """Return where the keys of a tile with these blocks lie in the cache, in 64 bits."""
     starts = blocks.to(tl.int64) * stride_block
     if BLOCK_SIZE >= BLOCK_N:
-        return starts + (first % BLOCK_SIZE + columns) * WIDTH
-    return starts + (columns % BLOCK_SIZE) * WIDTH
+        offsets = starts + (first % BLOCK_SIZE + columns) * WIDTH
+    else:
+        offsets = starts + (columns % BLOCK_SIZE) * WIDTH
+    return offsets
 
 
 @triton.jit

@@ -42,10 +42,10 @@ def tuning_for(*, group: int, dim: int, itemsize: int) -> Tuning:
     """Return the tiles for `group` query heads a KV head and heads of `dim`, a power of two."""
     rows = power_of_two(group)
     if itemsize == 4:
-        # Products in float32 use no tensor cores: small tiles, which spill nothing.
-        block_n = 32 if dim <= 128 else 16
-        small = Tile(block_m=rows, block_n=block_n, num_warps=4, num_stages=2)
-        large = Tile(block_m=max(32, rows), block_n=block_n, num_warps=4, num_stages=2)
+        # Products in float32 use no tensor cores; larger tiles spill registers.
+        num_warps = 4 if rows == 16 else 8
+        small = Tile(block_m=rows, block_n=16, num_warps=num_warps, num_stages=2)
+        large = Tile(block_m=max(32, rows), block_n=16, num_warps=8, num_stages=2)
         return Tuning(single=small, few=small, many=large)
     block_n = 64 if dim <= 128 else 32
     single = Tile(block_m=rows, block_n=block_n, num_warps=4, num_stages=4)
