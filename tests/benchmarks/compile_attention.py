@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "float32-256": {"dtype": "float32", "head_dim": 256, "value_head_dim": 256},
 }
-HOT = ("llama",)
+HOT = ("llama", "block-128")
 
 
 @define

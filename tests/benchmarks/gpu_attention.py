@@ -33,19 +33,20 @@ ROTATED_BYTES = 256 << 20
 DECODES = ((64, 4096), (1, 1024), (1, 8192), (1, 32768), (8, 8192), (256, 1024))
 PROMPTS = (8192, 2048)
 DEFAULT = tuning_for(group=HEADS // KV_HEADS, dim=DIM, itemsize=2)
-# (block_n, num_warps, num_stages, ctas_per_sm, min_chunk)
+# (block_n, num_warps, num_stages), (few_per_sm, few_chunk, most_per_sm, chunk)
 SINGLE = (
-    (64, 4, 4, 4, 128),
-    (64, 4, 4, 2, 128),
-    (64, 4, 4, 8, 256),
-    (64, 4, 3, 3, 128),
-    (64, 4, 3, 6, 128),
-    (64, 4, 3, 4, 64),
-    (32, 4, 5, 4, 128),
-    (32, 2, 5, 8, 128),
-    (128, 4, 3, 4, 128),
-    (128, 8, 3, 2, 256),
-    (64, 8, 4, 4, 128),
+    ((64, 4, 4), (2, 128, 8, 512)),
+    ((64, 4, 4), (2, 128, 4, 512)),
+    ((64, 4, 4), (2, 128, 16, 256)),
+    ((64, 4, 4), (2, 64, 2, 512)),
+    ((64, 4, 4), (1, 128, 1, 512)),
+    ((64, 4, 3), (3, 128, 8, 512)),
+    ((64, 4, 3), (3, 64, 3, 512)),
+    ((64, 8, 4), (2, 128, 8, 512)),
+    ((32, 4, 5), (2, 128, 8, 512)),
+    ((32, 2, 5), (4, 64, 8, 512)),
+    ((128, 4, 3), (1, 128, 8, 512)),
+    ((128, 8, 3), (1, 128, 4, 1024)),
 )
 # (block_m, block_n, num_warps, num_stages)
 MANY = (
@@ -252,10 +253,11 @@ def void(_: object) -> None:
 
 
 def single_tunings() -> Iterator[tuple[str, Tuning]]:
-    for block_n, num_warps, num_stages, ctas, chunk in SINGLE:
+    for (block_n, num_warps, num_stages), (few, few_chunk, most, chunk) in SINGLE:
         tile = Tile(block_m=16, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
-        name = f"n{block_n} w{num_warps} s{num_stages} ctas{ctas} chunk{chunk}"
-        yield name, evolve(DEFAULT, single=tile, ctas_per_sm=ctas, min_chunk=chunk)
+        limits = {"few_per_sm": few, "few_chunk": few_chunk, "most_per_sm": most, "chunk": chunk}
+        name = f"n{block_n} w{num_warps} s{num_stages}, {few}/SM of {few_chunk}, {most} of {chunk}"
+        yield name, evolve(DEFAULT, single=tile, **limits)
 
 
 def many_tunings() -> Iterator[tuple[str, Tuning]]:

@@ -22,15 +22,18 @@ class Tuning:
     """What `attend` runs with.
 
     `single` serves sequences with one token, `few` those whose rows fit one small tile, `many`
-    the rest. Sequences with one token are cut into about `ctas_per_sm` items an SM, none of them
-    shorter than `min_chunk` keys.
+    the rest. Sequences with one token are cut into items of at least `few_chunk` keys until there
+    are `few_per_sm` programs an SM, and of at least `chunk` keys until there are `most_per_sm`: a
+    GPU that is filled once may still wait for its slowest program.
     """
 
     single: Tile
     few: Tile
     many: Tile
-    ctas_per_sm: int = 4
-    min_chunk: int = 128
+    few_per_sm: int = 2
+    few_chunk: int = 128
+    most_per_sm: int = 8
+    chunk: int = 512
 
 
 def power_of_two(number: int, *, at_least: int = 16) -> int:
