@@ -1,4 +1,4 @@
-"""The kernels compile for a GPU that is not here: the interpreter takes what the compiler refuses."""
+"""The kernels compile for a GPU that is not here; the interpreter lets more through."""
 
 import importlib.util
 import os
