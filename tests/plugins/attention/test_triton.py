@@ -42,7 +42,7 @@ class ManySplits(TritonAttention):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         single = attrs.evolve(self.tuning.single, block_n=16)
-        fine = attrs.evolve(self.tuning, single=single, ctas_per_sm=64, min_chunk=16)
+        fine = attrs.evolve(self.tuning, single=single, most_per_sm=64, chunk=16)
         self.set_tuning(fine)
 
 
@@ -232,7 +232,7 @@ def test_split_plan_covers_every_visible_key_once(lengths: list[int], window: in
     firsts = backend._first_items[: len(lengths) + 1].tolist()
     count = backend._num_items.item()
     assert (firsts[0], firsts[-1]) == (0, count)
-    assert count <= len(lengths) + backend.target_items
+    assert count <= backend.max_items(len(lengths))
     items = backend._items[:count].tolist()
     for row, seq_len in enumerate(lengths):
         own = items[firsts[row] : firsts[row + 1]]

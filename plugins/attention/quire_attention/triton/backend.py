@@ -93,7 +93,9 @@ class TritonAttention(AttentionBackend):
     def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
         """Count the split plan, the partial results and the tile lists."""
         tuning = _tuning(spec)
-        items = limits.max_num_seqs + _target_items(spec, tuning, MAX_SMS)
+        items = limits.max_num_seqs + _extra_items(
+            limits.max_num_seqs, tuning.most_per_sm * MAX_SMS, spec
+        )
         plan = items * kernels.ITEM_SIZE.value + limits.max_num_seqs + 2
         partial = items * spec.num_heads * (spec.value_head_dim + 1)
         tiles = limits.max_steps_in_flight * _max_tiles(spec, tuning, limits) * 2
@@ -111,8 +113,10 @@ class TritonAttention(AttentionBackend):
         spec, limits = self.spec, self.limits
         device = torch.device(spec.device)
         self.tuning = tuning
-        self.target_items = _target_items(spec, tuning, _num_sms(device))
-        max_items = limits.max_num_seqs + self.target_items
+        num_sms = _num_sms(device)
+        self._few_programs = tuning.few_per_sm * num_sms
+        self._most_programs = tuning.most_per_sm * num_sms
+        max_items = self.max_items(limits.max_num_seqs)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -127,6 +131,10 @@ class TritonAttention(AttentionBackend):
         tiles = (limits.max_steps_in_flight, _max_tiles(spec, tuning, limits), 2)
         self._tiles = ints(*tiles)
         self._staged = torch.zeros(tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def max_items(self, num_rows: int) -> int:
+        """Return the most items into which so many sequences with one token are cut."""
+        return num_rows + _extra_items(num_rows, self._most_programs, self.spec)
 
     def plan(self, batch: Batch, group: int) -> TritonPlan:
         """Cut the sequences with several tokens into tiles.
@@ -183,8 +191,10 @@ class TritonAttention(AttentionBackend):
             self._first_items,
             self._num_items,
             plan.num_single,
-            TARGET=self.target_items,
-            MIN_CHUNK=self.tuning.min_chunk,
+            _extra_items(plan.num_single, self._few_programs, self.spec),
+            _extra_items(plan.num_single, self._most_programs, self.spec),
+            FEW_CHUNK=self.tuning.few_chunk,
+            CHUNK=self.tuning.chunk,
             BLOCK_N=self.tuning.single.block_n,
             WINDOW=self.spec.sliding_window,
             ROWS=power_of_two(self.limits.max_num_seqs),
@@ -248,7 +258,7 @@ class TritonAttention(AttentionBackend):
                 "choose another with --attention-backend."
             )
         if plan.num_single:
-            grid = (self.spec.num_kv_heads, plan.num_single + self.target_items)
+            grid = (self.spec.num_kv_heads, self.max_items(plan.num_single))
             self._launch(grid, self._items, layer, q, kv_cache, plan, (out, lse))
             kernels.merge[(self.spec.num_heads, plan.num_single)](
                 self._partial,
@@ -328,9 +338,12 @@ def _num_sms(device: torch.device) -> int:
     return min(torch.cuda.get_device_properties(device).multi_processor_count, MAX_SMS)
 
 
-def _target_items(spec: AttentionSpec, tuning: Tuning, num_sms: int) -> int:
-    """Return into how many items, each once a KV head, a step's single tokens are cut."""
-    return -(-tuning.ctas_per_sm * num_sms // spec.num_kv_heads)
+def _extra_items(num_rows: int, num_programs: int, spec: AttentionSpec) -> int:
+    """Return how many items more than rows there may be, for so many programs of all KV heads.
+
+    A quarter of the rows at least, so that the longest of many sequences are cut.
+    """
+    return max(-(-num_programs // spec.num_kv_heads) - num_rows, num_rows // 4, 1)
 
 
 def _max_tiles(spec: AttentionSpec, tuning: Tuning, limits: BatchLimits) -> int:

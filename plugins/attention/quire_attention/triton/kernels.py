@@ -61,9 +61,11 @@ def blocks_of(table, first, columns, high, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl
         BLOCK_SIZE <  BLOCK_N   [ b ][ b ][ b ][ b ]        an entry a key, equal within a block
     """
     if BLOCK_SIZE >= BLOCK_N:
-        return tl.load(table + first // BLOCK_SIZE, mask=first < high, other=0)
-    entries = table + first // BLOCK_SIZE + columns // BLOCK_SIZE
-    return tl.load(entries, mask=first + columns < high, other=0)
+        blocks = tl.load(table + first // BLOCK_SIZE, mask=first < high, other=0)
+    else:
+        entries = table + first // BLOCK_SIZE + columns // BLOCK_SIZE
+        blocks = tl.load(entries, mask=first + columns < high, other=0)
+    return blocks
 
 
 @triton.jit
@@ -74,8 +76,10 @@ def offsets_in(
     """Return where the keys of a tile with these blocks lie in the cache, in 64 bits."""
     starts = blocks.to(tl.int64) * stride_block
     if BLOCK_SIZE >= BLOCK_N:
-        return starts + (first % BLOCK_SIZE + columns) * WIDTH
-    return starts + (columns % BLOCK_SIZE) * WIDTH
+        offsets = starts + (first % BLOCK_SIZE + columns) * WIDTH
+    else:
+        offsets = starts + (columns % BLOCK_SIZE) * WIDTH
+    return offsets
 
 
 @triton.jit
@@ -140,7 +144,7 @@ def over_keys(
 
 @triton.jit(
     do_not_specialize=["table_stride"],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "starts_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "starts_ptr", "items_ptr"],
 )
 def attend(
     q_ptr, cache_ptr, out_ptr, lse_ptr, sinks_ptr, table_ptr, seq_lens_ptr, starts_ptr,
@@ -291,16 +295,21 @@ def merge(
         tl.store(lse_ptr + row * NUM_HEADS + head + tl.arange(0, 1), (peak + tl.log2(total)) * LN_2)
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["seq_lens_ptr"])
+@triton.jit(
+    do_not_specialize=["num_rows", "few_extra", "num_extra"],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
 def plan_splits(
-    seq_lens_ptr, items_ptr, first_items_ptr, num_items_ptr, num_rows,
-    TARGET: tl.constexpr, MIN_CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    seq_lens_ptr, items_ptr, first_items_ptr, num_items_ptr, num_rows, few_extra, num_extra,
+    FEW_CHUNK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Cut the visible keys of sequences with one token into about TARGET equal items.
+    """Cut the visible keys of sequences with one token into items of about equal size.
 
-    At most TARGET + num_rows come out: no row's items are shorter than the common chunk, but for
-    its last. An empty row has one item without keys, which writes its zeros.
+    With chunks of at least total / extra keys no more than num_rows + extra items come out, since
+    only a row's last item is shorter. `few_extra` fills the GPU once, if need be by items of
+    FEW_CHUNK; `num_extra` evens its load out, by items of CHUNK or more. An empty row has one item
+    without keys, which writes its zeros.
     """
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
@@ -309,7 +318,9 @@ def plan_splits(
     if WINDOW is not None:
         first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
     length = seq_len - first
-    chunk = tl.maximum(tl.cdiv(tl.sum(length, 0), TARGET), MIN_CHUNK)
+    total = tl.sum(length, 0)
+    few_chunk = tl.maximum(tl.cdiv(total, few_extra), FEW_CHUNK)
+    chunk = tl.minimum(few_chunk, tl.maximum(tl.cdiv(total, num_extra), CHUNK))
     num_splits = tl.maximum(tl.cdiv(length, chunk), 1)
     # Equal pieces instead of whole chunks and a rest; rounded to tiles, they may be fewer.
     chunks = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N) * BLOCK_N, BLOCK_N)

@@ -22,15 +22,18 @@ class Tuning:
     """What `attend` runs with.
 
     `single` serves sequences with one token, `few` those whose rows fit one small tile, `many`
-    the rest. Sequences with one token are cut into about `ctas_per_sm` items an SM, none of them
-    shorter than `min_chunk` keys.
+    the rest. Sequences with one token are cut into items of at least `few_chunk` keys until there
+    are `few_per_sm` programs an SM, and of at least `chunk` keys until there are `most_per_sm`: a
+    GPU that is filled once may still wait for its slowest program.
     """
 
     single: Tile
     few: Tile
     many: Tile
-    ctas_per_sm: int = 4
-    min_chunk: int = 128
+    few_per_sm: int = 2
+    few_chunk: int = 128
+    most_per_sm: int = 8
+    chunk: int = 512
 
 
 def power_of_two(number: int, *, at_least: int = 16) -> int:
@@ -42,10 +45,10 @@ def tuning_for(*, group: int, dim: int, itemsize: int) -> Tuning:
     """Return the tiles for `group` query heads a KV head and heads of `dim`, a power of two."""
     rows = power_of_two(group)
     if itemsize == 4:
-        # Products in float32 use no tensor cores: small tiles, which spill nothing.
-        block_n = 32 if dim <= 128 else 16
-        small = Tile(block_m=rows, block_n=block_n, num_warps=4, num_stages=2)
-        large = Tile(block_m=max(32, rows), block_n=block_n, num_warps=4, num_stages=2)
+        # Products in float32 use no tensor cores; larger tiles spill registers.
+        num_warps = 4 if rows == 16 else 8
+        small = Tile(block_m=rows, block_n=16, num_warps=num_warps, num_stages=2)
+        large = Tile(block_m=max(32, rows), block_n=16, num_warps=8, num_stages=2)
         return Tuning(single=small, few=small, many=large)
     block_n = 64 if dim <= 128 else 32
     single = Tile(block_m=rows, block_n=block_n, num_warps=4, num_stages=4)
