@@ -40,7 +40,7 @@ class Batch:
         padded_to               rows of the device's tensors: more than num_seqs where a CUDA graph
                                 is captured or replayed, whose tensors keep their addresses;
                                 padding rows have one token, length 0 and slot 0
-        in_flight_slot          which staging buffer the step uses
+        in_flight_slot          which staging buffer the step uses, from 0 to max_steps_in_flight
         plans                   what each group's backend planned
     """
 

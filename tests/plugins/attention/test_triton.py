@@ -255,6 +255,17 @@ def test_tiles_of_the_longest_context_come_first() -> None:
     assert plan.tiles.tolist() == [[2, 0], [1, 16], [1, 8], [1, 0]]
 
 
+def test_tiles_of_steps_in_flight_lie_apart() -> None:
+    backend = SmallTiles(make_spec(device=GPU), LIMITS, {})
+    batch = make_batch([(0, 20)], [[1] * 9], 4, device=GPU)
+    slots = range(LIMITS.max_steps_in_flight + 1)
+
+    plans = [backend.plan(attrs.evolve(batch, in_flight_slot=slot), 0) for slot in slots]
+
+    assert len({plan.tiles.data_ptr() for plan in plans}) == len(plans)
+    assert all(plan.tiles.tolist() == plans[0].tiles.tolist() for plan in plans)
+
+
 def test_fused_write_equals_its_three_steps() -> None:
     spec = make_spec(dtype="bfloat16", device=GPU)
     backend = TritonAttention(spec, LIMITS, {})

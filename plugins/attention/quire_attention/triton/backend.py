@@ -98,7 +98,7 @@ class TritonAttention(AttentionBackend):
         )
         plan = items * kernels.ITEM_SIZE.value + limits.max_num_seqs + 2
         partial = items * spec.num_heads * (spec.value_head_dim + 1)
-        tiles = limits.max_steps_in_flight * _max_tiles(spec, tuning, limits) * 2
+        tiles = (limits.max_steps_in_flight + 1) * _max_tiles(spec, tuning, limits) * 2
         return 4 * (plan + partial + tiles)
 
     def __init__(
@@ -128,7 +128,7 @@ class TritonAttention(AttentionBackend):
         self._partial_lse = torch.empty(shape, device=device)
         # A step's tiles go up from pinned memory, which is written again when the step with the
         # same slot has been collected.
-        tiles = (limits.max_steps_in_flight, _max_tiles(spec, tuning, limits), 2)
+        tiles = (limits.max_steps_in_flight + 1, _max_tiles(spec, tuning, limits), 2)
         self._tiles = ints(*tiles)
         self._staged = torch.zeros(tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
 
