@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+
 _BLOCK = 1024
 
 
@@ -23,8 +25,11 @@ def _silu_mul_kernel(
     stride,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Make BLOCK outputs of one row."""
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -42,5 +47,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(size, _BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=_BLOCK)
+        _silu_mul_kernel[grid](
+            gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=_BLOCK, **options()
+        )
     return out

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire_kernels.activation import silu
+from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -77,12 +78,14 @@ def _gemv_kernel(
     NORMS: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Make OUTPUTS numbers.
 
     NORMS: of the normed sum of input and residual. GATED: each of two rows of the weight, its
     gate's and, `num_out` further, its up's; these lie beside one another in what is computed.
     """
+    let_next_begin(OVERLAPS)
     parts: tl.constexpr = 2 if GATED else 1
     first = tl.program_id(0) * OUTPUTS
     places = tl.arange(0, OUTPUTS * parts)
@@ -90,9 +93,10 @@ def _gemv_kernel(
     are_inside = first + places // parts < num_out
     columns = tl.arange(0, BLOCK)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    # The weights of the first block are on their way while the norm is computed, and those of the
-    # next one while a block is multiplied.
+    # The weights of the first block are on their way while the kernel before ends and the norm is
+    # computed, and those of the next one while a block is multiplied.
     weights = _weights(weight_ptr, rows, are_inside, columns, weight_stride, SIZE)
+    wait_for_previous(OVERLAPS)
     if NORMS:
         # Loads do not move across a barrier; the compiler would put the norm's first.
         tl.debug_barrier()
@@ -180,6 +184,7 @@ def _launch(
         GATED=gated,
         BIASED=bias is not None,
         num_warps=warps,
+        **options(),
     )
     return out, total
 

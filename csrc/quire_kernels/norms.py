@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+
 # A longer row does not fit the registers of the one program that norms it.
 MAX_SIZE = 16384
 # So many rows fill a GPU, and several of them can share a program.
@@ -27,16 +29,19 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Norm ROWS rows; with ADDS the residual is added first, and the sum replaces x."""
+    let_next_begin(OVERLAPS)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     inside = columns < SIZE
     if ROWS > 1:
         inside = inside & (rows < num_rows)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < SIZE, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAPS)
+    x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         at = residual_ptr + rows * residual_stride + columns
         total = (x + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
@@ -70,6 +75,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         ADDS=residual is not None,
         # 16 bytes a thread and load in 16 bits.
         num_warps=min(16, max(1, block * rows // 256)),
+        **options(),
     )
     return out
 

@@ -80,6 +80,11 @@ def _one_row_kernels(x: Tensor, weight: Tensor, *, gated: bool = False) -> Any:
     return kernels if kernels and kernels.serves(x, weight, gated=gated) else None
 
 
+def fuses_norm(x: Tensor) -> bool:
+    """Whether a norm before a product costs no launch of its own: for one token on a GPU."""
+    return x.is_cuda and x.shape[0] == 1
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b of `x` [num_tokens, in_features], W [out_features, in_features]."""
     if kernels := _one_row_kernels(x, weight):

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+
 # The interpreter cuts the digits that bfloat16 lacks instead of rounding.
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # Numbers of a tile; 16 bytes a thread in 16 bits where it has four warps.
@@ -44,7 +46,7 @@ def _rotate_and_write_kernel(
     value_stride_block, value_stride_token, value_stride_head,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Take HEADS heads of one token, of its q, k and v heads in order.
 
@@ -53,6 +55,8 @@ def _rotate_and_write_kernel(
         dims       0 .. half-1   half .. rotary-1   rotary .. head_dim-1
         partners   half ..       0 ..               none
     """
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = head < NUM_HEADS
@@ -130,5 +134,6 @@ def rotate_and_write(
         HEADS=heads,
         BLOCK_D=block_d,
         num_warps=4,
+        **options(),
     )  # fmt: skip
     return q

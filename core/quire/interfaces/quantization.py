@@ -131,6 +131,27 @@ class LayerMethod(abc.ABC):
     ) -> Tensor:
         """Return the layer's output for `x` [num_tokens, in_features]."""
 
+    def apply_after_norm(
+        self,
+        layer: WeightLayer,
+        addends: tuple[Tensor, Tensor],
+        norm: tuple[Tensor, float],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add, norm and apply in one pass; return output and sum, or None: not offered.
+
+        `addends` are two tensors [num_tokens, in_features], of which the first may be changed;
+        `norm` is the weight and the epsilon of an RMSNorm of their sum. The model does the steps
+        itself where None comes back, which may depend on the number of tokens.
+        """
+        return None
+
+    def apply_gated_after_norm(
+        self, layer: WeightLayer, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Do the same for a layer of two parts without bias; return silu(first) * second."""
+        return None
+
 
 class QuantizationMethod(abc.ABC):
     """Choose a LayerMethod for each layer of a checkpoint."""

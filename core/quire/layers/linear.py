@@ -32,3 +32,18 @@ class Linear(WeightStore):
     def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
         """Return [num_tokens, out_features] for `x` [num_tokens, in_features]."""
         return self.method.apply(self, x, self.bias)
+
+    def after_norm(
+        self, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float], *, gated: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's output for the normed sum, and the sum; None: not offered.
+
+        `gated`: silu of the first part times the second. `LayerMethod.apply_after_norm` has more.
+        """
+        if not gated:
+            return self.method.apply_after_norm(self, addends, norm, self.bias)
+        return (
+            None
+            if self.bias is not None
+            else self.method.apply_gated_after_norm(self, addends, norm)
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from attrs import frozen
 from torch import Tensor, nn
@@ -42,6 +42,21 @@ class Norm(nn.Module):
         """Return the normalised sum and the sum, which may be made in x's memory."""
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
+    def add_then(
+        self, linear: Any, x: Tensor, residual: Tensor, *, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's output for the normalised sum, and the sum.
+
+        `gated`: silu of the layer's first part times its second.
+        """
+        fused: tuple[Tensor, Tensor] | None
+        fused = linear.after_norm((x, residual), (self.weight, self.eps), gated=gated)
+        if fused is not None:
+            return fused
+        normed, total = self.add(x, residual)
+        out = linear(normed)
+        return ops.silu_mul(out) if gated else out, total
+
 
 class SelfAttention(nn.Module):
     """Project to q, k and v at once, attend, project back."""
@@ -78,9 +93,9 @@ class SelfAttention(nn.Module):
         self.attn = build.attention(name, attention)
         self.o_proj = build.linear(f"{name}.o_proj", q_size, hidden, bias=options.output_bias)
 
-    def forward(self, x: Tensor, batch: Batch, keep: Tensor | None) -> Tensor:
+    def forward(self, qkv: Tensor, batch: Batch, keep: Tensor | None) -> Tensor:
         """Return [num_tokens, hidden_size], or the rows in `keep` of it."""
-        attended = self.attn(self.qkv_proj(x), batch)
+        attended = self.attn(qkv, batch)
         if keep is not None:
             attended = attended.index_select(0, keep)
         out: Tensor = self.o_proj(attended)
@@ -98,10 +113,11 @@ class MLP(nn.Module):
         )
         self.down_proj = build.linear(f"{name}.down_proj", size, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [num_tokens, hidden_size]."""
-        out: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
-        return out
+    def forward(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Return what is made of the normalised sum, [num_tokens, hidden_size], and the sum."""
+        gated, total = norm.add_then(self.gate_up_proj, x, residual, gated=True)
+        out: Tensor = self.down_proj(gated)
+        return out, total
 
 
 class DecoderLayer(nn.Module):
@@ -130,15 +146,15 @@ class DecoderLayer(nn.Module):
         The addition is left to the next norm, so that both are one operation. With `keep`, rows
         of tokens, both are made for these alone.
         """
+        project = self.self_attn.qkv_proj
         if residual is None:
-            normed, residual = self.input_layernorm(x), x
+            qkv, residual = project(self.input_layernorm(x)), x
         else:
-            normed, residual = self.input_layernorm.add(x, residual)
-        attended = self.self_attn(normed, batch, keep)
+            qkv, residual = self.input_layernorm.add_then(project, x, residual)
+        attended = self.self_attn(qkv, batch, keep)
         if keep is not None:
             residual = residual.index_select(0, keep)
-        normed, residual = self.post_attention_layernorm.add(attended, residual)
-        return self.mlp(normed), residual
+        return self.mlp(attended, residual, self.post_attention_layernorm)
 
 
 class DecoderStack(nn.Module):

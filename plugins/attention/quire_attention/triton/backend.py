@@ -23,7 +23,7 @@ from quire.interfaces.attention import (
 from quire.interfaces.batch import Batch
 from quire_attention.triton import kernels
 from quire_attention.triton.tuning import Tile, Tuning, power_of_two, tuning_for
-from quire_kernels import ops
+from quire_kernels import ops, overlap
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -272,6 +272,7 @@ class TritonAttention(AttentionBackend):
                 BLOCK_V=power_of_two(self.spec.value_head_dim),
                 BLOCK_S=MERGED_AT_ONCE,
                 num_warps=2,
+                **overlap.options(),
             )
         if plan.tiles is not None:
             grid = (self.spec.num_kv_heads, len(plan.tiles))
@@ -323,6 +324,7 @@ class TritonAttention(AttentionBackend):
             SINGLE=is_single,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **overlap.options(),
         )
 
 

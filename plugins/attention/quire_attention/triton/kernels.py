@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from quire_kernels.overlap import let_next_begin, wait_for_previous
+
 # The interpreter multiplies the bits of bfloat16 as integers, and cuts instead of rounding.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -153,7 +155,7 @@ def attend(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Attend BLOCK_M (token, head) rows of one KV head to a range of its sequence's keys.
 
@@ -166,6 +168,8 @@ def attend(
         low                  seen by all rows             position          high
          |... masked (window) |   plain ...  |  masked (diagonal, tail) ...|
     """
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if SINGLE:
         if item >= tl.load(num_items_ptr):
@@ -262,12 +266,14 @@ def attend(
 def merge(
     partial_ptr, partial_lse_ptr, first_items_ptr, out_ptr, lse_ptr, out_stride,
     NUM_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of a sequence by their sums: grid (num_heads, rows).
 
     Rows with one split were written by `attend` itself.
     """
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     head, row = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(first_items_ptr + row), tl.load(first_items_ptr + row + 1)
     if last - first <= 1:

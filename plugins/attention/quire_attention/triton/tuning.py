@@ -30,9 +30,9 @@ class Tuning:
     single: Tile
     few: Tile
     many: Tile
-    few_per_sm: int = 2
+    few_per_sm: int = 1
     few_chunk: int = 128
-    most_per_sm: int = 8
+    most_per_sm: int = 1
     chunk: int = 512
 
 

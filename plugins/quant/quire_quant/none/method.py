@@ -66,6 +66,26 @@ class DenseProduct(LayerMethod):
             return _packed_linear(x, self.packed, bias, "none", [], "")
         return ops.linear(x, layer.get_weight("weight"), bias)
 
+    def apply_after_norm(
+        self,
+        layer: WeightLayer,
+        addends: tuple[Tensor, Tensor],
+        norm: tuple[Tensor, float],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Offer it for one token on a GPU, where a launch costs as much as a norm."""
+        if not ops.fuses_norm(addends[0]):
+            return None
+        return ops.add_rms_norm_linear(*addends, *norm, layer.get_weight("weight"), bias)
+
+    def apply_gated_after_norm(
+        self, layer: WeightLayer, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Offer it for one token on a GPU."""
+        if not ops.fuses_norm(addends[0]):
+            return None
+        return ops.add_rms_norm_linear_silu_mul(*addends, *norm, layer.get_weight("weight"))
+
 
 class DenseLookup(LayerMethod):
     """Rows of W [num_embeddings, embedding_dim]."""
