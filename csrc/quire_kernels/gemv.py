@@ -130,8 +130,10 @@ def _gemv_kernel(
 def plan(num_out: int, size: int, *, gated: bool = False) -> tuple[int, int, int] | None:
     """Return outputs a program, columns a block and warps; None where cuBLAS is to be taken.
 
-    Not measured yet: what is taken is what gives every multiprocessor of a large GPU two programs
-    or more, below the sizes at which cuBLAS is known to reach the memory's speed.
+    Taken is what gives every multiprocessor of a large GPU two programs or more, up to sizes at
+    which cuBLAS reaches the memory's speed too. One H100, bfloat16, us here and in cuBLAS:
+    4096 x 1024 3.9 and 5.9, 1024 x 3072 3.3 and 7.7, 4096 x 4096 12.3 and 16.5, 4096 x 14336
+    40.6 and 44.4.
     """
     if num_out < 256 or num_out > 16384 or size % 8 or size > 16384:
         return None

@@ -33,7 +33,7 @@ from quire.interfaces.batch import Batch, GroupBatch
 from quire.layers.attention import QKNorm
 from quire.layers.rotary import RotaryTable
 from quire_attention.triton.backend import TritonAttention
-from quire_attention.triton.tuning import Tile
+from quire_attention.triton.tuning import Tile, fitted, tuning_for
 
 
 class ManySplits(TritonAttention):
@@ -52,7 +52,7 @@ class SmallTiles(TritonAttention):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         tile = Tile(block_m=16, block_n=16, num_warps=4, num_stages=2)
-        self.set_tuning(attrs.evolve(self.tuning, few=tile, many=tile))
+        self.set_tuning(attrs.evolve(self.tuning, few=tile, many=tile, long=tile))
 
 
 # A kernel is compiled for each, so on a GPU they are few: between them they have every dtype,
@@ -287,6 +287,22 @@ def test_fused_write_equals_its_three_steps() -> None:
     unit = torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(q, qk[:, :4], rtol=2 * unit, atol=unit)
     torch.testing.assert_close(caches[1], caches[0], rtol=2 * unit, atol=unit)
+
+
+@pytest.mark.parametrize("shared_bytes", [232448, 166912, 101376, 49152])
+@pytest.mark.parametrize(("dim", "itemsize"), [(64, 2), (128, 2), (256, 2), (128, 4), (256, 4)])
+def test_tiles_fit_the_shared_memory_of_the_gpu(dim: int, itemsize: int, shared_bytes: int) -> None:
+    wanted = tuning_for(group=4, dim=dim, itemsize=itemsize)
+
+    found = fitted(wanted, dim=dim, itemsize=itemsize, shared_bytes=shared_bytes)
+
+    for name in ("single", "few", "many", "long"):
+        tile = getattr(found, name)
+        held = dim * itemsize * (tile.block_m + 2 * tile.block_n * tile.num_stages)
+        assert held <= shared_bytes or (tile.block_n, tile.num_stages) == (16, 1)
+        assert tile.block_m == getattr(wanted, name).block_m
+    if shared_bytes == 232448 and dim < 256:
+        assert found == wanted
 
 
 def test_fused_write_is_not_offered_for_values_of_another_width() -> None:

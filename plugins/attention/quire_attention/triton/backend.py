@@ -22,7 +22,14 @@ from quire.interfaces.attention import (
 )
 from quire.interfaces.batch import Batch
 from quire_attention.triton import kernels
-from quire_attention.triton.tuning import Tile, Tuning, power_of_two, tuning_for
+from quire_attention.triton.tuning import (
+    LONG,
+    Tile,
+    Tuning,
+    fitted,
+    power_of_two,
+    tuning_for,
+)
 from quire_kernels import ops, overlap
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -106,7 +113,7 @@ class TritonAttention(AttentionBackend):
     ) -> None:
         super().__init__(spec, limits, options)
         self.group_size = spec.num_heads // spec.num_kv_heads
-        self.set_tuning(_tuning(spec))
+        self.set_tuning(_fitted_tuning(spec))
 
     def set_tuning(self, tuning: Tuning) -> None:
         """Take tiles and split limits, and make the buffers that they need."""
@@ -151,7 +158,8 @@ class TritonAttention(AttentionBackend):
         else:
             longest = max(batch.query_lens[single:])
             if longest * self.group_size > tile.block_m:
-                tile = self.tuning.many
+                is_long = max(batch.seq_lens_bound[single:]) >= LONG
+                tile = self.tuning.long if is_long else self.tuning.many
             tiles = self._uploaded(self._cut(batch, tile), batch.in_flight_slot)
         return TritonPlan(
             block_table=tables.block_table,
@@ -332,6 +340,21 @@ def _tuning(spec: AttentionSpec) -> Tuning:
     dim = power_of_two(max(spec.head_dim, spec.value_head_dim))
     itemsize = 4 if spec.dtype == "float32" else 2
     return tuning_for(group=spec.num_heads // spec.num_kv_heads, dim=dim, itemsize=itemsize)
+
+
+def _fitted_tuning(spec: AttentionSpec) -> Tuning:
+    """Return the tuning for the GPU that there is."""
+    tuning = _tuning(spec)
+    if spec.device == "cpu":
+        return tuning
+    found = torch.cuda.get_device_properties(spec.device)
+    return fitted(
+        tuning,
+        dim=power_of_two(max(spec.head_dim, spec.value_head_dim)),
+        itemsize=4 if spec.dtype == "float32" else 2,
+        # Not told by every version of PyTorch; then as on an H100, which Triton will check.
+        shared_bytes=getattr(found, "shared_memory_per_block_optin", 232448),
+    )
 
 
 def _num_sms(device: torch.device) -> int:
