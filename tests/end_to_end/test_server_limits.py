@@ -106,8 +106,13 @@ def test_bytes_that_are_no_http_get_an_error_object(server: Server, data: bytes)
 
 
 @pytest.mark.parametrize("rest", [b"5;" + b"a" * 9000, b"0\r\nx: " + b"a" * 9000])
-def test_endless_chunk_sizes_and_trailers_are_refused(server: Server, rest: bytes) -> None:
-    answer = exchange(server, POST + b"transfer-encoding: chunked\r\n\r\n", rest, rest)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_endless_chunk_sizes_and_trailers_are_refused(
+    server: Server, rest: bytes, at_once: bool
+) -> None:
+    parts = (POST + b"transfer-encoding: chunked\r\n\r\n", rest, rest)
+
+    answer = exchange(server, *([b"".join(parts)] if at_once else parts), pause_s=0.02)
 
     check(answer, 431, "headers_too_large")
 

@@ -43,6 +43,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._unset_keepalive_if_required()
+        # In pieces: what follows the end of a head in the same piece is not counted.
+        step = self.options.max_header_bytes
+        for begin in range(0, len(data), step):
+            self._take(data[begin : begin + step])
+            if self._refused:
+                return
+            protocol: Any = self.transport.get_protocol()
+            if protocol is not self:  # a WebSocket's from here on
+                protocol.data_received(data[begin + step :])
+                return
+
+    def _take(self, data: bytes) -> None:
         if self._in_head and self._loose_bytes == 0:
             self._start_timer()
         self._loose_bytes += len(data)

@@ -71,9 +71,9 @@ def tuning_for(*, group: int, dim: int, itemsize: int) -> Tuning:
 
 def fitted(tuning: Tuning, *, dim: int, itemsize: int, shared_bytes: int) -> Tuning:
     """Return the tuning with as many stages and keys as a program's shared memory holds."""
-    names = ("single", "few", "many", "long")
-    tiles = {name: _fitted(getattr(tuning, name), dim * itemsize, shared_bytes) for name in names}
-    return evolve(tuning, **tiles)
+    tiles = (tuning.single, tuning.few, tuning.many, tuning.long)
+    single, few, many, long = (_fitted(tile, dim * itemsize, shared_bytes) for tile in tiles)
+    return evolve(tuning, single=single, few=few, many=many, long=long)
 
 
 def _fitted(tile: Tile, row_bytes: int, shared_bytes: int) -> Tile:
