@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 from quire.config import EngineConfig
-from quire.errors import EngineDeadError, OverloadedError, RequestError
+from quire.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
 from quire.frontend import Frontend
 from quire.request import Request, RequestOutput, SamplingParams, SequenceUpdate
 from quire.server.admission import Admission, ServingLimits
@@ -128,6 +128,8 @@ class AsyncEngine:
 
     async def start(self) -> Ready:
         """Load the model. Raises: EngineStartError where the process ended instead."""
+        if self._client is not None and self._client.is_alive:
+            raise ConfigError("this engine was started already; make another one.")
         self._client = EngineClient(
             self.frontend.config.to_options(),
             on_message=self._take_message,
@@ -207,7 +209,7 @@ class AsyncEngine:
         arrival_s = time.monotonic()
         self._check_ready()
         if request_id is None:
-            request_id = f"quire-{next(self._numbers)}"
+            request_id = self._new_id()
         self._check_unused(request_id)
         self.admission.take_request()
         try:
@@ -279,6 +281,11 @@ class AsyncEngine:
             raise OverloadedError(
                 "the engine is not ready; try again soon.", code="not_ready", retry_after_s=2
             )
+
+    def _new_id(self) -> str:
+        """Return an id that no caller has taken for a request of its own."""
+        ids = (f"quire-{number}" for number in self._numbers)
+        return next(i for i in ids if i not in self._streams and i not in self._in_pool)
 
     def _check_unused(self, request_id: str) -> None:
         check_request_id(request_id)

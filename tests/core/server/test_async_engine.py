@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncEngine, SamplingParams
-from quire.errors import EngineDeadError, OverloadedError, RequestError
+from quire.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
 from quire.server.engine_client import EngineStartError
 from quire.server.messages import StepStats
 
@@ -165,6 +165,30 @@ def test_request_that_is_aborted_while_it_is_tokenized_ends(engine: Running) -> 
         assert output.outputs[0].token_ids == []
         assert (await last(engine, "A", GREEDY, request_id="mine")).finished
         assert engine.admission.num_requests == engine.admission.num_tokens == 0
+
+    engine.run(test)
+
+
+def test_ids_of_the_callers_own_do_not_meet_those_that_are_given(engine: Running) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        taken = [f"quire-{n}" for n in range(200)]
+        streams = [await engine.submit("Hi", GREEDY, request_id=i) for i in taken[:100]]
+        try:
+            assert (await last(engine, "A latte", GREEDY)).finished
+        finally:
+            for stream in streams:
+                stream.close()
+
+    engine.run(test)
+
+
+def test_second_start_is_refused_and_the_first_goes_on(engine: Running) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        pid = engine.engine_pid
+        with pytest.raises(ConfigError, match="started already"):
+            await engine.start()
+        assert engine.engine_pid == pid
+        assert (await last(engine, "Hi", GREEDY)).finished
 
     engine.run(test)
 

@@ -135,3 +135,33 @@ def test_items_of_a_response_become_chat_messages() -> None:
 
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool"]
     assert [call["id"] for call in messages[2]["tool_calls"]] == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"prompt":[' + b"[5]," * 70_000 + b"[5]]}",
+        b'{"messages":[' + b'{"role":"user"},' * 70_000 + b"{}]}",
+        b"[" * 100_000,
+        b'{"prompt":"' + b"{" * 70_000 + b'"}',
+    ],
+    ids=["lists", "objects", "nested", "in a text"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_containers_than_can_be_made_quickly_are_refused(
+    data: bytes, kind: type[msgspec.Struct]
+) -> None:
+    with pytest.raises(RequestError, match="at most 65536"):
+        parse(data, kind)
+
+
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\\ude00"])
+@pytest.mark.parametrize("first", [True, False])
+def test_half_a_surrogate_pair_is_found_at_either_end_of_a_large_text(
+    half: bytes, first: bool
+) -> None:
+    pairs = b"\\ud83d\\ude00" * 20_000
+    text = half + b"x" + pairs if first else pairs + half
+
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        parse(b'{"model":"demo","prompt":"' + text + b'"}', CompletionRequest)
