@@ -67,6 +67,7 @@ class Engine:
         self._depth = self.layout.limits.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, InFlight]] = deque()
         self._failure: Exception | None = None
+        self._last_step = 0  # that was dispatched or collected
         self.timing = StepTiming()
 
     @property
@@ -105,6 +106,7 @@ class Engine:
                 output = self.schedule()
                 if output is None:
                     break
+                self._last_step = output.step_id
                 self._in_flight.append((output, self.dispatch(output)))
                 self.timing.note_dispatched(output)
             if not self._in_flight:
@@ -112,6 +114,7 @@ class Engine:
                 return []
             output, in_flight = self._in_flight.popleft()
             self.timing.note_collected(output)
+            self._last_step = output.step_id
             waited = time.perf_counter()
             result = self.collect(in_flight)
             waited = time.perf_counter() - waited
@@ -122,8 +125,12 @@ class Engine:
         except Exception as error:
             self._failure = error
             raise EngineDeadError(
-                f"the engine stopped in a step: {type(error).__name__}: {error}"
+                f"the engine stopped in step {self._last_step}, with attention by "
+                f"{self._attention()}: {type(error).__name__}: {error}"
             ) from error
+
+    def _attention(self) -> str:
+        return ", ".join(s.used for s in self.layout.selections if s.kind == "attention")
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step; None if nothing can be computed now."""

@@ -261,7 +261,7 @@ def test_step_that_fails_as_a_whole_kills_the_engine_for_good(
     monkeypatch.setattr(engine.runner, "dispatch", fail)
     engine.add_request(request(0, prompt(0, 3)))
 
-    with pytest.raises(EngineDeadError, match="RuntimeError: a kernel fault") as caught:
+    with pytest.raises(EngineDeadError, match="in step 1, with attention by sdpa: RuntimeError: a kernel fault") as caught:
         engine.step()
 
     assert isinstance(caught.value.__cause__, RuntimeError)
