@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from attrs import define
 
-from quire.errors import QuireError
+from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.decode_graphs import Capture, CudaCapture
 from quire.execution.dummy_weights import draw_weights
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
-from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes
+from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
 from quire.execution.weights import load_weights
@@ -92,7 +92,26 @@ class Starter:
             return self._plan(model)
 
     def start(self) -> tuple[ModelRunner, Layout]:
-        """Build, plan, load, measure on a GPU, and allocate the KV cache."""
+        """Build, plan, load, measure on a GPU, and allocate the KV cache.
+
+        Raises: ConfigError with the memory budget where the GPU has too little memory.
+        """
+        try:
+            return self._start()
+        except torch.cuda.OutOfMemoryError:
+            raise ConfigError(self._out_of_memory()) from None
+
+    def _out_of_memory(self) -> str:
+        """Say what the memory was to be used for, and what to change."""
+        budget = self.plan().budget
+        items = ", ".join(f"{name} {describe_bytes(size)}" for name, size in budget.items())
+        return (
+            f"the GPU's memory ran out while the engine started; planned of "
+            f"{describe_bytes(budget.total)} were: {items}. Lower --gpu-memory-utilization, "
+            "--max-num-batched-tokens or --max-num-seqs, or end what else uses the GPU."
+        )
+
+    def _start(self) -> tuple[ModelRunner, Layout]:
         # Not on `meta` first: its operations in Python cost seconds of imports.
         with self.phases.timed("build"):
             model = self._build(str(self.device))

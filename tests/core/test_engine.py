@@ -15,6 +15,7 @@ from quire.engine import Engine
 from quire.errors import ConfigError, EngineDeadError, RequestError
 from quire.request import FinishReason, Request
 from quire.scheduling.output import SchedulerOutput
+from quire.start import Starter
 
 LENGTHS = (1, 3, 4, 5, 17, 30, 41)
 Tokens = dict[tuple[str, int], list[int]]
@@ -252,6 +253,22 @@ def test_check_of_arguments_that_fails_refuses_that_request_alone(engine: Engine
     assert not engine.has_unfinished()
 
 
+def test_memory_that_runs_out_at_the_start_is_told_item_by_item(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Starter, "_fill", fill)
+
+    with pytest.raises(
+        ConfigError, match=r"weights .*KV blocks .*--gpu-memory-utilization"
+    ) as found:
+        make_engine(folder)
+
+    assert len(str(found.value).splitlines()) == 1
+
+
 def test_step_that_fails_as_a_whole_kills_the_engine_for_good(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +278,9 @@ def test_step_that_fails_as_a_whole_kills_the_engine_for_good(
     monkeypatch.setattr(engine.runner, "dispatch", fail)
     engine.add_request(request(0, prompt(0, 3)))
 
-    with pytest.raises(EngineDeadError, match="in step 1, with attention by sdpa: RuntimeError: a kernel fault") as caught:
+    with pytest.raises(
+        EngineDeadError, match="in step 1, with attention by sdpa: RuntimeError: a kernel fault"
+    ) as caught:
         engine.step()
 
     assert isinstance(caught.value.__cause__, RuntimeError)

@@ -243,19 +243,7 @@ class ModelRunner:
         prompts = _prompt_entries(step)
         if step.token_ids is None or step.status is None:
             return StepResult(step_id=step.step_id, token_ids={}, prompt_logprobs=prompts)
-        tokens: dict[int, list[int]] = {}
-        errors: dict[int, str] = {}
-        drawn = step.token_ids.tolist()
-        if step.num_tokens is not None:
-            drawn = [ids[:n] for ids, n in zip(drawn, step.num_tokens.tolist(), strict=True)]
-        rows = zip(step.sampled_ids, drawn, step.status.tolist(), strict=True)
-        for sequence_id, token_ids, status in rows:
-            if status == RowStatus.OK and not all(0 <= t < self.vocab_size for t in token_ids):
-                status = RowStatus.OUT_OF_RANGE
-            if status == RowStatus.OK:
-                tokens[sequence_id] = token_ids
-            else:
-                errors[sequence_id] = ROW_ERRORS[RowStatus(status)]
+        tokens, errors = self._tokens_and_errors(step, step.token_ids, step.status)
         return StepResult(
             step_id=step.step_id,
             token_ids=tokens,
@@ -263,6 +251,29 @@ class ModelRunner:
             logprobs=_sampled_entries(step),
             prompt_logprobs=prompts,
         )
+
+    def _tokens_and_errors(
+        self, step: InFlight, token_ids: Tensor, statuses: Tensor
+    ) -> tuple[dict[int, list[int]], dict[int, str]]:
+        """Return the tokens of each sequence, and what is wrong with those that have none."""
+        drawn = token_ids.tolist()
+        if step.num_tokens is not None:
+            drawn = [ids[:n] for ids, n in zip(drawn, step.num_tokens.tolist(), strict=True)]
+        lowest, highest = token_ids.aminmax()
+        if not statuses.any() and lowest >= 0 and highest < self.vocab_size:
+            return dict(zip(step.sampled_ids, drawn, strict=True)), {}
+        tokens: dict[int, list[int]] = {}
+        errors: dict[int, str] = {}
+        for sequence_id, ids, status in zip(
+            step.sampled_ids, drawn, statuses.tolist(), strict=True
+        ):
+            if status == RowStatus.OK and not all(0 <= t < self.vocab_size for t in ids):
+                status = RowStatus.OUT_OF_RANGE
+            if status == RowStatus.OK:
+                tokens[sequence_id] = ids
+            else:
+                errors[sequence_id] = ROW_ERRORS[RowStatus(status)]
+        return tokens, errors
 
 
 def _take_tokens(step: InFlight, tokens: Tensor) -> None:
