@@ -140,10 +140,10 @@ def test_items_of_a_response_become_chat_messages() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b'{"prompt":[' + b"[5]," * 70_000 + b"[5]]}",
+        b'{"prompt":[' + b"[5]," * 300_000 + b"[5]]}",
         b'{"messages":[' + b'{"role":"user"},' * 70_000 + b"{}]}",
-        b"[" * 100_000,
-        b'{"prompt":"' + b"{" * 70_000 + b'"}',
+        b"[" * 1_100_000,
+        b'{"prompt":"' + b"{" * 1_100_000 + b'"}',
     ],
     ids=["lists", "objects", "nested", "in a text"],
 )
@@ -153,6 +153,13 @@ def test_more_containers_than_can_be_made_quickly_are_refused(
 ) -> None:
     with pytest.raises(RequestError, match="at most 65536"):
         parse(data, kind)
+
+
+def test_more_keys_than_any_field_may_have_are_refused() -> None:
+    pairs = b",".join(b'"%d":1' % i for i in range(300_000))
+
+    with pytest.raises(RequestError, match="300002 keys"):
+        parse(b'{"model":"demo","metadata":{' + pairs + b"}}", ChatCompletionRequest)
 
 
 @pytest.mark.parametrize("half", [b"\\ud83d", b"\\ude00"])

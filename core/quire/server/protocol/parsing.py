@@ -14,6 +14,7 @@ from msgspec import inspect
 
 from quire.config import nearest
 from quire.errors import RequestError
+from quire.request import MAX_LOGIT_BIAS
 from quire.server.protocol.fields import REFUSED
 from quire.text.json_files import shorten
 
@@ -22,7 +23,9 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 MAX_SHOWN = 60
 MAX_LOOKED_BACK = 4096  # bytes before a mistake in which its field is searched
 LARGE_BYTES = 2**16
+HUGE_BYTES = 2**20  # from here on a body is looked at before it is parsed
 MAX_CONTAINERS = 2**16  # lists and objects; ten times as many take 200 ms to parse
+MAX_KEYS = MAX_LOGIT_BIAS + 2**12  # 500,000 take 100 ms
 
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _KEY = re.compile(rb'"(\w{1,64})"\s*:')
@@ -65,13 +68,18 @@ def _check_containers(data: bytes) -> None:
 
     Brackets within texts are counted too: to tell them apart takes as long as to parse.
     """
-    if len(data) < MAX_CONTAINERS:
+    if len(data) < HUGE_BYTES:
         return
     count = data.count(b"[") + data.count(b"{")
     if count > MAX_CONTAINERS:
         raise RequestError(
             f"the body has {count} brackets and braces that open; at most {MAX_CONTAINERS} are "
             "allowed. Send plainer JSON."
+        )
+    keys = data.count(b'":')
+    if keys > MAX_KEYS:
+        raise RequestError(
+            f"the body has {keys} keys; at most {MAX_KEYS} are allowed. Send plainer JSON."
         )
 
 
