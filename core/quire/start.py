@@ -9,7 +9,7 @@ from attrs import define
 
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
-from quire.execution.decode_graphs import Capture, CudaCapture
+from quire.execution.decode_graphs import Capture, CudaCapture, graph_sizes
 from quire.execution.dummy_weights import draw_weights
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
@@ -140,6 +140,8 @@ class Starter:
         groups = setup.group_layers(model, backends)
         limits = self._limits(self._longest())
         measured = self._measure_host(model, groups, limits)
+        if self._uses_graphs(groups):
+            measured.graphs = setup.estimated_graph_bytes(graph_sizes(limits.max_num_seqs))
         size = self._size(groups, self._kv_bytes(measured))
         return Layout(
             groups=groups,
@@ -271,9 +273,11 @@ class Starter:
 
     def _capture(self, layout: Layout) -> Capture | None:
         """Return how steps are captured, None where they are not."""
-        if self.config.device.enforce_eager or not setup.can_use_graphs(layout.groups, self.device):
-            return None
-        return CudaCapture()
+        return CudaCapture() if self._uses_graphs(layout.groups) else None
+
+    def _uses_graphs(self, groups: list[LayerGroup]) -> bool:
+        eager = self.config.device.enforce_eager
+        return not eager and setup.can_use_graphs(groups, self.device)
 
     def _processors(self, limits: BatchLimits) -> ProcessorChain:
         vocab_size = self.prepared.model_config.vocab_size

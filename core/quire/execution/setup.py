@@ -202,6 +202,8 @@ def measure_gpu(
         ) from None
     torch.cuda.synchronize(device)
     activations = torch.cuda.max_memory_allocated(device) - held
+    for step in warming_steps(limits, groups):
+        runner.collect(runner.dispatch(step))
     taken_by_others = on_card - free_before - weights
     return Measured(
         total=int(on_card * share) - max(0, taken_by_others),
@@ -223,16 +225,46 @@ def _graph_bytes(runner: ModelRunner) -> int:
     torch.cuda.synchronize(runner.device)
     free_after, _ = torch.cuda.mem_get_info(runner.device)
     # The largest size came first, and all share its memory; each has nodes of its own.
-    return max(0, free_before - free_after) + GRAPH_BYTES * len(runner.graphs.sizes)
+    return max(0, free_before - free_after) + estimated_graph_bytes(runner.graphs.sizes)
+
+
+def estimated_graph_bytes(sizes: list[int]) -> int:
+    """Return what the nodes of graphs of these sizes take, their tensors not counted."""
+    return GRAPH_BYTES * len(sizes)
 
 
 def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOutput:
-    """Return a step of as many tokens as there may be, all in block 1, for measuring memory."""
-    output = SchedulerOutput(step_id=0)
+    """Return a step of as many tokens as there may be, for measuring memory."""
     left = limits.max_num_batched_tokens
-    while left > 0 and len(output.added) < limits.max_num_seqs:
-        length = min(left, limits.max_model_len)
-        number = len(output.added)
+    lengths: list[int] = []
+    while left > 0 and len(lengths) < limits.max_num_seqs:
+        lengths.append(min(left, limits.max_model_len))
+        left -= lengths[-1]
+    params = SamplingParams(
+        temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MAX_LOGPROBS
+    )
+    return synthetic_step(lengths, groups, params)
+
+
+def warming_steps(limits: BatchLimits, groups: list[LayerGroup]) -> list[SchedulerOutput]:
+    """Return small steps after which no kernel is compiled while somebody waits."""
+    longest = min(limits.max_model_len, limits.max_num_batched_tokens)
+    short, few = min(1024, longest), min(4, longest)
+    greedy, drawn = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0)
+    mixed = [1, few] if limits.max_num_seqs > 1 and few < longest else [1]
+    return [
+        synthetic_step([short], groups, greedy),
+        synthetic_step([few], groups, drawn),
+        synthetic_step(mixed, groups, greedy),
+    ]
+
+
+def synthetic_step(
+    lengths: list[int], groups: list[LayerGroup], params: SamplingParams
+) -> SchedulerOutput:
+    """Return a step that computes prompts of these lengths, all in block 1."""
+    output = SchedulerOutput(step_id=0)
+    for number, length in enumerate(lengths):
         output.added.append(
             AddedSequence(
                 sequence_id=-1 - number,
@@ -243,15 +275,12 @@ def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOut
                 num_prompt_tokens=length,
                 num_computed_tokens=0,
                 block_tables=[[1] * -(-length // group.spec.block_size) for group in groups],
-                params=SamplingParams(
-                    temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=MAX_LOGPROBS
-                ),
+                params=params,
                 seed=0,
             )
         )
         output.num_scheduled_tokens[-1 - number] = length
         output.samples.add(-1 - number)
-        left -= length
     return output
 
 

@@ -215,3 +215,18 @@ def test_largest_batch_fills_the_budget_within_the_limits() -> None:
     assert len(output.added) <= LIMITS.max_num_seqs
     assert len(runner.collect(runner.dispatch(output)).token_ids) == len(output.added)
     assert runner.model.config.hidden_size == HIDDEN
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_num_seqs": 1}, {"max_model_len": 1}])
+def test_warming_steps_run_within_any_limits(limit: dict[str, int]) -> None:
+    limits = evolve(LIMITS, **limit)
+    runner, _ = make_runner()
+    spec = setup.attention_specs(
+        runner.model, dtype="float32", kv_dtype="auto", block_size=4, device="cpu"
+    )[0]
+    groups = setup.group_layers(runner.model, {spec: REFERENCE})
+
+    for output in setup.warming_steps(limits, groups):
+        assert len(output.added) <= limits.max_num_seqs
+        assert max(output.num_scheduled_tokens.values()) <= limits.max_model_len
+        assert runner.collect(runner.dispatch(output)).errors == {}
