@@ -22,6 +22,8 @@ from torch import Tensor
 
 from quire_kernels.token_order import lowest_order_of, order_of, value_of
 
+# Read once a row, wherever they lie: of rows packed end to end, alignment follows their number.
+PER_ROW = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 # Results must not depend on the batch, so neither does the split.
 _SPLIT = tl.constexpr(2048)
 _COLUMNS = tl.constexpr(256)
@@ -92,7 +94,7 @@ def _bracket(state_ptr, limits_ptr, by_count, top_k, top_p, STAGE: tl.constexpr)
     return tl.load(limits + 1), tl.load(limits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _measure_kernel(
     logits_ptr,
     logits_stride,
@@ -163,7 +165,7 @@ def _masses_above(points, logits_ptr, split, temperature, top, VOCAB: tl.constex
     return tl.sum(masses, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _narrow_kernel(
     logits_ptr,
     logits_stride,
@@ -205,7 +207,7 @@ def _narrow_kernel(
                 tl.atomic_add(state_ptr + _POINTS * STAGE + at, found, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _gather_kernel(
     logits_ptr,
     logits_stride,
@@ -311,7 +313,7 @@ def _select(
     return first
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def _search_kernel(
     logits_ptr,
     logits_stride,

@@ -53,7 +53,9 @@ def noise_of(first, seed, child, position, BLOCK: tl.constexpr):
     return gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "child_ptr", "position_ptr"]
+)
 def _draw_kernel(
     logits_ptr,
     logits_stride,
