@@ -3,14 +3,14 @@
 Needs the extra `quire[testing]`; nothing of the engine needs this package.
 """
 
-import importlib.util
-
 from quire.errors import ConfigError
 
-if importlib.util.find_spec("hypothesis") is None:
+try:
+    import hypothesis as _hypothesis  # noqa: F401 - asked here, so that one line can tell
+except ImportError as missing:
     raise ConfigError(
         "quire.testing needs hypothesis, which is not installed; pip install 'quire[testing]'."
-    )
+    ) from missing
 
 from quire.testing.kit import AttentionBackendTests, check_attention
 

@@ -442,3 +442,55 @@ class RaisesForOddHeads(GatherAttention):
         if self.spec.num_heads % 2:
             raise RuntimeError("the number of heads is odd")
         return super().head_map()
+
+
+class FusedGather(GatherAttention):
+    """Right, with a fused form in two steps."""
+
+    def rotate_and_write(self, layer: Any, qkv: Tensor, *rest: Any) -> Tensor:
+        positions, rotary, norm, kv_cache, plan = rest
+        heads = qkv.unflatten(1, (-1, self.spec.head_dim))
+        num_heads, split = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
+        qk = self.turned(heads[:, :split], positions, rotary, norm)
+        self.write(layer, qk[:, num_heads:], heads[:, split:], kv_cache, plan)
+        return qk[:, :num_heads]
+
+    def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
+        """Return normalised and rotated q and k."""
+        return rotary.rotate(norm.normalise(qk), positions)
+
+
+@broken("fused-write-without-norm")
+class FusedWriteWithoutNorm(FusedGather):
+    def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
+        return rotary.rotate(qk, positions)
+
+
+@broken("fused-write-turned-before-norm")
+class FusedWriteTurnedBeforeNorm(FusedGather):
+    def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
+        return norm.normalise(rotary.rotate(qk, positions))
+
+
+@broken("fused-write-from-position-1")
+class FusedWriteFromPosition1(FusedGather):
+    def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
+        later = (positions + 1).clamp(max=len(rotary.cos) - 1)
+        return rotary.rotate(norm.normalise(qk), later)
+
+
+@broken("encoder-is-causal", "without a cache")
+class EncoderIsCausal(GatherAttention):
+    """Serves encoders, and hides later tokens from them."""
+
+    @classmethod
+    def why_unsupported(cls, spec: AttentionSpec) -> str | None:
+        return super().why_unsupported(attrs.evolve(spec, causal=True))
+
+    def attend(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+        kv_cache, plan, *results = rest
+        if kv_cache is None:
+            num_blocks = int(plan.block_table.max()) + 1
+            kv_cache = k.new_zeros(num_blocks, *self.kv_layout(self.spec).block_shape)
+            self.write(layer, k, v, kv_cache, plan)
+        super().attend(layer, q, k, v, kv_cache, plan, *results)
