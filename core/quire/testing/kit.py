@@ -40,7 +40,7 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile(name="quick", seconds=6, examples=300, longest=40, shrink_s=0.6, small=True),
+    "quick": Profile(name="quick", seconds=3, examples=300, longest=40, shrink_s=0.6, small=True),
     "full": Profile(name="full", seconds=60, examples=3000, longest=700, shrink_s=20),
 }
 
@@ -179,20 +179,28 @@ def run_check(
 def iter_attention(
     backend: type[AttentionBackend],
     *,
-    profile: str = "quick",
+    profile: str | Profile = "quick",
     device: str = "cpu",
     options: Mapping[str, Any] | None = None,
+    specs: Sequence[AttentionSpec] = (),
     seed: int = 0,
 ) -> Iterator[CheckResult]:
-    """Yield the result of each check of a backend as it ends.
+    """Yield the result of each check of a backend as it ends; `specs` restricts the cases.
 
     Raises: ConfigError for an unknown profile, or a backend that serves nothing on the device.
     """
+    chosen = _profile(profile)
+    choices = _choices(Subject(backend=backend, options=options or {}), device, specs)
+    for check in CHECKS:
+        yield run_check(check, choices, chosen, seed=seed, only=specs)
+
+
+def _profile(profile: str | Profile) -> Profile:
+    if isinstance(profile, Profile):
+        return profile
     if profile not in PROFILES:
         raise ConfigError(f"profile is {profile!r}; allowed: {', '.join(PROFILES)}.")
-    choices = _choices(Subject(backend=backend, options=options or {}), device)
-    for check in CHECKS:
-        yield run_check(check, choices, PROFILES[profile], seed=seed)
+    return PROFILES[profile]
 
 
 def check_device(device: str) -> None:
@@ -201,7 +209,11 @@ def check_device(device: str) -> None:
         raise ConfigError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
 
 
-def _choices(subject: Subject, device: str) -> Choices:
+def _choices(subject: Subject, device: str, only: Sequence[AttentionSpec] = ()) -> Choices:
+    """Return what is drawn from: the given specifications, or what the backend says."""
+    if only:
+        backend, options = subject.backend, subject.options
+        return Choices(backend=backend, options=options, plain=only[0], changes={})
     choices = choices_of(subject, device)
     if isinstance(choices, str):
         raise ConfigError(
@@ -214,24 +226,29 @@ def _choices(subject: Subject, device: str) -> Choices:
 def check_attention(
     backend: type[AttentionBackend],
     *,
-    profile: str = "quick",
+    profile: str | Profile = "quick",
     device: str = "cpu",
     options: Mapping[str, Any] | None = None,
+    specs: Sequence[AttentionSpec] = (),
     seed: int = 0,
-    first_failure: bool = False,
 ) -> Report:
-    """Check a backend and return the report; `first_failure` ends it at the first one.
+    """Check a backend and return the report, to the end or to the first failure.
 
     Raises: ConfigError for an unknown profile, or a backend that serves nothing on the device.
     """
-    checked = iter_attention(backend, profile=profile, device=device, options=options, seed=seed)
     results: list[CheckResult] = []
-    for result in checked:
+    for result in iter_attention(
+        backend, profile=profile, device=device, options=options, specs=specs, seed=seed
+    ):
         results.append(result)
-        if first_failure and result.outcome == "failed":
+        if result.outcome == "failed":
             break
     return Report(
-        backend=backend.__name__, profile=profile, device=device, seed=seed, checks=results
+        backend=backend.__name__,
+        profile=_profile(profile).name,
+        device=device,
+        seed=seed,
+        checks=results,
     )
 
 
@@ -254,17 +271,11 @@ class AttentionBackendTests:
             raise unittest.SkipTest("there is no CUDA device")
         [check] = [check for check in CHECKS if check.name == name]
         subject = Subject(backend=self.backend, options=self.options)
-        choices = self._choices(subject)
+        choices = _choices(subject, self.device, self.specs)
         result = run_check(check, choices, self.profile, seed=self.seed, only=self.specs)
         if result.outcome == "skipped":
             raise unittest.SkipTest(result.detail)
         assert result.outcome == "passed", f"{name}, seed {self.seed}: {result.detail}"
-
-    def _choices(self, subject: Subject) -> Choices:
-        if self.specs:
-            first = self.specs[0]
-            return Choices(backend=self.backend, options=self.options, plain=first, changes={})
-        return _choices(subject, self.device)
 
     def test_output_is_within_the_bound_and_hidden_memory_is_not_read(self) -> None:
         """Against float64, on poisoned memory."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
+from attrs import evolve
 from broken_backends import BROKEN, GUESSES
 from gather_attention import GatherAttention
 
-from quire.testing.kit import Report, check_attention
+from quire.testing.kit import PROFILES, Report, check_attention
+
+# As many cases on a slow machine as on a fast one.
+PATIENT = evolve(PROFILES["quick"], seconds=60)
 
 
 def failure_of(report: Report) -> str:
@@ -16,7 +20,7 @@ def failure_of(report: Report) -> str:
 
 
 def test_right_backend_passes() -> None:
-    report = check_attention(GatherAttention)
+    report = check_attention(GatherAttention, profile=PATIENT)
 
     assert report.passed, failure_of(report)
     assert {c.name for c in report.checks if c.outcome == "skipped"} == {
@@ -32,7 +36,7 @@ def test_there_are_enough_broken_backends() -> None:
 def test_broken_backend_is_caught(name: str) -> None:
     started = time.perf_counter()
 
-    report = check_attention(BROKEN[name], first_failure=True)
+    report = check_attention(BROKEN[name], profile=PATIENT)
 
     print(f"{time.perf_counter() - started:.2f} s\n{failure_of(report)}")
     assert not report.passed
