@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from fake_distributions import Installed, attention, model, returning
 
 from quire.cli.main import main
@@ -33,6 +34,7 @@ def test_right_backend_ends_with_0_and_a_line_a_check(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("output             passed")
     assert "encoder            skipped: it has no latent attention" in lines[-2]
+    assert any("batches came out bit-equal" in line for line in lines)
     assert lines[-1].startswith("right: passed (quick on cpu, seed 0; ")
 
 
@@ -57,6 +59,15 @@ def test_json_is_one_object(
     assert (report["backend"], report["passed"], report["seed"]) == ("wrong", False, 0)
     outcomes = {check["name"]: check["outcome"] for check in report["checks"]}
     assert outcomes["output"] == "failed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_not_there_ends_with_2(
+    installed: Installed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "check", "right", "--device", "cuda"]) == 2
+
+    assert "PyTorch finds no CUDA device here. Use --device cpu." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
