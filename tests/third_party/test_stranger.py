@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,16 @@ def test_stranger_is_listed_with_its_distribution(environment: Environment) -> N
         assert (row["distribution"], row["version"]) == ("quire-example", "0.1.0")
         assert (row["api_version"], row["usable"], row["why_unusable"]) == ("1.0", True, None)
     assert {r["distribution"] for r in rows} == {"quire", "quire-example"}
+
+
+def test_stranger_proves_its_backend_with_the_kit(environment: Environment, tmp_path: Path) -> None:
+    tests = shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
+
+    done = environment.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    checked = environment.run("quire", "plugins", "check", "example")
+
+    assert re.search(r"^\d passed, \d skipped", done.stdout, re.MULTILINE), done.stdout
+    assert "example: passed (quick on cpu, seed 0; " in checked.stdout
 
 
 def test_stranger_generates_with_its_own_model_and_backend(

@@ -1,4 +1,4 @@
-"""`quire plugins`: what is installed, who brought it, and whether it works on this machine."""
+"""`quire plugins`: what is installed, who brought it, does it work here; `check`: is it right."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from quire.cli import plugins_check
 from quire.cli.options import add_option, given_options
 from quire.config import nearest
 from quire.errors import ConfigError
@@ -21,10 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", metavar="KIND", help=f"only one kind: {', '.join(KINDS)}")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     add_option(parser, "disable_plugin")
+    below = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    check = below.add_parser(
+        "check",
+        help="prove an attention backend right, or say what is wrong with it",
+        description="Run the conformance kit on an attention backend. 0: it passed; 1: it did not.",
+        allow_abbrev=False,
+    )
+    plugins_check.add_arguments(check)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plugins. Raises: PluginError for the first one that cannot be loaded."""
+    """Print the plugins, or check one. Raises: PluginError for the first that cannot be loaded."""
+    if arguments.action == "check":
+        return plugins_check.run(arguments)
     kind = arguments.kind
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"--kind is {kind!r}; allowed: {', '.join(KINDS)}.{nearest(kind, KINDS)}")

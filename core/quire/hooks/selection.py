@@ -52,6 +52,21 @@ def select_attention(
     return candidates.best(everyone, spec.device)
 
 
+def require_attention(
+    registry: Registry, name: str
+) -> tuple[AttentionPlugin, type[AttentionBackend]]:
+    """Return an attention backend and its class by name, whatever it can serve.
+
+    Raises: ConfigError where it is unknown or cannot be used on this machine, PluginError where
+    its class does not keep the contract.
+    """
+    candidates = Candidates(
+        registry=registry, kind="attention", contract=AttentionBackend, ask=lambda _: None
+    )
+    plugin = registry.attention(name)
+    return plugin, candidates.require(plugin)
+
+
 def select_sampler(
     registry: Registry, requested: str, device: str
 ) -> tuple[SamplerPlugin, type[Sampler], Selection]:

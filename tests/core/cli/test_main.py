@@ -111,7 +111,7 @@ def test_main_lets_a_bug_show_its_traceback(command: types.ModuleType, error: Ex
         (["plugin"], "unknown command 'plugin'. Did you mean 'plugins'? There are: "),
         (["plugins", "--jsno"], "unknown option '--jsno'. Did you mean '--json'? `quire plugins"),
         (["plugins", "--jso=1"], "unknown option '--jso'. Did you mean '--json'? `quire plugins"),
-        (["plugins", "extra"], "unexpected argument 'extra'. `quire plugins --help` shows"),
+        (["plugins", "extra"], "argument ACTION: invalid choice: 'extra' (choose from "),
         (["plugins", "--kind"], "argument --kind: expected one argument. `quire plugins --help`"),
         (["plugins", "--kind", "atention"], "--kind is 'atention'; allowed: checkpoint, model, "),
         (["--versoin"], "unknown option '--versoin'. Did you mean '--version'? `quire --help`"),

@@ -7,33 +7,31 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from attention_cases import (
-    GPU,
-    LIMITS,
-    Case,
-    Inputs,
-    Layer,
-    make_batch,
-    make_inputs,
-    make_spec,
-    make_tables,
-    run,
-    step_tensors,
-    write_past,
-)
-from attention_strategies import batches
-from dense_attention import attention, check_within_bound, scores_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.errors import KernelError
 from quire.interfaces.attention import AttentionSpec, GraphSupport
-from quire.interfaces.batch import Batch, GroupBatch
 from quire.layers.attention import QKNorm
 from quire.layers.rotary import RotaryTable
+from quire.testing.attention_cases import (
+    LIMITS,
+    Case,
+    Layer,
+    make_batch,
+    make_inputs,
+    make_spec,
+)
+from quire.testing.attention_run import Subject, run
+from quire.testing.attention_strategies import batches
+from quire.testing.dense import attention, check_within_bound, log_sums
+from quire.testing.graph_steps import GraphStep
 from quire_attention.triton.backend import TritonAttention
 from quire_attention.triton.tuning import Tile, fitted, tuning_for
+
+# On a CPU they run in Triton's interpreter.
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ManySplits(TritonAttention):
@@ -128,96 +126,36 @@ def test_lse_is_the_log_sum_exp_of_the_scores(backend: type[TritonAttention], si
 
     done = run(backend, case, inputs, wants_lse=True)
 
-    for i, found in enumerate(done.lse.split([1, 1, 5])):
-        scores = scores_of(case, inputs, i, torch.float64)
-        if inputs.sinks is not None:
-            more = inputs.sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = torch.cat((scores, more), dim=-1)
-        want = scores.logsumexp(-1).T
-        torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-6)
-
-
-class Graph:
-    """A batch of decodes in memory that a CUDA graph would have, with more rows than sequences."""
-
-    def __init__(self, case: Case, num_rows: int, backend: type[TritonAttention]) -> None:
-        self.case, self.inputs = case, make_inputs(case)
-        self.backend = backend(case.spec, LIMITS, {})
-        spec = case.spec
-        tables, num_blocks = make_tables(case)
-        shape = (num_blocks, *backend.kv_layout(spec).block_shape)
-        self.cache = torch.full(shape, float("nan"), device=spec.device)
-        write_past(self.backend, case, self.inputs, self.cache)
-        spans = [(seq_len - 1, seq_len) for _, seq_len in case.lengths]
-        batch = make_batch(spans, tables, spec.block_size, device=spec.device)
-        group, more = batch.groups[0], num_rows - len(spans)
-
-        def padded(x: Tensor) -> Tensor:
-            return torch.cat((x, x.new_zeros(more, *x.shape[1:])))
-
-        group = GroupBatch(
-            block_table=padded(group.block_table), slot_mapping=padded(group.slot_mapping)
-        )
-        self.batch: Batch = attrs.evolve(
-            batch,
-            positions=padded(batch.positions),
-            seq_lens=padded(batch.seq_lens),
-            cu_seqlens_q=torch.arange(num_rows + 1, dtype=torch.int32, device=spec.device),
-            groups=(group,),
-            padded_to=num_rows,
-        )
-        self.q, self.k, self.v = (padded(x) for x in step_tensors(case, self.inputs))
-        self.layer = Layer(sinks=None if self.inputs.sinks is None else self.inputs.sinks.to(GPU))
-
-    def run(self, plan: Any) -> Tensor:
-        out = torch.full_like(self.q, float("nan"))
-        self.backend.prepare(plan)
-        self.backend.write(self.layer, self.k, self.v, self.cache, plan)
-        self.backend.attend(self.layer, self.q, self.k, self.v, self.cache, plan, out)
-        return out
+    want = torch.cat(log_sums(case, inputs, torch.float64))
+    torch.testing.assert_close(done.lse.double(), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("backend", [TritonAttention, ManySplits])
-def test_padding_rows_of_a_graph_are_zero_and_change_nothing(
+def test_graph_serves_other_lengths_and_its_padding_rows_are_zero(
     backend: type[TritonAttention], sinks: bool
 ) -> None:
-    case = Case(spec=make_spec(sinks=sinks, device=GPU), lengths=((1, 70), (1, 1), (1, 20)))
-    graph = Graph(case, 8, backend)
+    spec = make_spec(sinks=sinks, device=GPU)
+    case = Case(spec=spec, lengths=((1, 70), (1, 33), (1, 60)), padding=5)
+    graph = GraphStep(Subject(backend=backend), case, make_inputs(case))
 
-    out = graph.run(graph.backend.plan(graph.batch, 0))
-
-    check_within_bound(case, graph.inputs, list(out[:3].cpu().split(1)))
-    assert out[3:].eq(0).all()
-
-
-def planned(graph: Graph) -> tuple[Any, ...]:
-    return attrs.astuple(graph.backend.plan(graph.batch, 0), recurse=False)
+    for lengths in ([70, 33, 60], [60, 7, 1]):
+        cut = graph.load(lengths)
+        out = graph.replay().cpu()
+        check_within_bound(cut, graph.inputs_of(cut), list(out[:3].split(1)))
+        assert out[3:].eq(0).all()
 
 
 def test_plan_of_a_graph_does_not_depend_on_lengths() -> None:
     assert TritonAttention.graph_support is GraphSupport.SINGLE_TOKEN
-    long = Case(spec=make_spec(device=GPU), lengths=((1, 70), (1, 33), (1, 60)))
-    graph = Graph(long, 4, ManySplits)
-    none = attrs.evolve(graph.batch, query_lens=[], seq_lens_bound=[], num_single_token_seqs=0)
+    case = Case(spec=make_spec(device=GPU), lengths=((1, 70), (1, 33)), padding=1)
+    graph = GraphStep(Subject(backend=ManySplits), case, make_inputs(case))
+    empty = attrs.astuple(graph.backend.plan(graph.batch, 0), recurse=False)
 
-    plan = graph.backend.plan(none, 0)
+    graph.load([70, 33])
+    loaded = attrs.astuple(graph.backend.plan(graph.batch, 0), recurse=False)
 
-    parts = zip(attrs.astuple(plan, recurse=False), planned(graph), strict=True)
-    assert all(one is other for one, other in parts)
-    check_within_bound(long, graph.inputs, list(graph.run(plan)[:3].cpu().split(1)))
-    # The next step's lengths come in the same memory.
-    kept = [60, 7, 1]
-    for i, seq_len in enumerate(kept):
-        graph.batch.seq_lens[i] = seq_len
-    short = Case(spec=long.spec, lengths=tuple((1, n) for n in kept))
-    inputs = attrs.evolve(
-        graph.inputs,
-        k=[k[:n] for k, n in zip(graph.inputs.k, kept, strict=True)],
-        v=[v[:n] for v, n in zip(graph.inputs.v, kept, strict=True)],
-    )
-    graph.batch.groups[0].slot_mapping.zero_()
-    check_within_bound(short, inputs, list(graph.run(plan)[:3].cpu().split(1)))
+    assert all(one is other for one, other in zip(empty, loaded, strict=True))
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=16), st.sampled_from([None, 40]))
@@ -369,7 +307,7 @@ def test_dense_attention_of_a_soft_cap_near_zero_keeps_its_digits() -> None:
 
 def test_nan_in_a_padding_free_row_stays_in_its_row() -> None:
     case = Case(spec=make_spec(device=GPU), lengths=((1, 40), (1, 40), (1, 40)))
-    inputs: Inputs = make_inputs(case)
+    inputs = make_inputs(case)
     exact = attention(case, inputs, torch.float64)
     inputs.k[1][3] = float("nan")
 

@@ -1,0 +1,17 @@
+"""The conformance kit: proves an attention backend right, or says what is wrong with it.
+
+Needs the extra `quire[testing]`; nothing of the engine needs this package.
+"""
+
+from quire.errors import ConfigError
+
+try:
+    import hypothesis as _hypothesis  # noqa: F401 - asked here, so that one line can tell
+except ImportError as missing:
+    raise ConfigError(
+        "quire.testing needs hypothesis, which is not installed; pip install 'quire[testing]'."
+    ) from missing
+
+from quire.testing.kit import AttentionBackendTests, check_attention
+
+__all__ = ["AttentionBackendTests", "check_attention"]

@@ -1,0 +1,237 @@
+"""A batch for an attention backend as a value: lengths, blocks, strides, and what fills memory.
+
+A case says everything: inputs, block tables and batch are drawn from its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import define, frozen
+from torch import Tensor
+
+from quire.interfaces.attention import AttentionSpec, BatchLimits
+from quire.interfaces.batch import Batch, GroupBatch
+
+LIMITS = BatchLimits(max_num_seqs=16, max_num_batched_tokens=4096, max_model_len=4096)
+# What lies in memory that must not be read, or must be written. A NaN goes through every mask
+# that multiplies; a large number goes through those that take NaN for zero.
+POISONS = {"nan": float("nan"), "large": 3e4, "zero": 0.0}
+
+
+@frozen(kw_only=True)
+class Case:
+    """A batch: (query length, length) of each sequence, those with one token first.
+
+    `shared_blocks` are the first blocks that sequences have in common with the first one, as far
+    as they lie in the past of both. `strided`: q, k and v are cut from one qkv. `padding` rows of
+    length 0 follow where the batch is one of a CUDA graph. `poison` is a key of `POISONS`.
+    """
+
+    spec: AttentionSpec
+    lengths: tuple[tuple[int, int], ...]
+    seed: int = 0
+    shared_blocks: int = 0
+    strided: bool = True
+    padding: int = 0
+    poison: str = "nan"
+
+    @property
+    def poison_value(self) -> float:
+        """Return the number that fills memory."""
+        return POISONS[self.poison]
+
+    def __str__(self) -> str:
+        size = self.spec.block_size
+        tokens = ", ".join(_in_words(query_len, seq_len) for query_len, seq_len in self.lengths)
+        words = [f"sequences of {tokens}", f"blocks of {size}", *_spec_in_words(self.spec)]
+        if self.shared_blocks:
+            words.append(f"{self.shared_blocks} shared blocks")
+        if self.padding:
+            words.append(f"{self.padding} padding rows")
+        layout = "cut from one qkv" if self.strided else "contiguous"
+        return f"{'; '.join(words)}; q, k, v {layout}; seed {self.seed}"
+
+
+def _in_words(query_len: int, seq_len: int) -> str:
+    plural = "" if query_len == 1 else "s"
+    return f"{query_len} new token{plural} after {seq_len - query_len}"
+
+
+def _spec_in_words(spec: AttentionSpec) -> list[str]:
+    """Return what of a spec is not as in the plainest model."""
+    words = [f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads of {spec.head_dim}"]
+    if spec.value_head_dim != spec.head_dim:
+        words.append(f"values of {spec.value_head_dim}")
+    words += [spec.dtype, f"scale {spec.scale:.4g}"]
+    if spec.sliding_window is not None:
+        words.append(f"window {spec.sliding_window}")
+    if spec.logit_softcap is not None:
+        words.append(f"soft cap {spec.logit_softcap:g}")
+    flags = {"sinks": spec.sinks, "ALiBi": spec.alibi, "bidirectional": not spec.causal}
+    return words + [name for name, is_asked in flags.items() if is_asked]
+
+
+@define(kw_only=True)
+class Inputs:
+    """Queries of the step, keys and values of all tokens, by sequence, and what a layer holds."""
+
+    q: list[Tensor]
+    k: list[Tensor]
+    v: list[Tensor]
+    sinks: Tensor | None
+    alibi: Tensor | None = None
+
+
+@define(kw_only=True)
+class Layer:
+    """What a backend may read of a layer."""
+
+    index: int = 0
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+def make_spec(**changes: object) -> AttentionSpec:
+    """Return a small spec with some values changed."""
+    values = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "value_head_dim": 16,
+        "scale": 0.25,
+        "dtype": "float32",
+        "kv_dtype": changes.get("dtype", "float32"),
+        "block_size": 4,
+        "device": "cpu",
+    }
+    return AttentionSpec(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Draw normal numbers; scores vary enough for the softmax to matter."""
+    spec, generator = case.spec, torch.Generator().manual_seed(case.seed)
+    dtype = getattr(torch, spec.dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    inputs = Inputs(
+        q=[2 * draw(n, spec.num_heads, spec.head_dim) for n, _ in case.lengths],
+        k=[draw(n, spec.num_kv_heads, spec.head_dim) for _, n in case.lengths],
+        v=[draw(n, spec.num_kv_heads, spec.value_head_dim) for _, n in case.lengths],
+        sinks=torch.randn(spec.num_heads, generator=generator) if spec.sinks else None,
+        alibi=torch.rand(spec.num_heads, generator=generator) if spec.alibi else None,
+    )
+    for i in range(1, len(case.lengths)):
+        shared = num_shared(case, i) * spec.block_size
+        inputs.k[i][:shared] = inputs.k[0][:shared]
+        inputs.v[i][:shared] = inputs.v[0][:shared]
+    return inputs
+
+
+def make_layer(case: Case, inputs: Inputs) -> Layer:
+    """Return the layer of the inputs, on the device of the case."""
+    device = case.spec.device
+    sinks = None if inputs.sinks is None else inputs.sinks.to(device)
+    slopes = None if inputs.alibi is None else inputs.alibi.to(device)
+    return Layer(sinks=sinks, alibi_slopes=slopes)
+
+
+def num_shared(case: Case, i: int) -> int:
+    """Return how many blocks sequence i > 0 has in common with the first one."""
+    pasts = [seq_len - query_len for query_len, seq_len in (case.lengths[0], case.lengths[i])]
+    return min(case.shared_blocks, *(past // case.spec.block_size for past in pasts))
+
+
+def make_tables(case: Case) -> tuple[list[list[int]], int]:
+    """Return shuffled block tables, and the number of blocks."""
+    size = case.spec.block_size
+    counts = [-(-seq_len // size) for _, seq_len in case.lengths]
+    num_blocks = 1 + sum(counts) + 3
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    order = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+    tables: list[list[int]] = []
+    for i, count in enumerate(counts):
+        shared = tables[0][: num_shared(case, i)] if i else []
+        tables.append(shared + [order.pop() for _ in range(count - len(shared))])
+    return tables, num_blocks
+
+
+def make_batch(
+    spans: Sequence[tuple[int, int]],
+    tables: list[list[int]],
+    block_size: int,
+    *,
+    device: str = "cpu",
+) -> Batch:
+    """Return the batch that computes positions [first, last) of each sequence."""
+    positions, slots, query_lens = [], [], []
+    for (first, last), table in zip(spans, tables, strict=True):
+        query_lens.append(last - first)
+        for position in range(first, last):
+            positions.append(position)
+            slots.append(table[position // block_size] * block_size + position % block_size)
+    width = max(-(-last // block_size) for _, last in spans)
+    padded = [(table + [0] * width)[:width] for table in tables]
+
+    def ints(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    seq_lens = [last for _, last in spans]
+    return Batch(
+        token_ids=ints([0] * len(positions)),
+        positions=ints(positions),
+        cu_seqlens_q=torch.nn.functional.pad(ints(query_lens).cumsum(0).int(), (1, 0)),
+        seq_lens=ints(seq_lens),
+        logit_rows=ints([]),
+        rows=ints(range(len(spans))),
+        groups=(GroupBatch(block_table=ints(padded), slot_mapping=ints(slots)),),
+        query_lens=query_lens,
+        seq_lens_bound=seq_lens,
+        num_single_token_seqs=query_lens.count(1),
+        padded_to=len(spans),
+    )
+
+
+def step_spans(case: Case) -> list[tuple[int, int]]:
+    """Return the positions [first, last) that the step computes of each sequence."""
+    return [(seq_len - query_len, seq_len) for query_len, seq_len in case.lengths]
+
+
+def step_batch(case: Case) -> Batch:
+    """Return the batch of the case's step."""
+    tables, _ = make_tables(case)
+    return make_batch(step_spans(case), tables, case.spec.block_size, device=case.spec.device)
+
+
+def first_visible(case: Case, query_len: int, seq_len: int) -> int:
+    """Return the first position that some query of the step may see.
+
+    Where nothing is poisoned, all of the past is there.
+    """
+    window = case.spec.sliding_window
+    return (
+        0 if window is None or case.poison == "zero" else max(0, seq_len - query_len - window + 1)
+    )
+
+
+def step_tensors(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the step's q, k and v: cut from one qkv, or each contiguous."""
+    spec = case.spec
+    k = torch.cat([k[-n:] for k, (n, _) in zip(inputs.k, case.lengths, strict=True)])
+    v = torch.cat([v[-n:] for v, (n, _) in zip(inputs.v, case.lengths, strict=True)])
+    q = torch.cat(inputs.q)
+    if not case.strided:
+        return q.to(spec.device), k.to(spec.device), v.to(spec.device)
+    parts = [q.flatten(1), k.flatten(1), v.flatten(1)]
+    sizes = [part.shape[1] for part in parts]
+    q, k, v = torch.cat(parts, dim=1).to(spec.device).split(sizes, dim=1)
+    return (
+        q.unflatten(1, (spec.num_heads, spec.head_dim)),
+        k.unflatten(1, (spec.num_kv_heads, spec.head_dim)),
+        v.unflatten(1, (spec.num_kv_heads, spec.value_head_dim)),
+    )

@@ -1,0 +1,244 @@
+"""What must hold of an attention backend: one function a check, which judges one case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from quire.interfaces.attention import AttentionBackend, GraphSupport
+from quire.testing.attention_cases import Case, Inputs, Layer, make_batch, make_inputs
+from quire.testing.attention_run import Subject, bits, make_cache, run
+from quire.testing.attention_strategies import Choices
+from quire.testing.dense import attention, judge, judge_log_sums, log_sums
+from quire.testing.diagnosis import Failure, first_wrong, guess_log_sum, guess_output
+from quire.testing.graph_steps import GraphStep, graph_steps_of
+from quire.testing.more_checks import check_encoder, check_fused_write, check_plans_apart
+
+
+def _never(_choices: Choices) -> str | None:
+    return None
+
+
+@frozen(kw_only=True)
+class Check:
+    """One line of a report.
+
+    `judge` returns None for a case that is right. `why_skipped` says why a backend is not asked.
+    `share` is the part of the time that it may take, `single`: its cases have one token a sequence.
+    `guess` looks at the cases that failed, the smallest first, where `judge` cannot guess alone.
+    """
+
+    name: str
+    judge: Callable[[Subject, Case], Failure | None]
+    share: float
+    single: bool = False
+    guess: Callable[[Subject, Sequence[Case]], str | None] | None = None
+    why_skipped: Callable[[Choices], str | None] = _never
+
+
+def check_output(subject: Subject, case: Case) -> Failure | None:
+    """Outputs are within the bound, and no hidden memory is read."""
+    inputs = make_inputs(case)
+    done = run(subject.backend, case, inputs, options=subject.options)
+    exact = attention(case, inputs, torch.float64)
+    verdict = judge(case, inputs, done.out, exact)
+    if not verdict.is_right:
+        what = first_wrong(case, verdict, torch.cat(done.out), torch.cat(exact))
+        return Failure(what=what, case=case)
+    if done.changed is not None:
+        return Failure(what=f"{done.changed} was changed; a backend may only read it", case=case)
+    return None
+
+
+def check_blocks(subject: Subject, case: Case) -> Failure | None:
+    """No block is changed that has no slot of the step, but for block 0."""
+    done = run(subject.backend, case, make_inputs(case), options=subject.options)
+    own = set((done.slots // case.spec.block_size).tolist()) | {0}
+    before, after = bits(done.before).flatten(1), bits(done.after).flatten(1)
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    others = [block for block in changed if block not in own]
+    if not others:
+        return None
+    what = f"block {others[0]} was changed; the step's slots are in blocks {sorted(own - {0})}"
+    return Failure(what=what, case=case, guess="a token is written to a wrong slot")
+
+
+def check_slots(subject: Subject, case: Case) -> Failure | None:
+    """Each slot has memory of its own, in its own block."""
+    case = attrs.evolve(case, lengths=((1, 1),), poison="nan", shared_blocks=0)
+    spec = case.spec
+    backend = subject.make(case)
+    written: list[Tensor] = []
+    for offset in range(spec.block_size):
+        cache = torch.cat([make_cache(subject.backend, case)] * 2)
+        batch = make_batch([(offset, offset + 1)], [[2]], spec.block_size, device=spec.device)
+        inputs = make_inputs(attrs.evolve(case, seed=offset))
+        plan = backend.plan(batch, 0)
+        backend.prepare(plan)
+        before = bits(cache.clone()).flatten(1)
+        k, v = inputs.k[0].to(spec.device), inputs.v[0].to(spec.device)
+        backend.write(Layer(), k, v, cache, plan)
+        changed = bits(cache).flatten(1) != before
+        changed[0] = False
+        where = f"writing slot {offset} of block 2"
+        if changed.any(1).nonzero().flatten().tolist() != [2]:
+            return Failure(what=f"{where} changed other blocks, or nothing", case=case)
+        for earlier, other in enumerate(written):
+            if bool((changed[2] & other).any()):
+                what = f"{where} changed what belongs to slot {earlier}"
+                return Failure(what=what, case=case, guess="a token is written to two slots")
+        written.append(changed[2])
+    return None
+
+
+def check_log_sum(subject: Subject, case: Case) -> Failure | None:
+    """`lse` holds the natural log-sum-exp of each row's scores, sinks included."""
+    inputs = make_inputs(case)
+    done = run(subject.backend, case, inputs, wants_lse=True, options=subject.options)
+    assert done.lse is not None
+    verdict = judge_log_sums(case, inputs, done.lse)
+    if verdict.is_right:
+        return None
+    exact = torch.cat(log_sums(case, inputs, torch.float64))
+    what = f"lse: {first_wrong(case, verdict, done.lse, exact)}"
+    return Failure(what=what, case=case, guess=guess_log_sum(case, inputs, done.lse))
+
+
+def offers_log_sum(choices: Choices) -> str | None:
+    """Answer whether the backend fills `lse`; it may refuse by NotImplementedError."""
+    case = Case(spec=choices.plain, lengths=((1, 1),))
+    options = choices.options
+    try:
+        run(choices.backend, case, make_inputs(case), wants_lse=True, options=options)
+    except NotImplementedError as error:
+        return f"not offered: {error}"
+    except Exception:  # noqa: BLE001 - the check itself will tell
+        return None
+    return None
+
+
+def check_rows_apart(subject: Subject, case: Case) -> Failure | None:
+    """A NaN in one sequence reaches no other one."""
+    case = attrs.evolve(case, shared_blocks=0)
+    inputs = make_inputs(case)
+    clean = run(subject.backend, case, inputs, options=subject.options).out
+    victim = case.seed % len(case.lengths)
+    inputs.k[victim][:] = float("nan")
+    inputs.v[victim][:] = float("nan")
+    found = run(subject.backend, case, inputs, options=subject.options).out
+    for i, out in enumerate(found):
+        if i != victim and not torch.equal(bits(out), bits(clean[i])):
+            what = f"sequence {i} changes where keys and values of sequence {victim} are NaN"
+            return Failure(what=what, case=case, guess="sequences are summed or masked together")
+    return None
+
+
+def check_batch_invariance(subject: Subject, case: Case) -> Failure | None:
+    """A sequence gives the same bits alone and in a batch."""
+    inputs = make_inputs(case)
+    together = run(subject.backend, case, inputs, options=subject.options).out
+    for i, lengths in enumerate(case.lengths):
+        own = attrs.evolve(inputs, q=[inputs.q[i]], k=[inputs.k[i]], v=[inputs.v[i]])
+        alone = attrs.evolve(case, lengths=(lengths,), shared_blocks=0)
+        out = run(subject.backend, alone, own, options=subject.options).out[0]
+        if not torch.equal(out, together[i]):
+            what = f"sequence {i} gives other bits alone than in the batch"
+            guess = "batch_invariant = True is declared, and the order of sums depends on the batch"
+            return Failure(what=what, case=case, guess=guess)
+    return None
+
+
+def is_not_invariant(choices: Choices) -> str | None:
+    """Return why bits need not be the same, and how often they are."""
+    if choices.backend.batch_invariant:
+        return None
+    subject = Subject(backend=choices.backend, options=choices.options)
+    lengths = ((1, 30), (1, 7), (5, 12), (9, 9))
+    tried = [Case(spec=choices.plain, lengths=lengths, seed=seed) for seed in range(4)]
+    try:
+        same = sum(check_batch_invariance(subject, case) is None for case in tried)
+    except Exception:  # noqa: BLE001 - another check tells what it raises
+        return "batch_invariant is not declared"
+    return f"batch_invariant is not declared; {same} of {len(tried)} batches came out bit-equal"
+
+
+def check_graph(subject: Subject, case: Case) -> Failure | None:
+    """A captured step serves other lengths than it was captured with; padding rows are zero."""
+    inputs = make_inputs(case)
+    graph = GraphStep(subject, case, inputs)
+    for lengths in graph_steps_of(case):
+        cut = graph.load(lengths)
+        failure = _judge_rows(cut, graph.inputs_of(cut), graph.replay().cpu())
+        if failure is not None:
+            return failure
+    return None
+
+
+def _judge_rows(case: Case, inputs: Inputs, out: Tensor) -> Failure | None:
+    num_seqs = len(case.lengths)
+    exact = attention(case, inputs, torch.float64)
+    rows = list(out[:num_seqs].split(1))
+    verdict = judge(case, inputs, rows, exact)
+    if not verdict.is_right:
+        where = first_wrong(case, verdict, out[:num_seqs], torch.cat(exact))
+        guess = "the plan of the capture is stale: it keeps lengths that it saw on the host"
+        return Failure(what=f"replayed: {where}", case=case, guess=guess)
+    padding = out[num_seqs:]
+    if bool((padding == 0).all()):
+        return None
+    row, head, *_ = (padding != 0).nonzero()[0].tolist()
+    got = padding[row, head].abs().max().item()
+    what = f"padding row {row}, head {head}: got {got:g}, expected zeros"
+    return Failure(what=what, case=case, guess="a row of length 0 is 0/0, or left unwritten")
+
+
+def is_without_graphs(choices: Choices) -> str | None:
+    """Return why no step is replayed."""
+    supports = choices.backend.graph_support is not GraphSupport.NONE
+    return None if supports else "graph_support is none"
+
+
+def is_without_fused_write(choices: Choices) -> str | None:
+    """Return why the fused form is not compared."""
+    own = choices.backend.rotate_and_write
+    return "not offered" if own is AttentionBackend.rotate_and_write else None
+
+
+def is_without_encoders(choices: Choices) -> str | None:
+    """Return why bidirectional attention is not looked at."""
+    spec = attrs.evolve(choices.plain, causal=False)
+    return choices.backend.why_unsupported(spec)
+
+
+CHECKS = [
+    Check(name="output", judge=check_output, share=0.4, guess=guess_output),
+    Check(name="blocks", judge=check_blocks, share=0.1),
+    Check(name="slots", judge=check_slots, share=0.05),
+    Check(name="plans apart", judge=check_plans_apart, share=0.1),
+    Check(name="rows apart", judge=check_rows_apart, share=0.05),
+    Check(name="log-sum-exp", judge=check_log_sum, share=0.1, why_skipped=offers_log_sum),
+    Check(
+        name="batch invariance",
+        judge=check_batch_invariance,
+        share=0.1,
+        why_skipped=is_not_invariant,
+    ),
+    Check(
+        name="graph replay",
+        judge=check_graph,
+        share=0.1,
+        single=True,
+        why_skipped=is_without_graphs,
+    ),
+    Check(
+        name="rotate_and_write",
+        judge=check_fused_write,
+        share=0.05,
+        why_skipped=is_without_fused_write,
+    ),
+    Check(name="encoder", judge=check_encoder, share=0.05, why_skipped=is_without_encoders),
+]

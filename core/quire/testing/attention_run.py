@@ -1,0 +1,155 @@
+"""Run one step of a case through a backend's write, plan and attend, in poisoned memory.
+
+Whatever no query of the step may see is poison: unwritten slots, block 0, blocks of others,
+tokens that left the window, the outputs before they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import Factory, define, frozen
+from torch import Tensor
+
+from quire.interfaces.attention import AttentionBackend
+from quire.interfaces.batch import Batch
+from quire.testing.attention_cases import (
+    LIMITS,
+    Case,
+    Inputs,
+    first_visible,
+    make_batch,
+    make_layer,
+    make_tables,
+    step_batch,
+    step_tensors,
+)
+
+
+@frozen(kw_only=True)
+class Subject:
+    """The backend that is checked, and the options that it is made with."""
+
+    backend: type[AttentionBackend]
+    options: Mapping[str, Any] = Factory(dict)
+
+    def make(self, case: Case) -> AttentionBackend:
+        """Return an instance for the case."""
+        return self.backend(case.spec, LIMITS, dict(self.options))
+
+
+@define(kw_only=True)
+class Run:
+    """What came out by sequence, what the cache held before and after, and the step's slots.
+
+    `changed` names an input that the backend changed, which it must not.
+    """
+
+    out: list[Tensor]
+    lse: Tensor | None
+    before: Tensor
+    after: Tensor
+    slots: Tensor
+    tables: list[list[int]]
+    changed: str | None = None
+
+
+def make_cache(backend: type[AttentionBackend], case: Case) -> Tensor:
+    """Return a poisoned cache for one layer of the case."""
+    layout, (_, num_blocks) = backend.kv_layout(case.spec), make_tables(case)
+    dtype = getattr(torch, layout.dtype)
+    shape = (num_blocks, *layout.block_shape)
+    return torch.full(shape, case.poison_value, dtype=dtype, device=case.spec.device)
+
+
+def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Tensor) -> None:
+    """Write what earlier steps wrote, as far as it may still be read."""
+    tables, _ = make_tables(case)
+    chosen = []
+    for i, (query_len, seq_len) in enumerate(case.lengths):
+        span = (first_visible(case, query_len, seq_len), seq_len - query_len)
+        if span[0] < span[1]:
+            chosen.append((span, i))
+    chosen.sort(key=lambda pair: pair[0][1] - pair[0][0] > 1)
+    if not chosen:
+        return
+    spans = [span for span, _ in chosen]
+    chosen_tables, device = [tables[i] for _, i in chosen], case.spec.device
+    batch = make_batch(spans, chosen_tables, case.spec.block_size, device=device)
+    k = torch.cat([inputs.k[i][first:last] for (first, last), i in chosen]).to(device)
+    v = torch.cat([inputs.v[i][first:last] for (first, last), i in chosen]).to(device)
+    plan = backend.plan(batch, 0)
+    backend.prepare(plan)
+    backend.write(make_layer(case, inputs), k, v, cache, plan)
+
+
+def run(
+    backend_class: type[AttentionBackend],
+    case: Case,
+    inputs: Inputs,
+    *,
+    wants_lse: bool = False,
+    options: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+) -> Run:
+    """Run one step of the batch and return what it gave and what it changed, on the CPU.
+
+    `fresh`: the step has an instance of its own, that knows no earlier one.
+    """
+    subject = Subject(backend=backend_class, options=options or {})
+    backend, cache = subject.make(case), make_cache(backend_class, case)
+    write_past(backend, case, inputs, cache)
+    before = cache.cpu().clone()
+    batch, layer = step_batch(case), make_layer(case, inputs)
+    q, k, v = step_tensors(case, inputs)
+    watched = watched_tensors(q, k, v, batch)
+    copies = {name: tensor.clone() for name, tensor in watched.items()}
+    out, lse = poisoned_outputs(case, q, wants_lse=wants_lse)
+    if fresh:
+        backend = subject.make(case)
+    plan = backend.plan(batch, 0)
+    backend.prepare(plan)
+    backend.write(layer, k, v, cache, plan)
+    backend.attend(layer, q, k, v, cache, plan, out, lse)
+    changed = [
+        name for name, was in copies.items() if not torch.equal(bits(watched[name]), bits(was))
+    ]
+    return Run(
+        out=list(out.cpu().split([n for n, _ in case.lengths])),
+        lse=None if lse is None else lse.cpu(),
+        before=before,
+        after=cache.cpu(),
+        slots=step_batch(case).groups[0].slot_mapping.cpu().long(),
+        tables=make_tables(case)[0],
+        changed=changed[0] if changed else None,
+    )
+
+
+def poisoned_outputs(case: Case, q: Tensor, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `out`, and `lse` where it is wanted, full of NaN."""
+    shape = (len(q), case.spec.num_heads, case.spec.value_head_dim)
+    out = q.new_full(shape, float("nan"))
+    lse = q.new_full(shape[:2], float("nan"), dtype=torch.float32) if wants_lse else None
+    return out, lse
+
+
+def watched_tensors(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return what a backend reads and must not change, by name."""
+    group = batch.groups[0]
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "batch.positions": batch.positions,
+        "batch.cu_seqlens_q": batch.cu_seqlens_q,
+        "batch.seq_lens": batch.seq_lens,
+        "block_table": group.block_table,
+        "slot_mapping": group.slot_mapping,
+    }
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return the bytes of a tensor, so that a NaN equals itself."""
+    return x.contiguous().view(torch.uint8)

@@ -1,0 +1,138 @@
+"""Hypothesis strategies: cases of a step, of what a backend says that it can serve."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+from hypothesis import strategies as st
+
+from quire.interfaces.attention import AttentionBackend, AttentionSpec
+from quire.testing.attention_cases import Case, make_spec
+from quire.testing.attention_run import Subject
+
+# (num_kv_heads, heads that share one): groups of 1 to 16.
+HEADS = [(2, 2), (1, 1), (3, 1), (2, 1), (2, 3), (1, 4), (3, 2), (2, 5), (1, 7), (2, 8), (1, 16)]
+HEAD_DIMS = [16, 64, 8, 20, 32, 80, 96, 128, 256]
+BLOCK_SIZES = [4, 16, 1, 2, 8, 32, 64, 128]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@attrs.frozen(kw_only=True)
+class Choices:
+    """What a backend serves: one specification, and the values that may each be put into it."""
+
+    backend: type[AttentionBackend]
+    options: Mapping[str, Any]
+    plain: AttentionSpec
+    changes: dict[str, list[dict[str, Any]]]
+
+
+def choices_of(subject: Subject, device: str) -> Choices | str:
+    """Ask a backend what it serves on a device; a sentence says why it is nothing."""
+    backend, reason = subject.backend, "it was not asked"
+    for dtype, dim, size in itertools.product(DTYPES, HEAD_DIMS, BLOCK_SIZES):
+        plain = _spec(dtype=dtype, head_dim=dim, value_head_dim=dim, block_size=size, device=device)
+        found = backend.why_unsupported(plain)
+        if found is None:
+            changes = _served(backend, plain)
+            options = subject.options
+            return Choices(backend=backend, options=options, plain=plain, changes=changes)
+        reason = found
+    return reason
+
+
+def _spec(**changes: Any) -> AttentionSpec:
+    return make_spec(scale=changes["head_dim"] ** -0.5, **changes)
+
+
+def _served(backend: type[AttentionBackend], plain: AttentionSpec) -> dict[str, list[Any]]:
+    """Return the changes of each kind that the backend accepts, the plainest first."""
+    asked: dict[str, list[dict[str, Any]]] = {
+        "dtype": [{"dtype": name, "kv_dtype": name} for name in DTYPES],
+        "heads": [{"num_heads": kv * group, "num_kv_heads": kv} for kv, group in HEADS],
+        "head_dim": [
+            {"head_dim": dim, "value_head_dim": dim, "scale": dim**-0.5} for dim in HEAD_DIMS
+        ],
+        "value_head_dim": [{}, {}, {"value_head_dim": 24}, {"value_head_dim": 8}],
+        "block_size": [{"block_size": size} for size in BLOCK_SIZES],
+        "scale": [{}, {"scale": 0.5}, {"scale": 0.07}],
+        "window": [{}, *({"sliding_window": n} for n in (1, 2, 3, 5, 9, 16, 17, 40))],
+        "softcap": [{}, {}, {"logit_softcap": 1.5}, {"logit_softcap": 30.0}],
+        "sinks": [{}, {"sinks": True}],
+        "alibi": [{}, {}, {"alibi": True}],
+    }
+    return {
+        name: [c for c in changes if backend.why_unsupported(attrs.evolve(plain, **c)) is None]
+        for name, changes in asked.items()
+    }
+
+
+@st.composite
+def specs(draw: st.DrawFn, choices: Choices, small: bool = False) -> AttentionSpec:
+    """Draw what a model may ask for and the backend serves."""
+    changes: dict[str, Any] = {}
+    for name, served in choices.changes.items():
+        if small and name == "head_dim":
+            served = [change for change in served if change["head_dim"] <= 64]
+        if name == "window" and len(served) > 1 and draw(st.booleans()):
+            continue
+        changes.update(draw(st.sampled_from(served or [{}])))
+    spec = attrs.evolve(choices.plain, **changes)
+    # What it serves one by one it need not serve together.
+    return spec if choices.backend.why_unsupported(spec) is None else choices.plain
+
+
+@st.composite
+def batches(
+    draw: st.DrawFn,
+    block_size: int = 4,
+    longest: int = 70,
+    most: int = 5,
+    single: bool = False,
+) -> tuple[tuple[int, int], ...]:
+    """Draw (query length, length) pairs: decodes first, then chunks and whole prompts.
+
+    Lengths are small ones, block edges with one more and one less, and anything.
+    """
+    edges = st.builds(
+        lambda blocks, more: min(longest, max(1, blocks * block_size + more)),
+        st.integers(1, max(1, longest // block_size)),
+        st.integers(-1, 1),
+    )
+    lengths = st.one_of(st.integers(1, min(9, longest)), edges, st.integers(1, longest))
+    pairs = []
+    for _ in range(draw(st.integers(1, most))):
+        seq_len = draw(lengths)
+        whole = st.just(seq_len)
+        query_lens = st.one_of(st.just(1), whole, st.integers(1, seq_len))
+        pairs.append((1 if single else draw(query_lens), seq_len))
+    return tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    spec_strategy: st.SearchStrategy[AttentionSpec],
+    longest: int,
+    single: bool = False,
+) -> Case:
+    """Draw a case; `single`: each sequence has one token, and padding rows may follow."""
+    spec = draw(spec_strategy)
+    lengths = draw(batches(spec.block_size, longest, single=single))
+    return Case(
+        spec=spec,
+        lengths=lengths,
+        seed=draw(st.integers(0, 999)),
+        shared_blocks=draw(st.sampled_from([0, 0, 1, 2])),
+        strided=draw(st.booleans()),
+        padding=draw(st.integers(0, 4)) if single else 0,
+        poison=draw(st.sampled_from(["nan", "nan", "large"])),
+    )
+
+
+def given_specs(found: Sequence[AttentionSpec]) -> st.SearchStrategy[AttentionSpec]:
+    """Draw one of the specifications of a test."""
+    return st.sampled_from(list(found))

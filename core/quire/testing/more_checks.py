@@ -1,0 +1,154 @@
+"""Checks beside the plain step: layers of one plan, plans at once, fused writes, encoders."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+from quire.layers.attention import QKNorm
+from quire.layers.rotary import RotaryTable
+from quire.testing.attention_cases import (
+    LIMITS,
+    Case,
+    Layer,
+    make_batch,
+    make_inputs,
+    make_layer,
+    make_tables,
+    step_batch,
+    step_tensors,
+)
+from quire.testing.attention_run import Subject, make_cache, poisoned_outputs, write_past
+from quire.testing.dense import attention, judge
+from quire.testing.diagnosis import Failure, explain, first_wrong
+
+
+def check_plans_apart(subject: Subject, case: Case) -> Failure | None:
+    """Two steps in flight and two layers a step do not touch one another.
+
+    Both steps are planned before the first one runs; each layer has a cache and sinks of its own.
+    """
+    other = attrs.evolve(case, lengths=tuple(_shorter(case.lengths)), seed=case.seed + 1)
+    backend, steps = subject.make(case), [case, other]
+    caches: list[Tensor] = []
+    for step in steps:
+        for layer in range(2):
+            own = attrs.evolve(step, seed=step.seed + 2 * layer)
+            cache = make_cache(subject.backend, step)
+            write_past(backend, step, make_inputs(own), cache)
+            caches.append(cache)
+    batches = [step_batch(step) for step in steps]
+    for slot, batch in enumerate(batches):
+        batch.in_flight_slot = slot % (LIMITS.max_steps_in_flight + 1)
+    plans = [backend.plan(batch, 0) for batch in batches]
+    for n, step in enumerate(steps):
+        backend.prepare(plans[n])
+        for layer in range(2):
+            inputs = make_inputs(attrs.evolve(step, seed=step.seed + 2 * layer))
+            q, k, v = step_tensors(step, inputs)
+            out, _ = poisoned_outputs(step, q, wants_lse=False)
+            backend.write(make_layer(step, inputs), k, v, caches[2 * n + layer], plans[n])
+            arguments = (k, v, caches[2 * n + layer], plans[n], out)
+            backend.attend(make_layer(step, inputs), q, *arguments)
+            found = list(out.cpu().split([query_len for query_len, _ in step.lengths]))
+            exact = attention(step, inputs, torch.float64)
+            verdict = judge(step, inputs, found, exact)
+            if not verdict.is_right:
+                where = first_wrong(step, verdict, torch.cat(found), torch.cat(exact))
+                what = f"step {n}, layer {layer}, of two steps planned at once: {where}"
+                guess = "a plan or a layer is remembered by the backend (a stale plan)"
+                return Failure(what=what, case=step, guess=guess)
+    return None
+
+
+def _shorter(lengths: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """Return other lengths of as many sequences."""
+    found = [(max(1, query_len // 2), max(1, seq_len * 2 // 3)) for query_len, seq_len in lengths]
+    found = [(min(query_len, seq_len), seq_len) for query_len, seq_len in found]
+    return sorted(found, key=lambda pair: pair[0] > 1)
+
+
+def check_fused_write(subject: Subject, case: Case) -> Failure | None:
+    """The fused form equals norm, rotation and write, as near as plain PyTorch does."""
+    spec = case.spec
+    if spec.value_head_dim != spec.head_dim:
+        return None
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype, batch = getattr(torch, spec.dtype), step_batch(case)
+    num_tokens, split = len(batch.positions), spec.num_heads + spec.num_kv_heads
+    shape = (num_tokens, (split + spec.num_kv_heads) * spec.head_dim)
+    qkv = torch.randn(*shape, generator=generator).to(spec.device, dtype)
+    norm, rotary = _norm_and_rotary(case, generator)
+    heads = qkv.clone().unflatten(1, (-1, spec.head_dim))
+    plain = rotary.rotate(norm.normalise(heads[:, :split].clone()), batch.positions)
+    exact = _exact(case, heads[:, :split], norm, rotary, batch.positions)
+    backend = subject.make(case)
+    caches = [make_cache(subject.backend, attrs.evolve(case, poison="zero")) for _ in range(2)]
+    plan = backend.plan(batch, 0)
+    backend.prepare(plan)
+    rounded = exact.to(dtype)
+    backend.write(Layer(), rounded[:, spec.num_heads :], heads[:, split:], caches[0], plan)
+    q = backend.rotate_and_write(Layer(), qkv, batch.positions, rotary, norm, caches[1], plan)
+    if q is None:
+        return None
+    unit = torch.finfo(dtype).eps
+    allowed = unit * exact.abs().max().item() + 2 * (plain.double() - exact).abs().max().item()
+    errors = {
+        "q": (q.double() - exact[:, : spec.num_heads]).abs().max().item(),
+        # The right keys were rounded on their way into the cache.
+        "the cache": (caches[1].double() - caches[0].double()).abs().max().item() / 2,
+    }
+    for name, error in errors.items():
+        if not error <= allowed:
+            what = f"rotate_and_write: {name} is off by {error:.3g}, bound {allowed:.3g}"
+            return Failure(what=what, case=case)
+    return None
+
+
+def _norm_and_rotary(case: Case, generator: torch.Generator) -> tuple[QKNorm, RotaryTable]:
+    spec, dtype = case.spec, getattr(torch, case.spec.dtype)
+    weights = torch.randn(2, spec.head_dim, generator=generator).to(spec.device, dtype)
+    longest = max(seq_len for _, seq_len in case.lengths)
+    angles = 6 * torch.rand(longest, spec.head_dim // 2, generator=generator).to(spec.device)
+    norm = QKNorm(weights[0], weights[1], 1e-6, (spec.num_heads, spec.num_kv_heads))
+    return norm, RotaryTable(angles.cos(), angles.sin(), spec.head_dim, dtype)
+
+
+def _exact(
+    case: Case, heads: Tensor, norm: QKNorm, rotary: RotaryTable, positions: Tensor
+) -> Tensor:
+    """Return normalised and rotated heads in float64; cosines are those of the model's dtype."""
+    spec, x = case.spec, heads.double()
+    x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    weights = [norm.q] * spec.num_heads + [norm.k] * spec.num_kv_heads
+    x = x * torch.stack(weights).double()
+    cos = rotary.cos[positions.long()].to(heads.dtype).double()[:, None]
+    sin = rotary.sin[positions.long()].to(heads.dtype).double()[:, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def check_encoder(subject: Subject, case: Case) -> Failure | None:
+    """Without causality all keys are seen; without a cache the step's own are all there are."""
+    spec = attrs.evolve(case.spec, causal=False, sliding_window=None)
+    if subject.backend.why_unsupported(spec) is not None:
+        return None
+    lengths = sorted({(n, n) for _, n in case.lengths}, key=lambda pair: pair[0] > 1)
+    case = attrs.evolve(case, spec=spec, lengths=tuple(lengths), shared_blocks=0)
+    inputs, backend = make_inputs(case), subject.make(case)
+    tables, _ = make_tables(case)
+    batch = make_batch([(0, n) for n, _ in lengths], tables, spec.block_size, device=spec.device)
+    q, k, v = step_tensors(case, inputs)
+    out, _ = poisoned_outputs(case, q, wants_lse=False)
+    plan = backend.plan(batch, 0)
+    backend.prepare(plan)
+    backend.attend(make_layer(case, inputs), q, k, v, None, plan, out)
+    found = list(out.cpu().split(batch.query_lens))
+    exact = attention(case, inputs, torch.float64)
+    verdict = judge(case, inputs, found, exact)
+    if verdict.is_right:
+        return None
+    where = first_wrong(case, verdict, torch.cat(found), torch.cat(exact))
+    guess = None if torch.cat(found).isnan().any() else explain(case, inputs, found)
+    return Failure(what=f"without a cache: {where}", case=case, guess=guess)

@@ -1,0 +1,43 @@
+"""The kit catches every broken backend, passes the right one, and says what may be wrong."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from attrs import evolve
+from broken_backends import BROKEN, GUESSES
+from gather_attention import GatherAttention
+
+from quire.testing.kit import PROFILES, Report, check_attention
+
+# As many cases on a slow machine as on a fast one.
+PATIENT = evolve(PROFILES["quick"], seconds=60)
+
+
+def failure_of(report: Report) -> str:
+    return "\n".join(f"{c.name}: {c.detail}" for c in report.checks if c.outcome == "failed")
+
+
+def test_right_backend_passes() -> None:
+    report = check_attention(GatherAttention, profile=PATIENT)
+
+    assert report.passed, failure_of(report)
+    assert {c.name for c in report.checks if c.outcome == "skipped"} == {
+        *("batch invariance", "rotate_and_write", "encoder"),
+    }
+
+
+def test_there_are_enough_broken_backends() -> None:
+    assert len(BROKEN) >= 30
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_backend_is_caught(name: str) -> None:
+    started = time.perf_counter()
+
+    report = check_attention(BROKEN[name], profile=PATIENT)
+
+    print(f"{time.perf_counter() - started:.2f} s\n{failure_of(report)}")
+    assert not report.passed
+    assert GUESSES.get(name, "") in failure_of(report)
