@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import broken_plans  # noqa: F401 - it adds its own to BROKEN
 import pytest
 from attrs import evolve
 from broken_backends import BROKEN, GUESSES

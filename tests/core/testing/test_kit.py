@@ -10,7 +10,8 @@ from itertools import combinations
 import attrs
 import pytest
 import torch
-from broken_backends import FusedGather, TailUnmasked
+from broken_backends import TailUnmasked
+from broken_plans import FusedGather
 from gather_attention import GatherAttention
 from hypothesis import given, settings
 
