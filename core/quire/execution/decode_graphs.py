@@ -10,6 +10,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from quire.errors import KernelError
 from quire.execution.decode_step import DecodeStep, Decoding, Ending
 from quire.interfaces.batch import Batch
 from quire.scheduling.output import SchedulerOutput
@@ -32,7 +33,18 @@ class CudaCapture:
         self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        """Capture. Raises: what `run` raises, or RuntimeError where it waits for the device."""
+        """Capture. Raises: KernelError where `run` does what no graph can hold, such as waiting."""
+        try:
+            return self._captured(run)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise KernelError(
+                f"a step cannot be captured as a CUDA graph: {error}. --enforce-eager turns graphs "
+                "off."
+            ) from error
+
+    def _captured(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)

@@ -10,6 +10,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from quire.execution.adjustments import to_device
 from quire.execution.batch_builder import BatchBuilder
 from quire.execution.block_tables import Ints
 from quire.execution.sampling_rows import SamplingRows
@@ -116,7 +117,7 @@ class DecodeStep:
             views = staging.upload([*columns, *parts], slot, self._inputs)
             views = views[sum(map(len, columns)) :]
         else:  # long tables came from the prefix cache
-            views = torch.from_numpy(np.concatenate(parts)).to(self._inputs.device)
+            views = to_device(np.concatenate(parts), torch.int32, str(self._inputs.device))
             staging.upload(columns, slot, self._inputs)
         pieces = views.split([len(part) for part in parts])
         for i, (group, _, _) in enumerate(changes):
