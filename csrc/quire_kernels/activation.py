@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 
 _BLOCK = 1024
@@ -18,7 +19,7 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.of_tensors)
 def _silu_mul_kernel(
     gate_up_ptr,
     out_ptr,

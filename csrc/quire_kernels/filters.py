@@ -15,15 +15,21 @@ the cut does not depend on which program comes first. Rows without a filter leav
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels import costs
 from quire_kernels.token_order import lowest_order_of, order_of, value_of
 
 # Read once a row, wherever they lie: of rows packed end to end, alignment follows their number.
-PER_ROW = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
+PER_ROW: Any = {
+    "do_not_specialize_on_alignment": ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"],
+    "launch_metadata": costs.of_tensors,
+}
 # Results must not depend on the batch, so neither does the split.
 _SPLIT = tl.constexpr(2048)
 _COLUMNS = tl.constexpr(256)
@@ -94,18 +100,11 @@ def _bracket(state_ptr, limits_ptr, by_count, top_k, top_p, STAGE: tl.constexpr)
     return tl.load(limits + 1), tl.load(limits)
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(**PER_ROW)
 def _measure_kernel(
-    logits_ptr,
-    logits_stride,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    measures_ptr,
-    VOCAB: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    logits_ptr, logits_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, measures_ptr,
+    VOCAB: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """Measure a split of a row: maximum, sum and number of its finite values."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
@@ -165,7 +164,7 @@ def _masses_above(points, logits_ptr, split, temperature, top, VOCAB: tl.constex
     return tl.sum(masses, axis=1)
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(**PER_ROW)
 def _narrow_kernel(
     logits_ptr,
     logits_stride,
@@ -207,7 +206,7 @@ def _narrow_kernel(
                 tl.atomic_add(state_ptr + _POINTS * STAGE + at, found, sem="relaxed")
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(**PER_ROW)
 def _gather_kernel(
     logits_ptr,
     logits_stride,
@@ -313,7 +312,7 @@ def _select(
     return first
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(**PER_ROW)
 def _search_kernel(
     logits_ptr,
     logits_stride,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels import costs
 from quire_kernels.activation import silu
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 
@@ -60,7 +61,7 @@ def _weights(weight_ptr, rows, are_inside, columns, stride, SIZE: tl.constexpr):
     return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["num_out"])
+@triton.jit(do_not_specialize=["num_out"], launch_metadata=costs.of_product)
 def _gemv_kernel(
     x_ptr,
     residual_ptr,

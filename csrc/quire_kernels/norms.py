@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 
 # A longer row does not fit the registers of the one program that norms it.
@@ -15,7 +16,7 @@ MAX_SIZE = 16384
 _MANY_ROWS = 1024
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], launch_metadata=costs.of_norm)
 def _norm_kernel(
     x_ptr,
     residual_ptr,

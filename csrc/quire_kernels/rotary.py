@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 
 # The interpreter cuts the digits that bfloat16 lacks instead of rounding.
@@ -38,7 +39,10 @@ def weighed(x, scale, is_q, dims, inside, q_weight_ptr, k_weight_ptr, dtype: tl.
     return rounded(rounded(x * scale[:, None], dtype) * weight, dtype)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"],
+    launch_metadata=costs.of_rotation,
+)
 def _rotate_and_write_kernel(
     qkv_ptr, positions_ptr, slots_ptr, q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr,
     q_weight_ptr, k_weight_ptr, eps, qkv_stride,

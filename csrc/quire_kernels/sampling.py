@@ -15,6 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.language.extra.cuda import libdevice
 
+from quire_kernels import costs
 from quire_kernels.filters import cut_rows
 from quire_kernels.token_order import key_of, order_of, value_of_key
 
@@ -142,7 +143,8 @@ def exact_winner(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "child_ptr", "position_ptr"]
+    do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "child_ptr", "position_ptr"],
+    launch_metadata=costs.of_tensors,
 )
 def _draw_kernel(
     logits_ptr, logits_stride, temperature_ptr, seed_ptr, child_ptr, position_ptr, cut_ptr,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import define
 from torch.profiler import ProfilerActivity, profile
 
 from quire.benchmark.engine_run import Bench
+from quire.benchmark.kernel_costs import KernelCosts, listening
 from quire.benchmark.prompts import Work
-from quire.benchmark.trace import Spent, on_device, on_host, read
+from quire.benchmark.trace import Spent, on_device, on_host, products_of, read
 from quire.errors import ConfigError
 
 # Steps of one token a sequence, one after another, that make a steady state.
@@ -28,13 +31,30 @@ def profile_steps(
     `steady`: prompts are computed before, so that each step makes one token a sequence.
     Raises: ConfigError where the trace cannot be written.
     """
+    device = bench.engine.runner.device
+    recorded = _record(bench, works, count=count, steady=steady)
+    _write(recorded.profiler, path)
+    costs = KernelCosts()
+    if device.type == "cuda":
+        _ask_for_costs(bench, works, costs, count=count, steady=steady)
+    return summarize(path, recorded.steps, recorded.took_s, costs, on_gpu=device.type == "cuda")
+
+
+@define(kw_only=True)
+class _Recorded:
+    profiler: Any
+    steps: int
+    took_s: float
+
+
+def _record(bench: Bench, works: Sequence[Work], *, count: int, steady: bool) -> _Recorded:
+    """Run the works up to `count` steps behind what is not recorded, and end them."""
     engine = bench.engine
-    device = engine.runner.device
     ids = bench.add(works)
     if steady:
         _reach_steady_state(bench)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
+    activities, on_gpu = [ProfilerActivity.CPU], engine.runner.device.type == "cuda"
+    if on_gpu:
         activities.append(ProfilerActivity.CUDA)
     steps = 0
     with profile(activities=activities, record_shapes=True) as profiler:
@@ -42,15 +62,31 @@ def profile_steps(
         while steps < count and engine.has_unfinished():
             engine.step()
             steps += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if on_gpu:
+            torch.cuda.synchronize()
         took_s = time.perf_counter() - begin
     _abandon(bench, ids)
+    return _Recorded(profiler=profiler, steps=steps, took_s=took_s)
+
+
+def _ask_for_costs(
+    bench: Bench, works: Sequence[Work], costs: KernelCosts, *, count: int, steady: bool
+) -> None:
+    """Run the same steps again without replaying graphs, whose kernels tell nothing."""
+    runner = bench.engine.runner
+    with tempfile.TemporaryDirectory() as folder, runner.without_replays(), listening(costs):
+        again = _record(bench, works, count=count, steady=steady)
+        path = Path(folder) / "trace.json"
+        again.profiler.export_chrome_trace(str(path))
+        for name, product in products_of(read(path)):
+            costs.add(name, flops=product.flops, num_bytes=product.num_bytes)
+
+
+def _write(profiler: Any, path: Path) -> None:
     try:
         profiler.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"--profile {path.parent} cannot be written: {error}.") from error
-    return summarize(path, steps=steps, took_s=took_s, on_gpu=device.type == "cuda")
 
 
 def _reach_steady_state(bench: Bench) -> None:
@@ -69,10 +105,16 @@ def _abandon(bench: Bench, ids: Sequence[str]) -> None:
         bench.engine.step()
 
 
-def summarize(path: Path, *, steps: int, took_s: float, on_gpu: bool) -> dict[str, Any]:
+def summarize(
+    path: Path, steps: int, took_s: float, costs: KernelCosts, *, on_gpu: bool
+) -> dict[str, Any]:
     """Return the table of a trace: times a step, by kernel on a GPU and by operator on a CPU."""
     events = read(path)
     timeline = on_device(events) if on_gpu else on_host(events)
+    for spent in timeline.spent:
+        cost = costs.of(spent.name, spent.calls)
+        if cost is not None:
+            spent.flops, spent.num_bytes = cost
     whole_us = 1e6 * took_s
     # On a GPU what lies between kernels; on a CPU what lies between operators.
     return {
@@ -93,6 +135,8 @@ def _row(spent: Spent, steps: int, busy_us: float) -> dict[str, Any]:
         "us_a_step": spent.us / steps,
         "us_a_call": spent.us / spent.calls,
         "share": spent.us / max(busy_us, 1e-9),
+        "mb_a_call": None if spent.num_bytes is None else spent.num_bytes / spent.calls / 1e6,
+        "mflop_a_call": None if spent.flops is None else spent.flops / spent.calls / 1e6,
         "tflop_per_s": None if spent.flops is None else spent.flops / us / 1e6,
         "gb_per_s": None if spent.num_bytes is None else spent.num_bytes / us / 1e3,
     }

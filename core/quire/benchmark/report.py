@@ -69,19 +69,19 @@ def _profile_lines(profile: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{steps} steps of {profile['step_us']:.0f} us; busy {profile['busy_us']:.0f} us, "
         f"gaps {profile['gap_us']:.0f} us a step; trace in {profile['trace']}",
-        f"{'us a step':>10}{'share':>8}{'calls':>8}{'us a call':>11}{'TFLOP/s':>9}{'GB/s':>8}"
-        f"{'ceiling':>9}  name",
+        f"{'us a step':>10}{'share':>8}{'calls':>8}{'us a call':>11}{'MB':>9}{'MFLOP':>10}"
+        f"{'TFLOP/s':>9}{'GB/s':>8}{'ceiling':>9}  name",
     ]
     lines += [_profile_line(row) for row in profile["rows"]]
     return lines
 
 
 def _profile_line(row: Mapping[str, Any]) -> str:
-    rates: Sequence[Any] = (row["tflop_per_s"], row["gb_per_s"])
-    flops, read = (f"{rate:.1f}" if rate is not None else "" for rate in rates)
+    names = ("mb_a_call", "mflop_a_call", "tflop_per_s", "gb_per_s")
+    cost, work, flops, read = (f"{row[n]:.1f}" if row[n] is not None else "" for n in names)
     share = f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else ""
     return (
         f"{row['us_a_step']:>10.1f}{row['share']:>8.1%}{row['calls_a_step']:>8.1f}"
-        f"{row['us_a_call']:>11.1f}{flops:>9}{read:>8}{share:>9}"
+        f"{row['us_a_call']:>11.1f}{cost:>9}{work:>10}{flops:>9}{read:>8}{share:>9}"
         f"  {row['name'][:MAX_NAME]}"
     )

@@ -61,21 +61,38 @@ def read(path: Path) -> list[Event]:
 
 
 def on_device(events: Iterable[Event]) -> Timeline:
-    """Return what a GPU spent its time on; without graphs products are known by their shapes."""
+    """Return what a GPU spent its time on; without graphs products are known by their shapes.
+
+    A kernel that begins while one before it ends mostly waits for it, and has the time after that.
+    """
     events = list(events)
+    ran = [event for event in events if event.get("cat") in DEVICE_CATEGORIES]
+    known = {id(event): product for event, product in _products(events)}
+    spent: dict[str, Spent] = {}
+    reached = -math.inf
+    for event in sorted(ran, key=lambda e: e["ts"]):
+        own_us = max(0.0, _end(event) - max(reached, event["ts"]))
+        reached = max(reached, _end(event))
+        name = event["name"]
+        spent.setdefault(name, Spent(name)).add(own_us, known.get(id(event)))
+    return _timeline(spent, ran)
+
+
+def products_of(events: Iterable[Event]) -> list[tuple[str, Product]]:
+    """Return the kernels that compute matrix products of known shapes, a name a call."""
+    return [(event["name"], product) for event, product in _products(list(events))]
+
+
+def _products(events: Sequence[Event]) -> list[tuple[Event, Product]]:
     operators = [event for event in events if event.get("cat") == HOST_CATEGORY]
     products = {_external_id(event): product_of(event) for event in operators}
-    ran = [event for event in events if event.get("cat") in DEVICE_CATEGORIES]
     # An operator may launch several kernels, of which the longest computes the product.
     longest: dict[Any, Event] = {}
+    ran = (event for event in events if event.get("cat") in DEVICE_CATEGORIES)
     for event in sorted(ran, key=lambda e: e["dur"]):
         longest[_external_id(event)] = event
-    spent: dict[str, Spent] = {}
-    for event in ran:
-        name, number = event["name"], _external_id(event)
-        product = products.get(number) if longest[number] is event else None
-        spent.setdefault(name, Spent(name)).add(event["dur"], product)
-    return _timeline(spent, ran)
+    found = ((event, products.get(number)) for number, event in longest.items())
+    return [(event, product) for event, product in found if product is not None]
 
 
 def _external_id(event: Event) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import Factory, define
@@ -139,6 +140,18 @@ class ModelRunner:
             sizes = self.decode_graphs.sizes
             ends = [sizes[-1], sizes[0]]
             self.decode_graphs.warm_up(ends, endings, is_compiled=is_compiled)
+
+    @contextlib.contextmanager
+    def without_replays(self) -> Iterator[None]:
+        """Run captured steps kernel by kernel meanwhile, with the same inputs and shapes."""
+        kinds = [graphs for graphs in (self.decode_graphs, self.mixed_graphs) if graphs]
+        for graphs in kinds:
+            graphs.replays = False
+        try:
+            yield
+        finally:
+            for graphs in kinds:
+                graphs.replays = True
 
     def _endings(self) -> list[Ending]:
         """Return how rows that draw may end inside a graph."""

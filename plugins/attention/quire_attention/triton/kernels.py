@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, wait_for_previous
 
 # The interpreter multiplies the bits of bfloat16 as integers, and cuts instead of rounding.
@@ -148,6 +149,7 @@ def over_keys(
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "starts_ptr", "items_ptr"],
+    launch_metadata=costs.of_attention,
 )
 def attend(
     q_ptr, cache_ptr, out_ptr, lse_ptr, sinks_ptr, table_ptr, seq_lens_ptr, starts_ptr,
@@ -267,7 +269,7 @@ def attend(
         tl.store(lse_ptr + row_tokens * NUM_HEADS + heads, lse * LN_2, mask=is_row)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.of_merge)
 def merge(
     partial_ptr, partial_lse_ptr, first_items_ptr, out_ptr, lse_ptr, out_stride,
     NUM_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -1,0 +1,85 @@
+"""What a launch of a kernel reads, writes and computes, for profiles: never asked in a normal run.
+
+Each function is a kernel's `launch_metadata`: it gets the grid, the compiled kernel's metadata and
+the arguments by name, and returns "bytes" that have to move at least, and "flops".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Cost = dict[str, int]
+
+
+def of_tensors(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count each tensor once, whole, and no FLOPs."""
+    return {"bytes": sum(x.nbytes for x in args.values() if isinstance(x, Tensor)), "flops": 0}
+
+
+def of_norm(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count rows read and written; with a residual three are moved more: it, and the sum twice."""
+    rows = args["out_ptr"].nbytes
+    return {"bytes": rows * (4 if args["ADDS"] else 2) + args["weight_ptr"].nbytes, "flops": 0}
+
+
+def of_product(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count the weight and the vectors of a product of one row."""
+    return {**of_tensors(grid, metadata, args), "flops": 2 * args["weight_ptr"].numel()}
+
+
+def of_rotation(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count q, k and v of all tokens, read and written; of a cache nothing else is touched."""
+    return {"bytes": 2 * args["qkv_ptr"].nbytes, "flops": 0}
+
+
+def of_attention(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count queries, outputs, and keys and values of each sequence once; two products a pair.
+
+    Reads the device.
+    """
+    heads, dims = args["NUM_HEADS"], args["HEAD_DIM"] + args["VALUE_DIM"]
+    if args["SINGLE"]:
+        items = args["items_ptr"][: int(args["num_items_ptr"])].long()
+        num_keys = num_pairs = int((items[:, 2] - items[:, 1]).sum())
+        num_tokens = int(items[:, 0].unique().numel())
+    else:
+        num_tokens, num_keys, num_pairs = _tiled(args)
+    size = args["q_ptr"].element_size()
+    num_bytes = (num_keys * heads // args["GROUP"] + num_tokens * heads) * dims * size
+    return {"bytes": num_bytes, "flops": 2 * num_pairs * heads * dims}
+
+
+def _tiled(args: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return tokens, keys and pairs of the sequences that have tiles."""
+    tiles = args["items_ptr"]
+    sequences = tiles[1 : 1 + int(tiles[0, 0]), 0].unique().long()
+    starts, window = args["starts_ptr"].long(), args["WINDOW"]
+    query_lens = starts[sequences + 1] - starts[sequences]
+    seq_lens = args["seq_lens_ptr"][sequences].long()
+    num_pairs = num_keys = 0
+    for query_len, seq_len in torch.stack((query_lens, seq_lens), 1).tolist():
+        first, last = seq_len - query_len + 1, seq_len  # keys that the tokens see without a window
+        if window is None or window >= last:
+            num_pairs += (first + last) * query_len // 2
+            num_keys += seq_len
+            continue
+        whole = min(max(window - first, 0), query_len)  # tokens that the window leaves alone
+        num_pairs += (2 * first + whole - 1) * whole // 2 + (query_len - whole) * window
+        num_keys += min(seq_len, query_len + window - 1)
+    return int(query_lens.sum()), num_keys, num_pairs
+
+
+def of_merge(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count the partial results of sequences that were split, and what becomes of them.
+
+    Reads the device.
+    """
+    splits = args["first_items_ptr"][: grid[1] + 1].diff()
+    splits = splits[splits > 1]
+    row = args["NUM_HEADS"] * args["VALUE_DIM"]
+    written = int(splits.numel()) * row * args["out_ptr"].element_size()
+    return {"bytes": int(splits.sum()) * (row + args["NUM_HEADS"]) * 4 + written, "flops": 0}
