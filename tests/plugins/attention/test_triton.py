@@ -35,6 +35,14 @@ from quire_attention.triton.tuning import Tile, fitted, tuning_for
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class Crowd(TritonAttention):
+    """Serve all sequences with one token as those that fill the GPU several times."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.set_tuning(attrs.evolve(self.tuning, crowd_per_sm=0, most_per_sm=64, chunk=16))
+
+
 class ManySplits(TritonAttention):
     """Cut sequences with one token as finely as the kernels allow."""
 
@@ -80,7 +88,7 @@ SPECS = {
     },
 }
 EACH_SPEC = pytest.mark.parametrize("name", SPECS)
-CUTS = pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles])
+CUTS = pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles, Crowd])
 # Rounding is a matter of luck, so the examples are always the same ones: never a rerun.
 # Nor are they made smaller: in the interpreter that takes minutes.
 WHOLE = (Phase.explicit, Phase.generate)
@@ -159,7 +167,7 @@ def test_plan_of_a_graph_does_not_depend_on_lengths() -> None:
     assert all(one is other for one, other in zip(empty, loaded, strict=True))
 
 
-@pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles])
+@pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles, Crowd])
 def test_graph_of_any_step_serves_other_batches(backend: type[TritonAttention]) -> None:
     lengths = ((1, 70), (1, 33), (1, 1), (2, 2), (7, 60), (20, 20), (40, 90))
     case = Case(spec=make_spec(device=GPU), lengths=lengths)

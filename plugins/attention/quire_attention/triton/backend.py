@@ -258,7 +258,8 @@ class TritonAttention(AttentionBackend):
         if plan.num_single:
             grid = (self.spec.num_kv_heads, self.max_items(plan.num_single))
             self._launch(grid, self._items, layer, q, kv_cache, plan, (out, lse))
-            kernels.merge[(self.spec.num_heads, plan.num_single)](
+            heads = self._heads_a_merge(plan.num_single)
+            kernels.merge[(self.spec.num_heads // heads, plan.num_single)](
                 self._partial,
                 self._partial_lse,
                 self._first_items,
@@ -266,6 +267,7 @@ class TritonAttention(AttentionBackend):
                 lse,
                 out.stride(0),
                 NUM_HEADS=self.spec.num_heads,
+                HEADS=heads,
                 VALUE_DIM=self.spec.value_head_dim,
                 BLOCK_V=power_of_two(self.spec.value_head_dim),
                 BLOCK_S=MERGED_AT_ONCE,
@@ -276,9 +278,15 @@ class TritonAttention(AttentionBackend):
             grid = (self.spec.num_kv_heads, plan.most_tiles)
             self._launch(grid, plan.tiles, layer, q, kv_cache, plan, (out, lse))
 
+    def _heads_a_merge(self, num_rows: int) -> int:
+        """Return how many heads a program merges: all where mostly there is nothing to merge."""
+        return self.spec.num_heads if self._is_crowd(num_rows) else 1
+
+    def _is_crowd(self, num_rows: int) -> bool:
+        return num_rows * self.spec.num_kv_heads >= self._crowd
+
     def _tile_of_singles(self, num_rows: int) -> Tile:
-        crowds = num_rows * self.spec.num_kv_heads >= self._crowd
-        return self.tuning.crowd if crowds else self.tuning.single
+        return self.tuning.crowd if self._is_crowd(num_rows) else self.tuning.single
 
     def _launch(
         self,

@@ -272,40 +272,42 @@ def attend(
 @triton.jit(launch_metadata=costs.of_merge)
 def merge(
     partial_ptr, partial_lse_ptr, first_items_ptr, out_ptr, lse_ptr, out_stride,
-    NUM_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of a sequence by their sums: grid (num_heads, rows).
+    """Weigh the splits of a sequence by their sums: grid (NUM_HEADS / HEADS, rows).
 
     Rows with one split were written by `attend` itself.
     """
     let_next_begin(OVERLAPS)
     wait_for_previous(OVERLAPS)
-    head, row = tl.program_id(0), tl.program_id(1)
+    first_head, row = tl.program_id(0) * HEADS, tl.program_id(1)
     first, last = tl.load(first_items_ptr + row), tl.load(first_items_ptr + row + 1)
     if last - first <= 1:
         return
     dims = tl.arange(0, BLOCK_V)
-    acc = tl.zeros([BLOCK_V], dtype=tl.float32)
-    peak, total = tl.full([1], LOWEST, dtype=tl.float32), tl.zeros([1], dtype=tl.float32)
-    for begin in range(first, last, BLOCK_S):
-        items = begin + tl.arange(0, BLOCK_S)
-        places = items * NUM_HEADS + head
-        inside = items < last
-        lse = tl.load(partial_lse_ptr + places, mask=inside, other=float("-inf"))
-        mask = inside[:, None] & (dims < VALUE_DIM)[None, :]
-        parts = partial_ptr + places[:, None] * VALUE_DIM + dims[None, :]
-        part = tl.load(parts, mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0, keep_dims=True))
-        weights = tl.exp2(lse - new_peak)
-        shrink = tl.exp2(peak - new_peak)
-        acc = acc * shrink + tl.sum(part * weights[:, None], 0)
-        total = total * shrink + tl.sum(weights, 0, keep_dims=True)
-        peak = new_peak
-    out = out_ptr + row.to(tl.int64) * out_stride + head * VALUE_DIM + dims
-    tl.store(out, rounded(acc / total, out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row * NUM_HEADS + head + tl.arange(0, 1), (peak + tl.log2(total)) * LN_2)
+    for head in range(first_head, first_head + HEADS):
+        acc = tl.zeros([BLOCK_V], dtype=tl.float32)
+        peak, total = tl.full([1], LOWEST, dtype=tl.float32), tl.zeros([1], dtype=tl.float32)
+        for begin in range(first, last, BLOCK_S):
+            items = begin + tl.arange(0, BLOCK_S)
+            places = items * NUM_HEADS + head
+            inside = items < last
+            lse = tl.load(partial_lse_ptr + places, mask=inside, other=float("-inf"))
+            mask = inside[:, None] & (dims < VALUE_DIM)[None, :]
+            parts = partial_ptr + places[:, None] * VALUE_DIM + dims[None, :]
+            part = tl.load(parts, mask=mask, other=0.0)
+            new_peak = tl.maximum(peak, tl.max(lse, 0, keep_dims=True))
+            weights = tl.exp2(lse - new_peak)
+            shrink = tl.exp2(peak - new_peak)
+            acc = acc * shrink + tl.sum(part * weights[:, None], 0)
+            total = total * shrink + tl.sum(weights, 0, keep_dims=True)
+            peak = new_peak
+        out = out_ptr + row.to(tl.int64) * out_stride + head * VALUE_DIM + dims
+        tl.store(out, rounded(acc / total, out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
+        if lse_ptr is not None:
+            at = lse_ptr + row * NUM_HEADS + head + tl.arange(0, 1)
+            tl.store(at, (peak + tl.log2(total)) * LN_2)
 
 
 @triton.jit
