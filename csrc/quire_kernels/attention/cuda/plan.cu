@@ -1,0 +1,89 @@
+// The split plan of sequences with one token, made on the device once a step.
+
+#include <cuda_runtime.h>
+
+#include "arguments.h"
+#include "tensor_cores.cuh"
+
+namespace quire {
+
+constexpr int THREADS = 1024;
+// Splits begin at multiples of so many keys.
+constexpr int GRAIN = 64;
+
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Return the sum over threads up to and with the own one, and in `all` that over all threads.
+__device__ int running_sum(int x, int* of_warps, int* all) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xFFFFFFFF, x, step);
+        if (lane >= step) x += before;
+    }
+    __syncthreads();
+    if (lane == 31) of_warps[warp] = x;
+    __syncthreads();
+    int before = 0, sum = 0;
+    for (int i = 0; i < THREADS / 32; ++i) {
+        if (i < warp) before += of_warps[i];
+        sum += of_warps[i];
+    }
+    *all = sum;
+    return x + before;
+}
+
+struct Span {
+    int first, length;
+
+    __device__ Span(const Arguments& a, int row) : first(0), length(0) {
+        if (row >= a.num_rows) return;
+        const int seq_len = a.seq_lens[row];
+        if (a.window) first = max(seq_len - a.window, 0) / GRAIN * GRAIN;
+        length = seq_len - first;
+    }
+};
+
+// Cut the keys that rows see into items of about equal size, by one block.
+//
+// With chunks of at least total / extra keys no more than num_rows + extra items come out, since
+// only a row's last item is shorter. `few_extra` fills the GPU once, if need be by items of
+// few_chunk keys; `num_extra` evens its load out, by items of `chunk` or more. An empty row has
+// one item without keys, which writes its zeros.
+__global__ void __launch_bounds__(THREADS) plan_splits(const __grid_constant__ Arguments a) {
+    __shared__ int of_warps[THREADS / 32];
+    wait_for_previous();
+    int total = 0;
+    for (int base = 0; base < a.num_rows; base += THREADS) {
+        int sum;
+        running_sum(Span(a, base + threadIdx.x).length, of_warps, &sum);
+        total += sum;
+    }
+    const int few_chunk = max(ceil_div(total, a.few_extra), a.few_chunk);
+    const int chunk = min(few_chunk, max(ceil_div(total, a.num_extra), a.chunk));
+    int before = 0;
+    for (int base = 0; base < a.num_rows; base += THREADS) {
+        const int row = base + threadIdx.x;
+        const Span span(a, row);
+        int num_splits = max(ceil_div(span.length, chunk), 1);
+        // Equal pieces instead of whole chunks and a rest; rounded to grains, they may be fewer.
+        const int piece = max(ceil_div(ceil_div(span.length, num_splits), GRAIN) * GRAIN, GRAIN);
+        num_splits = row < a.num_rows ? max(ceil_div(span.length, piece), 1) : 0;
+        int sum;
+        const int first = before + running_sum(num_splits, of_warps, &sum) - num_splits;
+        before += sum;
+        if (row < a.num_rows) a.first_items[row] = first;
+        for (int i = 0; i < num_splits; ++i) {
+            const int begin = span.first + i * piece;
+            const int end = min(begin + piece, span.first + span.length);
+            reinterpret_cast<int4*>(a.items)[first + i] = make_int4(row, begin, end, num_splits);
+        }
+    }
+    if (threadIdx.x == 0) a.first_items[a.num_rows] = before;
+}
+
+cudaError_t plan(const Arguments& a, cudaStream_t stream) {
+    plan_splits<<<1, THREADS, 0, stream>>>(a);
+    return cudaGetLastError();
+}
+
+}  // namespace quire
