@@ -137,7 +137,7 @@ def launches_of(spec: AttentionSpec) -> list[tuple[Any, dict[str, Any]]]:
         dtype = getattr(torch, spec.dtype)
         cache = torch.empty(12, *backend.kv_layout(spec).block_shape, dtype=dtype)
         layer: Any = Layer(torch.zeros(spec.num_heads) if spec.sinks else None)
-        for query_lens in ([1, 1], [4], [100]):
+        for query_lens in ([1] * 9, [4], [100]):
             batch = make_batch(query_lens)
             plan = backend.plan(batch, 0)
             backend.prepare(plan)

@@ -65,7 +65,8 @@ def commands(part: str, folders: dict[str, str], out: Path) -> list[tuple[list[s
     small, large = folders["qwen3-0.6b"], folders["llama-3.1-8b"]
     here = ROOT / "tests/benchmarks"
     if part == "checks":
-        gpu = [python, "-m", "pytest", "-q", "-x", "--no-header", "-m", "gpu", "tests"]
+        gpu = [python, "-m", "pytest", "-q", "-x", "--no-header", "-m", "gpu"]
+        gpu += ["tests/end_to_end/test_gpu.py", "tests/end_to_end/test_gpu_graphs.py"]
         units = [python, "-m", "pytest", "-q", "--no-header", "tests/kernels"]
         units += ["tests/plugins/attention", "tests/plugins/sampling"]
         return [(gpu, 200.0), (units, 150.0)]

@@ -27,7 +27,7 @@ from quire.testing.attention_run import Subject, run
 from quire.testing.attention_strategies import batches
 from quire.testing.dense import attention, check_within_bound, log_sums
 from quire.testing.graph_steps import GraphStep
-from quire_attention.triton.backend import TritonAttention
+from quire_attention.triton.backend import UNSORTED_ROWS, TritonAttention
 from quire_attention.triton.tuning import Tile, fitted, tuning_for
 
 # On a CPU they run in Triton's interpreter.
@@ -50,7 +50,7 @@ class SmallTiles(TritonAttention):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         tile = Tile(block_m=16, block_n=16, num_warps=4, num_stages=2)
-        self.set_tuning(attrs.evolve(self.tuning, few=tile, many=tile, long=tile))
+        self.set_tuning(attrs.evolve(self.tuning, few=tile, many=tile))
 
 
 # A kernel is compiled for each, so on a GPU they are few: between them they have every dtype,
@@ -171,7 +171,13 @@ def test_split_plan_covers_every_visible_key_once(lengths: list[int], window: in
     count = backend._num_items.item()
     assert (firsts[0], firsts[-1]) == (0, count)
     assert count <= backend.max_items(len(lengths))
-    items = backend._items[:count].tolist()
+    launched = backend._items[:count].tolist()
+    if len(lengths) > UNSORTED_ROWS:
+        rows = dict.fromkeys(item[0] for item in launched)
+        largest = [max(i[2] - i[1] for i in launched if i[0] == row) for row in rows]
+        assert sorted(largest, reverse=True) == largest
+    items = sorted(launched, key=lambda item: item[4])
+    assert [item[4] for item in items] == list(range(count))
     for row, seq_len in enumerate(lengths):
         own = items[firsts[row] : firsts[row + 1]]
         first = 0 if window is None else max(0, seq_len - window) // 16 * 16
@@ -234,7 +240,7 @@ def test_tiles_fit_the_shared_memory_of_the_gpu(dim: int, itemsize: int, shared_
 
     found = fitted(wanted, dim=dim, itemsize=itemsize, shared_bytes=shared_bytes)
 
-    for name in ("single", "few", "many", "long"):
+    for name in ("single", "crowd", "few", "many"):
         tile = getattr(found, name)
         held = dim * itemsize * (tile.block_m + 2 * tile.block_n * tile.num_stages)
         assert held <= shared_bytes or (tile.block_n, tile.num_stages) == (16, 1)

@@ -13,10 +13,12 @@ from sampling_rows import VOCAB, draw_logits, make_batch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 from triton import knobs
 
 from quire.interfaces.sampling import RowStatus, SampledTokens, SamplingBatch
-from quire_kernels import ops
+from quire_kernels import ops, sampling
 from quire_sampling import triton as descriptor
 from quire_sampling.reference.sampler import ReferenceSampler
 from quire_sampling.triton.sampler import TritonSampler
@@ -204,6 +206,43 @@ def test_logits_whose_rows_lie_apart_are_read_where_they_are() -> None:
     want = sample(logits[:, :VOCAB].contiguous(), batch).token_ids
 
     assert TritonSampler().sample(logits[:, :VOCAB], batch).token_ids.tolist() == want.tolist()
+
+
+@triton.jit
+def rough_kernel(lane_ptr, out_ptr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(out_ptr + at, sampling.rough_gumbel(tl.load(lane_ptr + at)))
+
+
+def test_rough_noise_errs_less_than_its_bound() -> None:
+    edges = [0, 1, 2, 2**27 - 1, 2**27, 2**27 + 1, 2**31, 2**32 - 256, 2**32 - 2, 2**32 - 1]
+    powers = [2**i + j for i in range(8, 32) for j in (-1, 0, 1)]
+    drawn = torch.randint(0, 2**32, (4096 - len(edges) - len(powers),)).tolist()
+    lanes = torch.tensor([*edges, *powers, *drawn])
+    out = torch.empty(4096, device=DEVICE)
+
+    rough_kernel[(1,)](lanes.to(torch.uint32).to(DEVICE), out, COUNT=4096)
+
+    uniform = ((lanes.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
+    error = (out.cpu().double() + torch.log(-torch.log1p(-uniform))).abs()
+    assert error.max() < sampling._ROUGH.value
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-5, 1e-3])
+def test_draws_of_near_equals_are_the_references(distance: float) -> None:
+    # Logits that undo the noise: all tokens have about the same score, which only exact noise tells
+    # apart.
+    seeds = torch.arange(8, device=DEVICE)
+    noise = ops.gumbel_noise(seeds, seeds, seeds, 5000)
+    apart = torch.rand(8, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE) * distance
+
+    tokens, status = sampling.sample(apart - noise, torch.ones(8, device=DEVICE), *[seeds] * 3)
+
+    scores = apart - noise + noise
+    assert status.tolist() == [0] * 8
+    found = scores.gather(1, tokens[:, None])[:, 0]
+    # The logarithms of two devices may differ in their last digit.
+    assert (scores.amax(1) - found).max() <= 4e-6
 
 
 def test_draws_follow_the_distribution() -> None:

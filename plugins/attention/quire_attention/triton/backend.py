@@ -23,7 +23,6 @@ from quire.interfaces.attention import (
 from quire.interfaces.batch import Batch
 from quire_attention.triton import kernels
 from quire_attention.triton.tuning import (
-    LONG,
     Tile,
     Tuning,
     fitted,
@@ -36,6 +35,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
 # Splits whose sums `merge` reads at a time.
 MERGED_AT_ONCE = 16
+# Up to so many sequences all items run at once, and their order does not matter.
+UNSORTED_ROWS = 8
 # For the memory budget, which is made before the device is asked: no GPU today has more.
 MAX_SMS = 192
 
@@ -123,6 +124,7 @@ class TritonAttention(AttentionBackend):
         num_sms = _num_sms(device)
         self._few_programs = tuning.few_per_sm * num_sms
         self._most_programs = tuning.most_per_sm * num_sms
+        self._crowd = tuning.crowd_per_sm * num_sms
         max_items = self.max_items(limits.max_num_seqs)
 
         def ints(*shape: int) -> Tensor:
@@ -158,8 +160,7 @@ class TritonAttention(AttentionBackend):
         else:
             longest = max(batch.query_lens[single:])
             if longest * self.group_size > tile.block_m:
-                is_long = max(batch.seq_lens_bound[single:]) >= LONG
-                tile = self.tuning.long if is_long else self.tuning.many
+                tile = self.tuning.many
             tiles = self._uploaded(self._cut(batch, tile), batch.in_flight_slot)
         return TritonPlan(
             block_table=tables.block_table,
@@ -193,6 +194,8 @@ class TritonAttention(AttentionBackend):
         """Cut the sequences with one token into splits, on the device."""
         if not plan.num_single:
             return
+        few = plan.num_single <= UNSORTED_ROWS
+        rows = UNSORTED_ROWS if few else power_of_two(self.limits.max_num_seqs)
         kernels.plan_splits[(1,)](
             plan.seq_lens,
             self._items,
@@ -205,7 +208,8 @@ class TritonAttention(AttentionBackend):
             CHUNK=self.tuning.chunk,
             BLOCK_N=self.tuning.single.block_n,
             WINDOW=self.spec.sliding_window,
-            ROWS=power_of_two(self.limits.max_num_seqs),
+            ROWS=rows,
+            SORTED=rows > UNSORTED_ROWS,
             num_warps=4,
         )
 
@@ -298,7 +302,10 @@ class TritonAttention(AttentionBackend):
     ) -> None:
         spec, (out, lse) = self.spec, results
         is_single = items is self._items
-        tile = self.tuning.single if is_single else plan.tile
+        tile = plan.tile
+        if is_single:
+            crowds = plan.num_single * spec.num_kv_heads >= self._crowd
+            tile = self.tuning.crowd if crowds else self.tuning.single
         kernels.attend[grid](
             q,
             kv_cache,

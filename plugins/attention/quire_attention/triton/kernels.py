@@ -19,8 +19,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Where a row's largest score starts. Finite, so that a row which has seen no key yet gives
 # 2 ** (-inf - LOWEST) = 0 and never the NaN of inf - inf.
 LOWEST = tl.constexpr(-1.0e30)
-# An entry of the split plan: row, first key, key after the last, number of the row's splits.
-ITEM_SIZE = tl.constexpr(4)
+# An entry of the split plan: row, first key, key after the last, number of the row's splits, and
+# where the item's partial result lies; padded to what one wide read takes.
+ITEM_SIZE = tl.constexpr(8)
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def attend(
         entry = items_ptr + item * ITEM_SIZE
         sequence = tl.load(entry)
         begin, high = tl.load(entry + 1), tl.load(entry + 2)
-        num_splits = tl.load(entry + 3)
+        num_splits, place = tl.load(entry + 3), tl.load(entry + 4)
         token, num_tokens = sequence, 1
         position = tl.load(seq_lens_ptr + sequence) - 1
     else:
@@ -188,7 +189,7 @@ def attend(
         token = start + skipped
         position = tl.load(seq_lens_ptr + sequence) - query_len + skipped
         high = position + num_tokens
-        begin, num_splits = 0, 1
+        begin, num_splits, place = 0, 1, 0
     low = 0
     if WINDOW is not None:
         low = tl.maximum(position - WINDOW + 1, 0)
@@ -250,7 +251,7 @@ def attend(
     value_dims = tl.arange(0, BLOCK_V)
     out_mask = is_row[:, None] & (value_dims < VALUE_DIM)[None, :]
     if num_splits > 1:
-        places = item * NUM_HEADS + heads
+        places = place * NUM_HEADS + heads
         part = partial_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
         tl.store(part, acc, mask=out_mask)
         tl.store(partial_lse_ptr + places, lse, mask=is_row)
@@ -301,6 +302,26 @@ def merge(
         tl.store(lse_ptr + row * NUM_HEADS + head + tl.arange(0, 1), (peak + tl.log2(total)) * LN_2)
 
 
+@triton.jit
+def first_key(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return where the tile of the first key lies that a sequence's last token sees."""
+    first = seq_len * 0
+    if WINDOW is not None:
+        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    return first
+
+
+@triton.jit
+def pieces(length, chunk, BLOCK_N: tl.constexpr):
+    """Return into how many items of at most about `chunk` keys a row is cut, and their keys.
+
+    Equal pieces instead of whole chunks and a rest; rounded to tiles, they may be fewer.
+    """
+    num_splits = tl.maximum(tl.cdiv(length, chunk), 1)
+    keys = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N) * BLOCK_N, BLOCK_N)
+    return tl.maximum(tl.cdiv(length, keys), 1), keys
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "few_extra", "num_extra"],
     do_not_specialize_on_alignment=["seq_lens_ptr"],
@@ -308,39 +329,50 @@ def merge(
 def plan_splits(
     seq_lens_ptr, items_ptr, first_items_ptr, num_items_ptr, num_rows, few_extra, num_extra,
     FEW_CHUNK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Cut the visible keys of sequences with one token into items of about equal size.
 
     With chunks of at least total / extra keys no more than num_rows + extra items come out, since
     only a row's last item is shorter. `few_extra` fills the GPU once, if need be by items of
     FEW_CHUNK; `num_extra` evens its load out, by items of CHUNK or more. An empty row has one item
-    without keys, which writes its zeros.
+    without keys, which writes its zeros. SORTED: the largest items come first, so that what the
+    GPU waits for at the end is small; partial results lie in the order of the rows all the same.
     """
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
     seq_len = tl.load(seq_lens_ptr + row, mask=is_row, other=0)
-    first = row * 0
-    if WINDOW is not None:
-        first = tl.maximum(seq_len - WINDOW, 0) // BLOCK_N * BLOCK_N
+    first = first_key(seq_len, WINDOW, BLOCK_N)
     length = seq_len - first
     total = tl.sum(length, 0)
     few_chunk = tl.maximum(tl.cdiv(total, few_extra), FEW_CHUNK)
     chunk = tl.minimum(few_chunk, tl.maximum(tl.cdiv(total, num_extra), CHUNK))
-    num_splits = tl.maximum(tl.cdiv(length, chunk), 1)
-    # Equal pieces instead of whole chunks and a rest; rounded to tiles, they may be fewer.
-    chunks = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N) * BLOCK_N, BLOCK_N)
-    num_splits = tl.where(is_row, tl.maximum(tl.cdiv(length, chunks), 1), 0)
-    last_item = tl.cumsum(num_splits, 0)
-    first_item = last_item - num_splits
+    num_splits, keys = pieces(length, chunk, BLOCK_N)
+    num_splits = tl.where(is_row, num_splits, 0)
+    first_item = tl.cumsum(num_splits, 0) - num_splits
     tl.store(first_items_ptr + row, first_item, mask=is_row)
     tl.store(first_items_ptr + num_rows, tl.sum(num_splits, 0))
     tl.store(num_items_ptr, tl.sum(num_splits, 0))
+    place = first_item
+    if SORTED:
+        # Sizes and rows in one number each: the larger first, among equals the later row.
+        key = tl.where(is_row, tl.minimum(keys, length).to(tl.int64) * ROWS + row, -1)
+        key = tl.sort(key, descending=True)
+        is_row = key >= 0
+        row = tl.where(is_row, key % ROWS, 0).to(tl.int32)
+        tl.debug_barrier()  # the places are read by other threads than wrote them
+        place = tl.load(first_items_ptr + row)
+        seq_len = tl.load(seq_lens_ptr + row, mask=is_row, other=0)
+        first = first_key(seq_len, WINDOW, BLOCK_N)
+        num_splits, keys = pieces(seq_len - first, chunk, BLOCK_N)
+        num_splits = tl.where(is_row, num_splits, 0)
+        first_item = tl.cumsum(num_splits, 0) - num_splits
     for split in range(0, tl.max(num_splits, 0)):
         entry = items_ptr + (first_item + split) * ITEM_SIZE
-        begin = first + split * chunks
+        begin = first + split * keys
         mask = split < num_splits
         tl.store(entry, row, mask=mask)
         tl.store(entry + 1, begin, mask=mask)
-        tl.store(entry + 2, tl.minimum(begin + chunks, seq_len), mask=mask)
+        tl.store(entry + 2, tl.minimum(begin + keys, seq_len), mask=mask)
         tl.store(entry + 3, num_splits, mask=mask)
+        tl.store(entry + 4, place + split, mask=mask)

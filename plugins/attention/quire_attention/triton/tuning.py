@@ -1,6 +1,6 @@
 """Tile sizes and split limits of the kernels, by head size and dtype.
 
-Those of heads of 128 in 16 bits were measured on one H100 by tests/benchmarks/gpu_attention.py;
+Those of heads of 128 in 16 bits were measured on one H200 by tests/benchmarks/gpu_attention.py;
 the others are the largest that spill no registers.
 """
 
@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 
 from attrs import evolve, frozen
-
-# Keys from which wider tiles pay.
-LONG = 4096
 
 
 @frozen(kw_only=True)
@@ -28,21 +25,22 @@ class Tile:
 class Tuning:
     """What `attend` runs with.
 
-    `single` serves sequences with one token, `few` those whose rows fit one small tile, `many`
-    the rest, and `long` those of a step in which one has LONG keys. Sequences with one token are
-    cut into items of at least `few_chunk` keys until there are `few_per_sm` programs an SM, and of
-    at least `chunk` keys until there are `most_per_sm`: a GPU that is filled once may still wait
-    for its slowest program.
+    `single` serves sequences with one token, and `crowd` those that fill the GPU several times;
+    `few` serves sequences whose rows fit one small tile, and `many` the rest. Sequences with one
+    token are cut into items of at least `few_chunk` keys until there are `few_per_sm` programs an
+    SM, and of at least `chunk` keys until there are `most_per_sm`: a GPU that is filled once may
+    still wait for its slowest program.
     """
 
     single: Tile
+    crowd: Tile
     few: Tile
     many: Tile
-    long: Tile
-    few_per_sm: int = 1
-    few_chunk: int = 128
-    most_per_sm: int = 1
-    chunk: int = 512
+    few_per_sm: int = 2
+    few_chunk: int = 64
+    most_per_sm: int = 4
+    chunk: int = 1024
+    crowd_per_sm: int = 6
 
 
 def power_of_two(number: int, *, at_least: int = 16) -> int:
@@ -58,22 +56,22 @@ def tuning_for(*, group: int, dim: int, itemsize: int) -> Tuning:
         num_warps = 4 if rows == 16 else 8
         small = Tile(block_m=rows, block_n=16, num_warps=num_warps, num_stages=2)
         large = Tile(block_m=max(32, rows), block_n=16, num_warps=8, num_stages=2)
-        return Tuning(single=small, few=small, many=large, long=large)
+        return Tuning(single=small, crowd=small, few=small, many=large)
     block_n = 64 if dim <= 128 else 32
     single = Tile(block_m=rows, block_n=block_n, num_warps=4, num_stages=4)
     few = Tile(block_m=max(32, rows), block_n=block_n, num_warps=4, num_stages=3)
     many = Tile(block_m=max(128, rows), block_n=block_n, num_warps=8, num_stages=3)
-    # One H100, dim 128: 2,048 tokens 94 us with 64 keys and 100 us with 128; 512 tokens behind
-    # 32,256 others 594 and 566 us.
-    wide = evolve(many, block_n=128) if dim == 128 else many
-    return Tuning(single=single, few=few, many=many, long=wide)
+    # One H200, dim 128: 128 sequences of 1,000 tokens 134 us with four stages, which leave an SM
+    # one program, and 128 us with three; 64 of 4,096 253 and 301 us.
+    crowd = evolve(single, num_stages=3) if dim == 128 else single
+    return Tuning(single=single, crowd=crowd, few=few, many=many)
 
 
 def fitted(tuning: Tuning, *, dim: int, itemsize: int, shared_bytes: int) -> Tuning:
     """Return the tuning with as many stages and keys as a program's shared memory holds."""
-    tiles = (tuning.single, tuning.few, tuning.many, tuning.long)
-    single, few, many, long = (_fitted(tile, dim * itemsize, shared_bytes) for tile in tiles)
-    return evolve(tuning, single=single, few=few, many=many, long=long)
+    tiles = (tuning.single, tuning.crowd, tuning.few, tuning.many)
+    single, crowd, few, many = (_fitted(tile, dim * itemsize, shared_bytes) for tile in tiles)
+    return evolve(tuning, single=single, crowd=crowd, few=few, many=many)
 
 
 def _fitted(tile: Tile, row_bytes: int, shared_bytes: int) -> Tile:
