@@ -37,12 +37,24 @@ BACKENDS: dict[str, type[AttentionBackend]] = {"cuda": CudaAttention, "triton": 
 
 @frozen
 class Shape:
-    """(query length, length) of `count` equal sequences."""
+    """`count` sequences of `seq_len` tokens, the last `query_len` of them new.
+
+    Where `shortest` is given, lengths are drawn from there to `seq_len`.
+    """
 
     name: str
     query_len: int
     seq_len: int
     count: int = 1
+    shortest: int | None = None
+
+    @property
+    def seq_lens(self) -> list[int]:
+        if self.shortest is None:
+            return [self.seq_len] * self.count
+        drawn = torch.Generator().manual_seed(0)
+        span = (self.shortest, self.seq_len + 1)
+        return torch.randint(*span, (self.count,), generator=drawn).tolist()
 
     @property
     def is_decode(self) -> bool:
@@ -51,7 +63,7 @@ class Shape:
     def rate(self, ms: float) -> str:
         """Return the bytes of keys and values, or the operations that are seen, a second."""
         if self.is_decode:
-            num_bytes = self.count * self.seq_len * KV_HEADS * 2 * DIM * 2
+            num_bytes = sum(self.seq_lens) * KV_HEADS * 2 * DIM * 2
             return f"{num_bytes / ms / 1e9:6.2f} TB/s"
         seen = self.query_len * (self.seq_len - (self.query_len - 1) / 2) * self.count
         return f"{4 * HEADS * DIM * seen / ms / 1e9:6.0f} TFLOP/s"
@@ -60,6 +72,7 @@ class Shape:
 SHAPES = (
     Shape("decode 64 x 4096", 1, 4096, 64),
     Shape("decode 256 x 1024", 1, 1024, 256),
+    Shape("decode 256 of 100-2000", 1, 2000, 256, 100),
     Shape("decode 8 x 8192", 1, 8192, 8),
     Shape("decode 1 x 32768", 1, 32768),
     Shape("decode 1 x 8192", 1, 8192),
@@ -74,7 +87,7 @@ SHAPES = (
 
 def measure(shape: Shape, names: list[str], changes: dict[str, Any]) -> bool:
     """Print a shape's line of each backend; False where one is wrong."""
-    lens = [shape.query_len] * shape.count, [shape.seq_len] * shape.count
+    lens = [shape.query_len] * shape.count, shape.seq_lens
     first = make_workload(*lens, copies_bytes=ROTATED_BYTES, **changes)
     limits = BatchLimits(
         max_num_seqs=shape.count,

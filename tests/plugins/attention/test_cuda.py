@@ -205,16 +205,19 @@ def test_split_plan_covers_every_key_once_and_counters_come_back_to_zero() -> No
 
     backend.prepare(backend.plan(batch, 0))
 
-    firsts = backend._first_items[:7].tolist()
-    items = backend._items[: firsts[-1]].tolist()
-    assert firsts[-1] <= backend.max_items(6)
-    for row, seq_len in enumerate(seq_lens):
-        own = items[firsts[row] : firsts[row + 1]]
-        first = max(0, seq_len - 1000) // 64 * 64
+    *firsts, num_items = backend._first_items[:7].tolist()
+    items = backend._items[:num_items].tolist()
+    assert num_items <= backend.max_items(6)
+    assert sum(items[first][3] for first in firsts) == num_items
+    for row, (first, seq_len) in enumerate(zip(firsts, seq_lens, strict=True)):
+        own = items[first : first + items[first][3]]
+        begin = max(0, seq_len - 1000) // 64 * 64
         assert [item[0] for item in own] == [row] * len(own)
-        assert [item[1] for item in own] == [first, *(item[2] for item in own[:-1])]
+        assert [item[1] for item in own] == [begin, *(item[2] for item in own[:-1])]
         assert own[-1][2] == seq_len
         assert {item[3] for item in own} == {len(own)}
+    # Rows whose items are longest come first.
+    assert firsts[1] < firsts[0] < firsts[5]
     assert backend._arrived.sum().item() == 0
 
 

@@ -43,14 +43,29 @@ struct Span {
     }
 };
 
-// Cut the keys that rows see into items of about equal size, by one block.
+// Return the place of a thread's row among `num_rows` of the block, those with the largest items
+// first: what begins late should end soon. Threads behind the rows keep their places.
+__device__ int place_by_size(int grains, int num_rows, int* keys) {
+    const int own = threadIdx.x;
+    const int key = grains * THREADS + THREADS - 1 - own;
+    __syncthreads();
+    keys[own] = key;
+    __syncthreads();
+    if (own >= num_rows) return own;
+    int place = 0;
+#pragma unroll 8
+    for (int i = 0; i < num_rows; ++i) place += keys[i] > key;
+    return place;
+}
+
+// Cut the keys that rows see into items of about equal size, by one block, and sort each 1,024 rows.
 //
 // With chunks of at least total / extra keys no more than num_rows + extra items come out, since
 // only a row's last item is shorter. `few_extra` fills the GPU once, if need be by items of
 // few_chunk keys; `num_extra` evens its load out, by items of `chunk` or more. An empty row has
 // one item without keys, which writes its zeros.
 __global__ void __launch_bounds__(THREADS) plan_splits(const __grid_constant__ Arguments a) {
-    __shared__ int of_warps[THREADS / 32];
+    __shared__ int of_warps[THREADS / 32], keys[THREADS], splits[THREADS];
     wait_for_previous();
     int total = 0;
     for (int base = 0; base < a.num_rows; base += THREADS) {
@@ -68,14 +83,21 @@ __global__ void __launch_bounds__(THREADS) plan_splits(const __grid_constant__ A
         // Equal pieces instead of whole chunks and a rest; rounded to grains, they may be fewer.
         const int piece = max(ceil_div(ceil_div(span.length, num_splits), GRAIN) * GRAIN, GRAIN);
         num_splits = row < a.num_rows ? max(ceil_div(span.length, piece), 1) : 0;
+        const int place = place_by_size(piece / GRAIN, min(a.num_rows - base, THREADS), keys);
+        splits[place] = num_splits;
+        __syncthreads();
         int sum;
-        const int first = before + running_sum(num_splits, of_warps, &sum) - num_splits;
+        const int own = splits[threadIdx.x];
+        const int end = running_sum(own, of_warps, &sum);
+        splits[threadIdx.x] = before + end - own;
+        __syncthreads();
+        const int first = splits[place];
         before += sum;
         if (row < a.num_rows) a.first_items[row] = first;
         for (int i = 0; i < num_splits; ++i) {
             const int begin = span.first + i * piece;
-            const int end = min(begin + piece, span.first + span.length);
-            reinterpret_cast<int4*>(a.items)[first + i] = make_int4(row, begin, end, num_splits);
+            const int last = min(begin + piece, span.first + span.length);
+            reinterpret_cast<int4*>(a.items)[first + i] = make_int4(row, begin, last, num_splits);
         }
     }
     if (threadIdx.x == 0) a.first_items[a.num_rows] = before;
