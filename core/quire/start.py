@@ -9,13 +9,13 @@ from attrs import define
 
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
-from quire.execution.decode_graphs import Capture, CudaCapture, graph_sizes
 from quire.execution.dummy_weights import draw_weights
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
+from quire.execution.step_graphs import Capture, CudaCapture
 from quire.execution.weights import load_weights
 from quire.hooks.builds import build_before_use, build_in_background
 from quire.hooks.selection import (
@@ -126,9 +126,9 @@ class Starter:
                 self._measure_on_gpu(model, layout)
         with self.phases.timed("kv cache"):
             runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
-        if runner.graphs is not None:
+        if runner.graph_sizes:
             with self.phases.timed("graphs"):
-                runner.warm_up()
+                runner.warm_up(is_compiled=self.device.type == "cuda")
         return runner, layout
 
     def _build_plugins(self, selections: list[Selection]) -> None:
@@ -152,7 +152,7 @@ class Starter:
         limits = self._limits(self._longest())
         measured = self._measure_host(model, groups, limits)
         if self._uses_graphs(groups):
-            measured.graphs = setup.estimated_graph_bytes(graph_sizes(limits.max_num_seqs))
+            measured.graphs = setup.expected_graph_bytes(groups, limits, measured.activations)
         size = self._size(groups, self._kv_bytes(measured))
         return Layout(
             groups=groups,

@@ -94,13 +94,15 @@ def test_5000_requests_give_the_tokens_of_a_plain_engine(folder: Path) -> None:
     plain._depth = 1
     wanted = run(plain, requests, set())
     engine = make_engine(folder)
-    assert engine.runner.graphs is not None
-    assert plain.runner.graphs is None
+    assert engine.runner.decode_graphs is not None
+    assert engine.runner.mixed_graphs is not None
+    assert plain.runner.decode_graphs is plain.runner.mixed_graphs is None
 
     found = run(engine, requests, aborted)
 
     assert engine.scheduler.num_preemptions > 0
-    assert engine.runner.graphs.num_captured > 8
+    assert engine.runner.decode_graphs.num_captured > 8
+    assert engine.runner.mixed_graphs.num_captured > 8
     assert has_all_blocks(engine)
     different = []
     for request_id, tokens in found.items():

@@ -49,6 +49,24 @@ class BuiltBatch:
     prompt: PromptRows | None = None
 
 
+@define(kw_only=True)
+class StepCounts:
+    """A step's sequences and tokens on the host; `sampled` are places in `ids`.
+
+    `tokens` are the columns that have an entry a token: id, position, row to read the id from (-1:
+    none), and the slot of each group. `logit_rows` are the sampled sequences' last tokens.
+    """
+
+    ids: list[int]
+    rows: Ints
+    query_lens: Ints
+    seq_lens: Ints
+    cu_seqlens: Ints
+    tokens: list[Ints]
+    sampled: list[int]
+    logit_rows: Ints
+
+
 def wants_prompt_logprobs(added: AddedSequence) -> bool:
     """Whether a sequence's prompt is still to be scored: the first one's, before any token."""
     return (
@@ -132,60 +150,68 @@ class BatchBuilder:
         tokens = [self._known[row][self._computed[row] - 1] for row in known.tolist()]
         return positions, known, np.array(tokens, np.int32)
 
-    def build(self, output: SchedulerOutput) -> BuiltBatch:
-        """Build the batch of `output.num_scheduled_tokens`, whose difference was applied."""
-        ids = list(output.num_scheduled_tokens)
+    def count(self, output: SchedulerOutput) -> StepCounts:
+        """Count the tokens of a step as computed, whose difference was applied."""
         rows = self.rows_of(output)
         query_lens = np.array(list(output.num_scheduled_tokens.values()), np.int32)
         starts = self._computed[rows]
-        seq_lens = starts + query_lens
+        ids = list(output.num_scheduled_tokens)
         ends = np.cumsum(query_lens, dtype=np.int32)
-        sampled = [i for i, sequence_id in enumerate(ids) if sequence_id in output.samples]
-        parts = self._tokens(rows, query_lens, starts, ends)
         cu_seqlens = np.zeros(len(ids) + 1, np.int32)
         cu_seqlens[1:] = ends
-        logit_rows = ends[sampled] - 1
+        sampled = [i for i, sequence_id in enumerate(ids) if sequence_id in output.samples]
+        self._computed[rows] = starts + query_lens
+        return StepCounts(
+            ids=ids,
+            rows=rows,
+            query_lens=query_lens,
+            seq_lens=starts + query_lens,
+            cu_seqlens=cu_seqlens,
+            tokens=self._tokens(rows, query_lens, starts, ends),
+            sampled=sampled,
+            logit_rows=ends[sampled] - 1,
+        )
+
+    def build(self, output: SchedulerOutput) -> BuiltBatch:
+        """Build the batch of `output.num_scheduled_tokens`, whose difference was applied."""
+        step = self.count(output)
         prompt = sampled_places = None
         if self._prompts:
-            prompt, wanted = self._prompt_rows(ids, rows, query_lens, ends)
+            prompt, wanted = self._prompt_rows(step)
             # In the order of the tokens: a model may return the rows that it is asked for.
-            every = np.union1d(logit_rows, wanted).astype(np.int32)
+            every = np.union1d(step.logit_rows, wanted).astype(np.int32)
             if prompt is not None:
                 prompt.places = np.searchsorted(every, wanted).tolist()
-                sampled_places = np.searchsorted(every, logit_rows).tolist()
-                logit_rows = every
-        parts += [cu_seqlens, seq_lens, logit_rows, rows]
-        batch = self._to_batch(parts, rows, query_lens, seq_lens, step=output.step_id)
-        self._computed[rows] = seq_lens
+                sampled_places = np.searchsorted(every, step.logit_rows).tolist()
+                step.logit_rows = every
         return BuiltBatch(
-            batch=batch,
-            sampled_ids=[ids[i] for i in sampled],
-            sampled_rows=rows[sampled].tolist(),
-            sampled_positions=seq_lens[sampled],
+            batch=self._to_batch(step, output.step_id),
+            sampled_ids=[step.ids[i] for i in step.sampled],
+            sampled_rows=step.rows[step.sampled].tolist(),
+            sampled_positions=step.seq_lens[step.sampled],
             sampled_places=sampled_places,
             prompt=prompt,
         )
 
-    def _prompt_rows(
-        self, ids: list[int], rows: Ints, query_lens: Ints, ends: Ints
-    ) -> tuple[PromptRows | None, Ints]:
+    def _prompt_rows(self, step: StepCounts) -> tuple[PromptRows | None, Ints]:
         """Return the prompts' tokens to score, and whose logits are wanted for that."""
         found = PromptRows(places=[], target_ids=[], num_top=[], counts={})
         wanted: list[Ints] = [np.zeros(0, np.int32)]
-        for i, row in enumerate(rows.tolist()):
+        for i, row in enumerate(step.rows.tolist()):
             num_top = self._prompts.get(row)
             if num_top is None:
                 continue
-            start, count = int(self._computed[row]), int(query_lens[i])
+            count = int(step.query_lens[i])
+            start = int(step.seq_lens[i]) - count
             # The prompt's last token foretells what is sampled.
             targets = self._known[row][start + 1 : start + 1 + count].tolist()
             if start + count >= self._num_known[row]:
                 del self._prompts[row]
-            begin = ends[i] - count
+            begin = step.cu_seqlens[i]
             wanted.append(np.arange(begin, begin + len(targets), dtype=np.int32))
             found.target_ids += targets
             found.num_top += [num_top] * len(targets)
-            found.counts[ids[i]] = len(targets)
+            found.counts[step.ids[i]] = len(targets)
         return (found if found.counts else None), np.concatenate(wanted)
 
     def _tokens(self, rows: Ints, query_lens: Ints, starts: Ints, ends: Ints) -> list[Ints]:
@@ -212,11 +238,10 @@ class BatchBuilder:
         slots = [self.tables.slots(group, rows_of_tokens, positions) for group in groups]
         return [token_ids, positions, sources, *slots]
 
-    def _to_batch(
-        self, parts: list[Ints], rows: Ints, query_lens: Ints, seq_lens: Ints, *, step: int
-    ) -> Batch:
+    def _to_batch(self, step: StepCounts, step_id: int) -> Batch:
         """Pack all parts into one buffer, copy it to the device and cut it up again."""
-        slot = step % self.num_buffers
+        parts = [*step.tokens, step.cu_seqlens, step.seq_lens, step.logit_rows, step.rows]
+        slot = step_id % self.num_buffers
         changes = self.tables.take_changes()
         packed = [*parts, *(ints for _, places, ids in changes for ints in (places, ids))]
         views = self.staging.upload(packed, slot).split([len(part) for part in packed])
@@ -226,7 +251,7 @@ class BatchBuilder:
         for i, (group, _, _) in enumerate(changes):
             at = len(parts) + 2 * i
             self.tables.tell_device(group, views[at], views[at + 1])
-        longest = int(seq_lens.max())
+        longest = int(step.seq_lens.max())
         groups = tuple(
             GroupBatch(
                 block_table=self.tables.gather(group, device_rows, longest),
@@ -242,10 +267,10 @@ class BatchBuilder:
             logit_rows=logit_rows,
             rows=device_rows,
             groups=groups,
-            query_lens=query_lens.tolist(),
-            seq_lens_bound=seq_lens.tolist(),
-            num_single_token_seqs=int((query_lens == 1).sum()),
-            padded_to=len(rows),
+            query_lens=step.query_lens.tolist(),
+            seq_lens_bound=step.seq_lens.tolist(),
+            num_single_token_seqs=int((step.query_lens == 1).sum()),
+            padded_to=len(step.rows),
             in_flight_slot=slot,
         )
 

@@ -10,12 +10,20 @@ from torch import Tensor
 
 from quire.execution.adjustments import LogitAdjustments, to_device
 from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
-from quire.execution.decode_graphs import Capture, DecodeGraphs, graph_sizes
-from quire.execution.decode_step import DecodeStep, Decoding, Ending, ending_for
+from quire.execution.decode_step import DecodeStep
 from quire.execution.kv_cache import KVCache
 from quire.execution.logprobs import LogprobRows, Scores, score_prompt
+from quire.execution.mixed_step import MixedStep
 from quire.execution.processors import ProcessorChain
 from quire.execution.sampling_rows import SamplingRows
+from quire.execution.static_step import Ending, Loaded, StepTools, ending_for
+from quire.execution.step_graphs import (
+    Capture,
+    StepGraphs,
+    captures_any,
+    decode_sizes,
+    mixed_sizes,
+)
 from quire.interfaces.attention import AttentionBackend, BatchLimits
 from quire.interfaces.model import Model
 from quire.interfaces.sampling import RowStatus, Sampler
@@ -88,13 +96,16 @@ class ModelRunner:
         self._logprobs = LogprobRows(self.device)
         # No more than a step's own logits, whose memory is measured at the start.
         self._prompt_slice = min(limits.max_num_seqs, MAX_PROMPT_SLICE)
-        self._max_num_seqs = limits.max_num_seqs
-        self.graphs: DecodeGraphs | None = None
+        self._limits = limits
+        self._most_captured = 0  # sequences
+        self.decode_graphs: StepGraphs | None = None
+        self.mixed_graphs: StepGraphs | None = None
 
     def use_graphs(self, capture: Capture) -> None:
-        """Capture steps of one token a sequence, and replay them."""
-        sizes = graph_sizes(self._max_num_seqs)
-        step = DecodeStep(
+        """Capture steps and replay them: of one token a sequence, and all where backends can."""
+        sizes = decode_sizes(self._limits.max_num_seqs)
+        self._most_captured = sizes[-1]
+        tools = StepTools(
             model=self.model,
             backends=self._backends,
             builder=self._builder,
@@ -102,14 +113,32 @@ class ModelRunner:
             sampler=self._sampler,
             max_num_seqs=sizes[-1],
         )
-        self.graphs = DecodeGraphs(step, sizes, capture)
+        self.decode_graphs = StepGraphs(DecodeStep(tools), sizes, capture)
+        if captures_any(self._backends):
+            sizes = mixed_sizes(self._limits.max_num_batched_tokens)
+            self.mixed_graphs = StepGraphs(MixedStep(tools, sizes[-1]), sizes, capture)
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Sizes that may be captured."""
+        kinds = (self.decode_graphs, self.mixed_graphs)
+        return [size for graphs in kinds if graphs is not None for size in graphs.sizes]
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile and capture what the smallest and the largest step of one token each need."""
-        if self.graphs is not None:
+    def warm_up(self, *, is_compiled: bool = False) -> None:
+        """Compile and capture what the smallest and the largest step of each kind need.
+
+        `is_compiled`: another runner did it before.
+        """
+        if self.mixed_graphs is not None:
+            # The first one takes the memory that all others share.
+            largest = self.mixed_graphs.sizes[-1]
+            self.mixed_graphs.warm_up([largest], [Ending.GREEDY], is_compiled=is_compiled)
+        if self.decode_graphs is not None:
             endings = [Ending.GREEDY, *self._endings()]
-            self.graphs.warm_up([self.graphs.sizes[-1], self.graphs.sizes[0]], endings)
+            sizes = self.decode_graphs.sizes
+            ends = [sizes[-1], sizes[0]]
+            self.decode_graphs.warm_up(ends, endings, is_compiled=is_compiled)
 
     def _endings(self) -> list[Ending]:
         """Return how rows that draw may end inside a graph."""
@@ -132,9 +161,10 @@ class ModelRunner:
             self._processors.add(added)
         if output.block_copies:
             self._kv_cache.copy_blocks(output.block_copies)
-        size = self._graph_size(output)
-        if size is not None:
-            return self._replay(output, size)
+        graphs = self._graphs_for(output)
+        size = None if graphs is None else graphs.size_for(output.num_tokens)
+        if graphs is not None and size is not None:
+            return self._replay(output, graphs, size)
         built = self._builder.build(output)
         batch = built.batch
         batch.plans = [backend.plan(batch, i) for i, backend in enumerate(self._backends)]
@@ -143,34 +173,34 @@ class ModelRunner:
         hidden = self.model(self.model.embed(batch.token_ids), batch)
         return self._logits(output.step_id, built, hidden)
 
-    def _graph_size(self, output: SchedulerOutput) -> int | None:
-        """Return the size of the graph that serves the step, None where none does."""
+    def _graphs_for(self, output: SchedulerOutput) -> StepGraphs | None:
+        """Return the graphs that serve a step of this kind, None where none do."""
         num_seqs = len(output.num_scheduled_tokens)
-        if self.graphs is None or self._builder.scores_prompts:
+        if self._builder.scores_prompts or num_seqs > self._most_captured:
             return None
-        if output.num_tokens != num_seqs or len(output.samples) != num_seqs:
-            return None
-        return self.graphs.size_for(num_seqs)
+        is_decode = output.num_tokens == num_seqs == len(output.samples)
+        return self.decode_graphs if is_decode else self.mixed_graphs
 
-    def _replay(self, output: SchedulerOutput, size: int) -> Forwarded:
-        assert self.graphs is not None, "a size was found"
-        decoding = self.graphs.begin(output, size)
-        ending = self._ending(decoding)
-        result = self.graphs.run(decoding, size, ending)
+    def _replay(self, output: SchedulerOutput, graphs: StepGraphs, size: int) -> Forwarded:
+        loaded = graphs.begin(output, size)
+        ending = self._ending(loaded)
+        result = graphs.run(loaded, size, ending)
         built = BuiltBatch(
-            batch=self.graphs.batch(size),
-            sampled_ids=decoding.ids,
-            sampled_rows=decoding.rows,
-            sampled_positions=decoding.lengths,
+            batch=graphs.batch(size),
+            sampled_ids=loaded.ids,
+            sampled_rows=loaded.rows,
+            sampled_positions=loaded.positions,
         )
+        forwarded = Forwarded(step_id=output.step_id, built=built, logits=None)
         if ending is Ending.LOGITS:
-            logits = result[: len(decoding.ids)]
-            return Forwarded(step_id=output.step_id, built=built, logits=logits)
-        return Forwarded(step_id=output.step_id, built=built, logits=None, tokens=result)
+            forwarded.logits = result[: len(loaded.ids)]
+        elif loaded.ids:
+            forwarded.tokens = result
+        return forwarded
 
-    def _ending(self, decoding: Decoding) -> Ending:
+    def _ending(self, loaded: Loaded) -> Ending:
         """Return how much of the step a graph may do: rows with wishes are sampled outside."""
-        rows = decoding.rows
+        rows = loaded.rows
         has_wishes = (
             bool(self._processors)
             or self._logprobs.asks(rows)

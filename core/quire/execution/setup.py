@@ -10,11 +10,11 @@ import torch
 from attrs import define
 
 from quire.errors import ConfigError
-from quire.execution.decode_graphs import Capture
 from quire.execution.kv_cache import KVCache, LayerGroup, layers_by_spec, make_backends
 from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
+from quire.execution.step_graphs import Capture, captures_any, decode_sizes, mixed_sizes
 from quire.interfaces.attention import (
     AttentionBackend,
     AttentionSpec,
@@ -217,20 +217,28 @@ def measure_gpu(
 
 def _graph_bytes(runner: ModelRunner) -> int:
     """Capture what is captured at the start and return what all graphs will take."""
-    if runner.graphs is None:
+    if not runner.graph_sizes:
         return 0
     torch.cuda.empty_cache()
     free_before, _ = torch.cuda.mem_get_info(runner.device)
     runner.warm_up()
     torch.cuda.synchronize(runner.device)
     free_after, _ = torch.cuda.mem_get_info(runner.device)
-    # The largest size came first, and all share its memory; each has nodes of its own.
-    return max(0, free_before - free_after) + estimated_graph_bytes(runner.graphs.sizes)
+    # The largest size came first, and others share its memory; each has nodes of its own.
+    return max(0, free_before - free_after) + estimated_graph_bytes(runner.graph_sizes)
 
 
 def estimated_graph_bytes(sizes: list[int]) -> int:
     """Return what the nodes of graphs of these sizes take, their tensors not counted."""
     return GRAPH_BYTES * len(sizes)
+
+
+def expected_graph_bytes(groups: list[LayerGroup], limits: BatchLimits, activations: int) -> int:
+    """Return what graphs will take, where none can be captured to see: nodes and tensors."""
+    decode = estimated_graph_bytes(decode_sizes(limits.max_num_seqs))
+    if not captures_any(group.backend_class for group in groups):
+        return decode
+    return decode + estimated_graph_bytes(mixed_sizes(limits.max_num_batched_tokens)) + activations
 
 
 def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOutput:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class GraphSupport(enum.StrEnum):
-    """Which batches a backend can run inside a CUDA graph."""
+    """Which batches a backend can run inside a CUDA graph: `Batch.captured_for` says how.
+
+    There `plan` returns what keeps shapes and addresses whatever the lengths are, and `attend`
+    leaves what belongs to no sequence as it is.
+    """
 
     NONE = "none"
     SINGLE_TOKEN = "single-token"

@@ -1,10 +1,12 @@
-"""One step's inputs, without padding. All device tensors are int32 and go up in one packed copy."""
+"""One step's inputs. All device tensors are int32 and go up in one packed copy."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define
+
+from quire.interfaces.attention import GraphSupport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +39,15 @@ class Batch:
         query_lens              tokens of each sequence in this step
         seq_lens_bound          upper bounds of seq_lens, exact until drafts exist
         num_single_token_seqs   so many sequences, the first, have one token
-        padded_to               rows of the device's tensors: more than num_seqs where a CUDA graph
-                                is captured or replayed, whose tensors keep their addresses;
-                                padding rows have one token, length 0 and slot 0
+        padded_to               sequences that the device's tensors have room for: num_seqs, but
+                                where a CUDA graph is captured or replayed
+        captured_for            batches that the graph serves which is captured or replayed, whose
+                                tensors keep their addresses:
+                                NONE          there is none
+                                SINGLE_TOKEN  each sequence has one token; those that pad have
+                                              length 0 and slot 0
+                                ANY           padding tokens belong to no sequence and have slot 0;
+                                              padding sequences have no tokens and length 0
         in_flight_slot          which staging buffer the step uses, from 0 to max_steps_in_flight
         plans                   what each group's backend planned
     """
@@ -55,6 +63,7 @@ class Batch:
     seq_lens_bound: list[int]
     num_single_token_seqs: int
     padded_to: int
+    captured_for: GraphSupport = GraphSupport.NONE
     in_flight_slot: int = 0
     plans: list[Any] = Factory(list)
 

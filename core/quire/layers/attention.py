@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from quire.interfaces.attention import AttentionBackend, AttentionSpec
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, GraphSupport
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions
 
@@ -109,7 +109,10 @@ class Attention(nn.Module):
         num_tokens = qkv.shape[0]
         heads = qkv.view(num_tokens, -1, self.head_dim)
         split = self.num_heads + self.num_kv_heads
-        out = qkv.new_empty(num_tokens, self.num_heads, self.head_dim)
+        # Backends leave the rows that pad a captured step, where later layers must find numbers.
+        is_padded = batch.captured_for is GraphSupport.ANY
+        make = qkv.new_zeros if is_padded else qkv.new_empty
+        out = make(num_tokens, self.num_heads, self.head_dim)
         k, v = heads[:, self.num_heads : split], heads[:, split:]
         q = self._fused(qkv, batch, plan) if self.has_fused_write else None
         if q is None:

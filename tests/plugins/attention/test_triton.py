@@ -27,6 +27,7 @@ from quire.testing.attention_run import Subject, run
 from quire.testing.attention_strategies import batches
 from quire.testing.dense import attention, check_within_bound, log_sums
 from quire.testing.graph_steps import GraphStep
+from quire.testing.mixed_graph_steps import MixedGraphStep
 from quire_attention.triton.backend import UNSORTED_ROWS, TritonAttention
 from quire_attention.triton.tuning import Tile, fitted, tuning_for
 
@@ -147,7 +148,7 @@ def test_graph_serves_other_lengths_and_its_padding_rows_are_zero(
 
 
 def test_plan_of_a_graph_does_not_depend_on_lengths() -> None:
-    assert TritonAttention.graph_support is GraphSupport.SINGLE_TOKEN
+    assert TritonAttention.graph_support is GraphSupport.ANY
     case = Case(spec=make_spec(device=GPU), lengths=((1, 70), (1, 33)), padding=1)
     graph = GraphStep(Subject(backend=ManySplits), case, make_inputs(case))
     empty = attrs.astuple(graph.backend.plan(graph.batch, 0), recurse=False)
@@ -156,6 +157,34 @@ def test_plan_of_a_graph_does_not_depend_on_lengths() -> None:
     loaded = attrs.astuple(graph.backend.plan(graph.batch, 0), recurse=False)
 
     assert all(one is other for one, other in zip(empty, loaded, strict=True))
+
+
+@pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles])
+def test_graph_of_any_step_serves_other_batches(backend: type[TritonAttention]) -> None:
+    lengths = ((1, 70), (1, 33), (1, 1), (2, 2), (7, 60), (20, 20), (40, 90))
+    case = Case(spec=make_spec(device=GPU), lengths=lengths)
+    graph = MixedGraphStep(Subject(backend=backend), case, make_inputs(case))
+
+    for chosen in ([0, 1, 2, 3, 4, 5, 6], [1, 4], [5], [0, 2], [0, 1, 2, 6, 3]):
+        part, inputs = graph.load(chosen)
+        out = graph.replay().cpu()
+        lens = [query_len for query_len, _ in part.lengths]
+        check_within_bound(part, inputs, list(out[: sum(lens)].split(lens)))
+        assert out[sum(lens) :].isnan().all()
+
+
+def test_plan_of_any_step_does_not_depend_on_the_batch() -> None:
+    case = Case(spec=make_spec(device=GPU), lengths=((1, 70), (7, 33), (9, 9)))
+    graph = MixedGraphStep(Subject(backend=TritonAttention), case, make_inputs(case))
+    first = attrs.asdict(graph.backend.plan(graph.batch, 0), recurse=False)
+
+    graph.load([0, 2])
+    second = attrs.asdict(graph.backend.plan(graph.batch, 0), recurse=False)
+
+    for name, value in first.items():
+        other = second[name]
+        same = isinstance(value, Tensor) and value.data_ptr() == other.data_ptr()
+        assert same and value.shape == other.shape if isinstance(value, Tensor) else value == other
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=16), st.sampled_from([None, 40]))
@@ -194,9 +223,9 @@ def test_tiles_of_the_longest_context_come_first() -> None:
 
     plan = backend.plan(batch, 0)
 
-    # 8 tokens a tile: 2 heads a group, 16 rows.
-    assert plan.num_single == 1
-    assert plan.tiles.tolist() == [[2, 0], [1, 16], [1, 8], [1, 0]]
+    # 8 tokens a tile: 2 heads a group, 16 rows; their number comes first.
+    assert (plan.num_single, plan.most_tiles) == (1, 4)
+    assert plan.tiles[:5].tolist() == [[4, 0], [2, 0], [1, 16], [1, 8], [1, 0]]
 
 
 def test_tiles_of_steps_in_flight_lie_apart() -> None:
@@ -260,7 +289,7 @@ def test_buffers_are_counted_in_the_workspace() -> None:
     backend = TritonAttention(spec, LIMITS, {})
     buffers = [x for x in vars(backend).values() if isinstance(x, Tensor)]
 
-    held = sum(x.nbytes for x in buffers if x is not backend._staged)
+    held = sum(x.nbytes for x in [*buffers, backend._tiles._lists])
 
     assert held <= TritonAttention.workspace_bytes(spec, LIMITS)
 

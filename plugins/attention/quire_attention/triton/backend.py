@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -22,6 +21,7 @@ from quire.interfaces.attention import (
 )
 from quire.interfaces.batch import Batch
 from quire_attention.triton import kernels
+from quire_attention.triton.tiles import TileLists
 from quire_attention.triton.tuning import (
     Tile,
     Tuning,
@@ -45,8 +45,9 @@ MAX_SMS = 192
 class TritonPlan:
     """What the layers of a step share.
 
-    The first `num_single` rows have one token. `tiles` int32 [num_tiles, 2] are the (sequence,
-    first token) of the others, heaviest first, cut for `tile`.
+    Of the first `num_single` rows those that have one token are served as such. `tiles` int32
+    [1 + num_tiles or more, 2] are the (sequence, first token) of the others, heaviest first, cut
+    for `tile`, behind their number; the grid has `most_tiles`.
     """
 
     block_table: Tensor
@@ -55,13 +56,14 @@ class TritonPlan:
     starts: Tensor
     num_single: int
     tiles: Tensor | None
+    most_tiles: int
     tile: Tile
 
 
 class TritonAttention(AttentionBackend):
     """Serve causal attention with windows, soft caps and sinks, in the model's dtype."""
 
-    graph_support = GraphSupport.SINGLE_TOKEN
+    graph_support = GraphSupport.ANY
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -106,7 +108,7 @@ class TritonAttention(AttentionBackend):
         )
         plan = items * kernels.ITEM_SIZE.value + limits.max_num_seqs + 2
         partial = items * spec.num_heads * (spec.value_head_dim + 1)
-        tiles = (limits.max_steps_in_flight + 1) * _max_tiles(spec, tuning, limits) * 2
+        tiles = TileLists.num_entries(spec, tuning, limits)
         return 4 * (plan + partial + tiles)
 
     def __init__(
@@ -135,11 +137,7 @@ class TritonAttention(AttentionBackend):
         shape = (max_items, spec.num_heads)
         self._partial = torch.empty(*shape, spec.value_head_dim, device=device)
         self._partial_lse = torch.empty(shape, device=device)
-        # A step's tiles go up from pinned memory, which is written again when the step with the
-        # same slot has been collected.
-        tiles = (limits.max_steps_in_flight + 1, _max_tiles(spec, tuning, limits), 2)
-        self._tiles = ints(*tiles)
-        self._staged = torch.zeros(tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._tiles = TileLists(spec, tuning, limits)
 
     def max_items(self, num_rows: int) -> int:
         """Return the most items into which so many sequences with one token are cut."""
@@ -148,47 +146,34 @@ class TritonAttention(AttentionBackend):
     def plan(self, batch: Batch, group: int) -> TritonPlan:
         """Cut the sequences with several tokens into tiles.
 
-        Where every sequence has one token, only shapes count, so that a CUDA graph serves
-        whatever lengths its tensors hold.
+        In a CUDA graph grids and tensors are the same for all batches of a size: programs find on
+        the device whether there is something for them to do.
         """
-        tables = batch.groups[group]
+        tables, tiles = batch.groups[group], self._tiles
         single = batch.num_single_token_seqs
-        is_single = single == len(batch.query_lens)
-        tiles, tile = None, self.tuning.few
-        if is_single:
+        tile, cut, most_tiles = self.tuning.few, None, 0
+        if batch.captured_for is GraphSupport.ANY:
+            num_tokens, num_seqs = batch.token_ids.shape[0], batch.seq_lens.shape[0]
+            single = min(num_seqs, num_tokens)
+            tile = tiles.tile_for(num_tokens)
+            most_tiles = tiles.most(num_tokens, num_seqs, tile)
+            cut = tiles.cut(batch, tile)
+        elif single == len(batch.query_lens):
             single = batch.seq_lens.shape[0]
         else:
-            longest = max(batch.query_lens[single:])
-            if longest * self.group_size > tile.block_m:
-                tile = self.tuning.many
-            tiles = self._uploaded(self._cut(batch, tile), batch.in_flight_slot)
+            tile = tiles.tile_for(max(batch.query_lens[single:]))
+            cut = tiles.cut(batch, tile)
+            most_tiles = len(cut) - 1
         return TritonPlan(
             block_table=tables.block_table,
             slots=tables.slot_mapping,
             seq_lens=batch.seq_lens,
             starts=batch.cu_seqlens_q,
             num_single=single,
-            tiles=tiles,
+            tiles=None if cut is None else tiles.uploaded(cut, batch),
+            most_tiles=most_tiles,
             tile=tile,
         )
-
-    def _cut(self, batch: Batch, tile: Tile) -> np.ndarray:
-        """Return (sequence, first token) of each tile, those with the most keys first."""
-        step = tile.block_m // self.group_size
-        single = batch.num_single_token_seqs
-        query_lens = np.array(batch.query_lens[single:])
-        seq_lens = np.array(batch.seq_lens_bound[single : len(batch.query_lens)])
-        counts = -(-query_lens // step)
-        sequences = np.repeat(np.arange(len(counts)), counts)
-        firsts = (np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts)) * step
-        num_keys = (seq_lens - query_lens)[sequences] + firsts
-        order = np.argsort(-num_keys, kind="stable")
-        return np.stack((sequences + single, firsts), axis=1)[order].astype(np.int32)
-
-    def _uploaded(self, tiles: np.ndarray, slot: int) -> Tensor:
-        staged, found = self._staged[slot, : len(tiles)], self._tiles[slot, : len(tiles)]
-        staged.copy_(torch.from_numpy(tiles))
-        return found.copy_(staged, non_blocking=True)
 
     def prepare(self, plan: TritonPlan) -> None:
         """Cut the sequences with one token into splits, on the device."""
@@ -198,6 +183,7 @@ class TritonAttention(AttentionBackend):
         rows = UNSORTED_ROWS if few else power_of_two(self.limits.max_num_seqs)
         kernels.plan_splits[(1,)](
             plan.seq_lens,
+            plan.starts,
             self._items,
             self._first_items,
             self._num_items,
@@ -287,8 +273,12 @@ class TritonAttention(AttentionBackend):
                 **overlap.options(),
             )
         if plan.tiles is not None:
-            grid = (self.spec.num_kv_heads, len(plan.tiles))
+            grid = (self.spec.num_kv_heads, plan.most_tiles)
             self._launch(grid, plan.tiles, layer, q, kv_cache, plan, (out, lse))
+
+    def _tile_of_singles(self, num_rows: int) -> Tile:
+        crowds = num_rows * self.spec.num_kv_heads >= self._crowd
+        return self.tuning.crowd if crowds else self.tuning.single
 
     def _launch(
         self,
@@ -302,10 +292,7 @@ class TritonAttention(AttentionBackend):
     ) -> None:
         spec, (out, lse) = self.spec, results
         is_single = items is self._items
-        tile = plan.tile
-        if is_single:
-            crowds = plan.num_single * spec.num_kv_heads >= self._crowd
-            tile = self.tuning.crowd if crowds else self.tuning.single
+        tile = self._tile_of_singles(plan.num_single) if is_single else plan.tile
         kernels.attend[grid](
             q,
             kv_cache,
@@ -376,9 +363,3 @@ def _extra_items(num_rows: int, num_programs: int, spec: AttentionSpec) -> int:
     A quarter of the rows at least, so that the longest of many sequences are cut.
     """
     return max(-(-num_programs // spec.num_kv_heads) - num_rows, num_rows // 4, 1)
-
-
-def _max_tiles(spec: AttentionSpec, tuning: Tuning, limits: BatchLimits) -> int:
-    """Return the most tiles of a step: a tile has tokens of one sequence."""
-    step = tuning.many.block_m // (spec.num_heads // spec.num_kv_heads)
-    return -(-limits.max_num_batched_tokens // step) + limits.max_num_seqs

@@ -160,8 +160,9 @@ def attend(
 ):  # fmt: skip
     """Attend BLOCK_M (token, head) rows of one KV head to a range of its sequence's keys.
 
-    Grid (num_kv_heads, items). SINGLE: an item is a split of a sequence with one token, from
-    `plan_splits`; else (sequence, first token) of a tile, all of whose keys are seen here.
+    Grid (num_kv_heads, items or more). SINGLE: an item is a split of a sequence with one token,
+    from `plan_splits`; else (sequence, first token) of a tile, all of whose keys are seen here, and
+    their number comes before the first.
 
     The keys of a tile whose tokens have positions [position, high), where low is the first that
     a row sees; "|" are tile borders, and plain tiles have no masks:
@@ -182,7 +183,10 @@ def attend(
         token, num_tokens = sequence, 1
         position = tl.load(seq_lens_ptr + sequence) - 1
     else:
-        sequence, skipped = tl.load(items_ptr + 2 * item), tl.load(items_ptr + 2 * item + 1)
+        if item >= tl.load(items_ptr):
+            return
+        entry = items_ptr + 2 * (1 + item)
+        sequence, skipped = tl.load(entry), tl.load(entry + 1)
         start = tl.load(starts_ptr + sequence)
         query_len = tl.load(starts_ptr + sequence + 1) - start
         num_tokens = tl.minimum(query_len - skipped, BLOCK_M // GROUP)
@@ -324,10 +328,11 @@ def pieces(length, chunk, BLOCK_N: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["num_rows", "few_extra", "num_extra"],
-    do_not_specialize_on_alignment=["seq_lens_ptr"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "starts_ptr"],
 )
 def plan_splits(
-    seq_lens_ptr, items_ptr, first_items_ptr, num_items_ptr, num_rows, few_extra, num_extra,
+    seq_lens_ptr, starts_ptr, items_ptr, first_items_ptr, num_items_ptr,
+    num_rows, few_extra, num_extra,
     FEW_CHUNK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
@@ -336,19 +341,22 @@ def plan_splits(
     With chunks of at least total / extra keys no more than num_rows + extra items come out, since
     only a row's last item is shorter. `few_extra` fills the GPU once, if need be by items of
     FEW_CHUNK; `num_extra` evens its load out, by items of CHUNK or more. An empty row has one item
-    without keys, which writes its zeros. SORTED: the largest items come first, so that what the
-    GPU waits for at the end is small; partial results lie in the order of the rows all the same.
+    without keys, which writes its zeros; a row that has not one token has none. SORTED: the largest
+    items come first, so that what the GPU waits for at the end is small; partial results lie in the
+    order of the rows all the same.
     """
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
-    seq_len = tl.load(seq_lens_ptr + row, mask=is_row, other=0)
+    start = tl.load(starts_ptr + row, mask=is_row, other=0)
+    is_single = is_row & (tl.load(starts_ptr + row + 1, mask=is_row, other=0) == start + 1)
+    seq_len = tl.load(seq_lens_ptr + row, mask=is_single, other=0)
     first = first_key(seq_len, WINDOW, BLOCK_N)
     length = seq_len - first
     total = tl.sum(length, 0)
     few_chunk = tl.maximum(tl.cdiv(total, few_extra), FEW_CHUNK)
     chunk = tl.minimum(few_chunk, tl.maximum(tl.cdiv(total, num_extra), CHUNK))
     num_splits, keys = pieces(length, chunk, BLOCK_N)
-    num_splits = tl.where(is_row, num_splits, 0)
+    num_splits = tl.where(is_single, num_splits, 0)
     first_item = tl.cumsum(num_splits, 0) - num_splits
     tl.store(first_items_ptr + row, first_item, mask=is_row)
     tl.store(first_items_ptr + num_rows, tl.sum(num_splits, 0))
@@ -356,7 +364,7 @@ def plan_splits(
     place = first_item
     if SORTED:
         # Sizes and rows in one number each: the larger first, among equals the later row.
-        key = tl.where(is_row, tl.minimum(keys, length).to(tl.int64) * ROWS + row, -1)
+        key = tl.where(is_single, tl.minimum(keys, length).to(tl.int64) * ROWS + row, -1)
         key = tl.sort(key, descending=True)
         is_row = key >= 0
         row = tl.where(is_row, key % ROWS, 0).to(tl.int32)

@@ -16,8 +16,10 @@ from tiny_llama import has_all_blocks, make_engine, prompt, request, run_all
 from torch import Tensor
 
 from quire.engine import Engine
-from quire.execution.decode_graphs import graph_sizes
+from quire.execution.step_graphs import decode_sizes
+from quire.interfaces.attention import GraphSupport
 from quire.start import Starter
+from quire_attention.reference.backend import ReferenceAttention
 from quire_sampling.reference.sampler import ReferenceSampler
 
 LENGTHS = (1, 3, 9, 17, 30)
@@ -46,9 +48,10 @@ class ReplayingCapture:
         return replay, result
 
 
-@pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> ReplayingCapture:
+@pytest.fixture(params=[GraphSupport.SINGLE_TOKEN, GraphSupport.ANY])
+def capture(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ReplayingCapture:
     found = ReplayingCapture()
+    monkeypatch.setattr(ReferenceAttention, "graph_support", request.param)
     monkeypatch.setattr(Starter, "_capture", lambda *_: found)
     monkeypatch.setattr(ReferenceSampler, "capturable", True)
     return found
@@ -110,6 +113,24 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(
     assert has_all_blocks(engine)
 
 
+def test_steps_with_prompts_are_replayed_where_backends_can(
+    folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(i, prompt(i, 20 + i), max_tokens=3) for i in range(4)]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch), asked)
+    engine = graph_engine(folder, capture, enable_prefix_caching=False)
+    graphs = engine.runner.mixed_graphs
+    assert (graphs is not None) == (ReferenceAttention.graph_support is GraphSupport.ANY)
+
+    # All four prompts in one step, then in a step of a decoding one.
+    for _ in range(3):
+        assert run_all(engine, asked)[0] == wanted
+
+    if graphs is not None:
+        assert graphs.num_captured == 2  # the largest, at the start, and that of 86 tokens
+        assert [size for size, _ in graphs._captured] == [graphs.sizes[-1], 96]
+
+
 def test_all_wishes_in_one_batch_give_the_tokens_of_eager_steps(
     folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,8 +149,8 @@ def test_tables_longer_than_the_fixed_memory_go_up_apart(
     asked = [request(i, prompt(i, n), n=2) for i, n in enumerate(LENGTHS)]
     wanted, _ = run_all(eager_engine(folder, monkeypatch), asked)
     engine = graph_engine(folder, capture)
-    assert engine.runner.graphs is not None
-    engine.runner.graphs._step._most_changes = 0
+    assert engine.runner.decode_graphs is not None
+    engine.runner.decode_graphs._step._most_changes = 0
 
     for _ in range(2):  # the second time with prefix hits, whose last tokens the host knows
         assert run_all(engine, asked)[0] == wanted
@@ -159,20 +180,20 @@ def test_graphs_are_captured_at_the_second_step_of_a_size(
     folder: Path, capture: ReplayingCapture
 ) -> None:
     engine = graph_engine(folder, capture)
-    assert engine.runner.graphs is not None
-    at_the_start = engine.runner.graphs.num_captured
+    assert engine.runner.decode_graphs is not None
+    at_the_start = engine.runner.decode_graphs.num_captured
 
     run_all(engine, [request(i, prompt(i, 4), max_tokens=3) for i in range(3)])
-    after_one_replay = engine.runner.graphs.num_captured
+    after_one_replay = engine.runner.decode_graphs.num_captured
     run_all(engine, [request(i, prompt(i, 4), max_tokens=9) for i in range(3)])
 
     assert after_one_replay == at_the_start + 1
-    assert engine.runner.graphs.num_captured == after_one_replay
+    assert engine.runner.decode_graphs.num_captured == after_one_replay
 
 
 @given(st.integers(1, 5000))
 def test_sizes_rise_to_the_largest_batch_and_waste_little(max_num_seqs: int) -> None:
-    sizes = graph_sizes(max_num_seqs)
+    sizes = decode_sizes(max_num_seqs)
 
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1

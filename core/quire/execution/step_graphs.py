@@ -1,9 +1,9 @@
-"""CUDA graphs of steps of one token a sequence: each size is captured once and replayed."""
+"""CUDA graphs of steps: each size is captured once and replayed."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +11,15 @@ from attrs import define
 from torch import Tensor
 
 from quire.errors import KernelError
-from quire.execution.decode_step import DecodeStep, Decoding, Ending
+from quire.execution.static_step import Ending, Loaded, StaticStep
+from quire.interfaces.attention import AttentionBackend, GraphSupport
 from quire.interfaces.batch import Batch
 from quire.scheduling.output import SchedulerOutput
+
+# Steps up to this size cost the host more than the device, so that padding is free; larger ones are
+# run as they are where more than a share of MAX_PADDING would be computed for nothing.
+CHEAP = 1024
+MAX_PADDING = 0.04
 
 
 class Capture(Protocol):
@@ -58,11 +64,24 @@ class CudaCapture:
         return graph.replay, result
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the sizes that are captured: dense where padding would cost much."""
+def captures_any(backends: Iterable[AttentionBackend | type[AttentionBackend]]) -> bool:
+    """Whether steps of any batch can be captured: by every backend."""
+    return all(backend.graph_support is GraphSupport.ANY for backend in backends)
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Return the numbers of sequences that are captured: dense where padding would cost much."""
     sizes = [1, 2, 3, 4, 6, 8, *range(12, 33, 4), *range(40, 129, 8), *range(144, 257, 16)]
     sizes += range(288, 513, 32)
     return sorted({size for size in sizes if size < max_num_seqs} | {min(max_num_seqs, 512)})
+
+
+def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Return the numbers of tokens that are captured: few of the large ones, see `MAX_PADDING`."""
+    sizes = [16, 32, 48, 64, 96, 128, 160, 192, 224, *range(256, 513, 64), *range(640, 1025, 128)]
+    sizes += [2048, 4096, 8192]
+    most = max(max_num_batched_tokens, 2)
+    return sorted({size for size in sizes if size < most} | {min(most, 8192)})
 
 
 @define(kw_only=True)
@@ -71,14 +90,14 @@ class _Captured:
     result: Tensor
 
 
-class DecodeGraphs:
-    """Run steps of one token a sequence, by replay where they were captured.
+class StepGraphs:
+    """Run steps of one kind, by replay where they were captured.
 
     The first step of a size and an ending runs as it is, which compiles and warms up; the second
     is captured, between steps.
     """
 
-    def __init__(self, step: DecodeStep, sizes: Sequence[int], capture: Capture) -> None:
+    def __init__(self, step: StaticStep, sizes: Sequence[int], capture: Capture) -> None:
         self._step = step
         self.sizes = list(sizes)
         self._capture = capture
@@ -91,29 +110,38 @@ class DecodeGraphs:
         """Graphs that there are."""
         return len(self._captured)
 
-    def size_for(self, num_seqs: int) -> int | None:
-        """Return the smallest size that holds so many sequences; None if there is none."""
-        place = bisect.bisect_left(self.sizes, num_seqs)
-        return self.sizes[place] if place < len(self.sizes) else None
+    def size_for(self, number: int) -> int | None:
+        """Return the smallest size that holds so many; None if there is none, or it costs more."""
+        place = bisect.bisect_left(self.sizes, number)
+        if place == len(self.sizes):
+            return None
+        size = self.sizes[place]
+        return size if size <= CHEAP or number >= size * (1 - MAX_PADDING) else None
 
-    def warm_up(self, sizes: Sequence[int], endings: Sequence[Ending]) -> None:
-        """Compile and capture ahead, with padding alone."""
+    def warm_up(
+        self, sizes: Sequence[int], endings: Sequence[Ending], *, is_compiled: bool
+    ) -> None:
+        """Capture ahead, after a run with padding alone where kernels are still to be compiled."""
         for size in sizes:
             self._step.begin_padding(size)
             for ending in endings:
-                for _ in range(2):
+                if is_compiled:
+                    self._warm.add((size, ending))
+                else:
                     self._run(size, ending, None)
+                self._step.plan(self.batch(size), None)
+                self._capture_step(size, ending)
 
-    def begin(self, output: SchedulerOutput, size: int) -> Decoding:
+    def begin(self, output: SchedulerOutput, size: int) -> Loaded:
         """Enqueue the upload of a step's inputs."""
         return self._step.begin(output, size)
 
-    def run(self, decoding: Decoding, size: int, ending: Ending) -> Tensor:
-        """Enqueue the step; return what `DecodeStep.run` does, padding included.
+    def run(self, loaded: Loaded, size: int, ending: Ending) -> Tensor:
+        """Enqueue the step; return what `StaticStep.run` does, padding included.
 
         The memory is written again by the next step.
         """
-        return self._run(size, ending, decoding)
+        return self._run(size, ending, loaded)
 
     def batch(self, size: int) -> Batch:
         """Return the batch of a size."""
@@ -121,15 +149,22 @@ class DecodeGraphs:
             self._batches[size] = self._step.batch(size)
         return self._batches[size]
 
-    def _run(self, size: int, ending: Ending, decoding: Decoding | None) -> Tensor:
+    def _run(self, size: int, ending: Ending, loaded: Loaded | None) -> Tensor:
         batch, key = self.batch(size), (size, ending)
-        self._step.plan(batch, decoding)
-        found = self._captured.get(key)
-        if found is None and key in self._warm:
-            replay, result = self._capture(lambda: self._step.run(batch, ending))
-            found = self._captured[key] = _Captured(replay=replay, result=result)
-        if found is None:
+        self._step.plan(batch, loaded)
+        if key in self._captured:
+            found = self._captured[key]
+        elif key in self._warm:
+            found = self._capture_step(size, ending)
+        else:
             self._warm.add(key)
             return self._step.run(batch, ending)
         found.replay()
         return found.result
+
+    def _capture_step(self, size: int, ending: Ending) -> _Captured:
+        """Capture a step that is planned."""
+        batch = self.batch(size)
+        replay, result = self._capture(lambda: self._step.run(batch, ending))
+        found = self._captured[size, ending] = _Captured(replay=replay, result=result)
+        return found
