@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from quire.errors import BuildError, KernelError
-from quire.interfaces.attention import AttentionBackend
+from quire.interfaces.attention import AttentionBackend, GraphSupport
 from quire.testing.attention_cases import LIMITS, Case, Layer, make_batch, make_inputs, make_spec
-from quire.testing.attention_run import run
+from quire.testing.attention_run import Subject, run
 from quire.testing.dense import check_within_bound
 from quire.testing.kit import AttentionBackendTests, Profile
+from quire.testing.mixed_graph_steps import MixedGraphStep
 from quire_attention.cuda import library
 from quire_attention.cuda.backend import CudaAttention
+from quire_attention.cuda.tiles import TileCut, TileLists
 from quire_attention.triton.backend import TritonAttention
 
 HAS_GPU = torch.cuda.is_available()
@@ -146,6 +148,34 @@ def test_sources_compile_without_spilling_registers(architecture: str, tmp_path:
         assert set(re.findall(r"(\d+) bytes spill stores", said)) <= {"0", "4"}, said
 
 
+def test_lists_of_tiles_name_every_token_once_and_the_longest_context_first() -> None:
+    cut = TileCut.of(served(), 64)
+    spans = [(5, 6), (0, 70), (900, 905), (30, 62)]
+    batch = make_batch(spans, [[1] * 99] * 4, 16)
+
+    tiles = cut.list_of(batch)
+
+    assert cut.step == 32
+    assert tiles.tolist() == [[5, 0], [2, 0], [1, 64], [1, 32], [3, 0], [1, 0]]
+    assert len(tiles) - 1 <= cut.most(1 + 70 + 5 + 32, 3)
+
+
+@pytest.mark.parametrize("captured_for", [GraphSupport.NONE, GraphSupport.ANY])
+def test_lists_of_steps_in_flight_lie_apart_and_captured_ones_at_one_place(
+    captured_for: GraphSupport,
+) -> None:
+    lists = TileLists(TileCut.of(served(), 64), LIMITS, torch.device("cpu"))
+    batch = make_batch([(0, 40)], [[1] * 9], 16)
+    slots = range(LIMITS.max_steps_in_flight + 1)
+    steps = [attrs.evolve(batch, in_flight_slot=i, captured_for=captured_for) for i in slots]
+
+    found = [lists.upload(lists.cut.list_of(step), step) for step in steps]
+
+    places = {tiles.data_ptr() for tiles in found}
+    assert len(places) == (len(found) if captured_for is GraphSupport.NONE else 1)
+    assert found[-1][:3].tolist() == [[2, 0], [0, 32], [0, 0]]
+
+
 def gpu_test(function: Any) -> Any:
     """Mark a test that needs a GPU."""
     for mark in GPU:
@@ -225,9 +255,11 @@ def test_split_plan_covers_every_key_once_and_counters_come_back_to_zero() -> No
 def test_buffers_are_counted_in_the_workspace() -> None:
     spec = served()
     backend = CudaAttention(spec, LIMITS, {})
-    buffers = [x for x in vars(backend).values() if isinstance(x, Tensor) and x.is_cuda]
+    buffers = [x for x in vars(backend).values() if isinstance(x, Tensor)]
 
-    assert sum(x.nbytes for x in buffers) <= CudaAttention.workspace_bytes(spec, LIMITS)
+    held = sum(x.nbytes for x in [*buffers, backend._tiles.memory])
+
+    assert held <= CudaAttention.workspace_bytes(spec, LIMITS)
 
 
 @gpu_test
@@ -239,8 +271,39 @@ def test_tiles_of_the_longest_context_come_first() -> None:
 
     plan = backend.plan(batch, 0)
 
-    assert plan.num_single == 1
-    assert plan.tiles.tolist() == [[2, 0], [1, step], [1, 0]]
+    # Their number comes first.
+    assert (plan.num_single, plan.most_tiles) == (1, 3)
+    assert plan.tiles[:4].tolist() == [[3, 0], [2, 0], [1, step], [1, 0]]
+
+
+@gpu_test
+@BOTH
+def test_graph_of_any_step_serves_other_batches(backend: type[AttentionBackend]) -> None:
+    lengths = ((1, 700), (1, 33), (1, 1), (2, 2), (7, 60), (200, 200), (40, 900))
+    case = Case(spec=served(), lengths=lengths)
+    graph = MixedGraphStep(Subject(backend=backend), case, make_inputs(case))
+
+    for chosen in ([0, 1, 2, 3, 4, 5, 6], [1, 4], [5], [0, 2], [0, 1, 2, 6, 3]):
+        part, inputs = graph.load(chosen)
+        out = graph.replay().cpu()
+        lens = [query_len for query_len, _ in part.lengths]
+        check_within_bound(part, inputs, list(out[: sum(lens)].split(lens)))
+        assert out[sum(lens) :].isnan().all()
+
+
+@gpu_test
+def test_plan_of_any_step_does_not_depend_on_the_batch() -> None:
+    case = Case(spec=served(), lengths=((1, 70), (7, 33), (9, 9)))
+    graph = MixedGraphStep(Subject(backend=CudaAttention), case, make_inputs(case))
+    first = attrs.asdict(graph.backend.plan(graph.batch, 0), recurse=False)
+
+    graph.load([0, 2])
+    second = attrs.asdict(graph.backend.plan(graph.batch, 0), recurse=False)
+
+    for name, value in first.items():
+        other = second[name]
+        same = isinstance(value, Tensor) and value.data_ptr() == other.data_ptr()
+        assert same and value.shape == other.shape if isinstance(value, Tensor) else value == other
 
 
 @gpu_test

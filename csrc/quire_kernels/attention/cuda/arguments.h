@@ -26,15 +26,17 @@ struct Arguments {
     const int32_t* seq_lens;
     // Where each sequence's tokens begin, [num_seqs + 1].
     const int32_t* starts;
-    // Split plan of the sequences with one token: items [max_items, ITEM_SIZE], the first item of
-    // each row [num_rows + 1], how many rows have stored their splits [num_rows, num_heads].
+    // Split plan of those of the first `num_rows` sequences that have one token: items
+    // [max_items, ITEM_SIZE]; the first item of each row, and behind them the number of items,
+    // [num_rows + 1]; how many blocks of a row have stored their sums [num_rows, num_heads].
     int32_t* items;
     int32_t* first_items;
     int32_t* arrived;
     // Sums of splits: [max_items, num_heads, head_dim] and [max_items, num_heads].
     float* partial;
     float* partial_lse;
-    // (sequence, first token) of each tile of the others, [num_tiles, 2].
+    // The number of tiles of the sequences with several tokens, and another number; then
+    // (sequence, first token) of each. A launch is for `most_tiles`.
     const int32_t* tiles;
     // Strides in elements.
     int64_t q_stride_token;
@@ -59,7 +61,7 @@ struct Arguments {
     int32_t few_chunk;
     int32_t num_extra;
     int32_t chunk;
-    int32_t num_tiles;
+    int32_t most_tiles;
     int32_t num_sms;
     float scale;
     // 0: none.

@@ -148,7 +148,8 @@ __device__ __forceinline__ void copy_tiles(const CUtensorMap* q_map, const CUten
                          {}};
     Ring<Shape::Q_STAGES> q_ring;
     Turns turns;
-    for (int index; (index = turns.next()) < a.num_tiles * a.num_kv_heads;) {
+    const int num_turns = a.tiles[0] * a.num_kv_heads;
+    for (int index; (index = turns.next()) < num_turns;) {
         const QueryTile tile(a, index, Shape::ROWS, Shape::KEYS);
         if (threadIdx.x == 0) {
             uint64_t* full = &barriers->q_full[q_ring.slot];

@@ -32,11 +32,14 @@ __device__ int running_sum(int x, int* of_warps, int* all) {
     return x + before;
 }
 
+// The keys that a row sees, none where the row has not one token.
 struct Span {
     int first, length;
+    bool is_single;
 
     __device__ Span(const Arguments& a, int row) : first(0), length(0) {
-        if (row >= a.num_rows) return;
+        is_single = row < a.num_rows && a.starts[row + 1] - a.starts[row] == 1;
+        if (!is_single) return;
         const int seq_len = a.seq_lens[row];
         if (a.window) first = max(seq_len - a.window, 0) / GRAIN * GRAIN;
         length = seq_len - first;
@@ -63,7 +66,7 @@ __device__ int place_by_size(int grains, int num_rows, int* keys) {
 // With chunks of at least total / extra keys no more than num_rows + extra items come out, since
 // only a row's last item is shorter. `few_extra` fills the GPU once, if need be by items of
 // few_chunk keys; `num_extra` evens its load out, by items of `chunk` or more. An empty row has
-// one item without keys, which writes its zeros.
+// one item without keys, which writes its zeros; a row that has not one token has none.
 __global__ void __launch_bounds__(THREADS) plan_splits(const __grid_constant__ Arguments a) {
     __shared__ int of_warps[THREADS / 32], keys[THREADS], splits[THREADS];
     wait_for_previous();
@@ -81,9 +84,11 @@ __global__ void __launch_bounds__(THREADS) plan_splits(const __grid_constant__ A
         const Span span(a, row);
         int num_splits = max(ceil_div(span.length, chunk), 1);
         // Equal pieces instead of whole chunks and a rest; rounded to grains, they may be fewer.
-        const int piece = max(ceil_div(ceil_div(span.length, num_splits), GRAIN) * GRAIN, GRAIN);
-        num_splits = row < a.num_rows ? max(ceil_div(span.length, piece), 1) : 0;
-        const int place = place_by_size(piece / GRAIN, min(a.num_rows - base, THREADS), keys);
+        const int grains = max(ceil_div(ceil_div(span.length, num_splits), GRAIN), 1);
+        const int piece = grains * GRAIN;
+        num_splits = span.is_single ? max(ceil_div(span.length, piece), 1) : 0;
+        const int size = span.is_single ? grains : 0;
+        const int place = place_by_size(size, min(a.num_rows - base, THREADS), keys);
         splits[place] = num_splits;
         __syncthreads();
         int sum;

@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_row(const Arguments& a, const QueryTile& t
     }
 }
 
-// Grid (tiles * num_kv_heads).
+// Grid (most tiles * num_kv_heads).
 template <typename T, int D>
 __global__ void __launch_bounds__(PrefillShape<D>::THREADS)
     attend_tiles(const __grid_constant__ Arguments a) {
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(PrefillShape<D>::THREADS)
     extern __shared__ __align__(128) uint8_t shared[];
     let_next_begin();
     wait_for_previous();
+    if (static_cast<int>(blockIdx.x) >= a.tiles[0] * a.num_kv_heads) return;
     const QueryTile tile(a, blockIdx.x, Shape::ROWS, Shape::KEYS);
     const int group = a.num_heads / a.num_kv_heads;
     const int first_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -114,7 +115,7 @@ cudaError_t launch_tiles(const Arguments& a, cudaStream_t stream) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    return launch_overlapping(kernel, dim3(a.num_kv_heads * a.num_tiles), Shape::THREADS,
+    return launch_overlapping(kernel, dim3(a.num_kv_heads * a.most_tiles), Shape::THREADS,
                               Shape::SHARED_BYTES, a, stream);
 }
 

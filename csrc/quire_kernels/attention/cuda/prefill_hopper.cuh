@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(384, 1)
         take_registers<232>();
         Consumer<T, D, CAPPED> consumer(a, memory);
         Turns turns;
-        for (int index; (index = turns.next()) < a.num_tiles * a.num_kv_heads;) {
+        const int num_turns = a.tiles[0] * a.num_kv_heads;
+        for (int index; (index = turns.next()) < num_turns;) {
             const QueryTile tile(a, index, Shape::ROWS, Shape::KEYS);
             consumer.attend(tile);
             consumer.store(tile);

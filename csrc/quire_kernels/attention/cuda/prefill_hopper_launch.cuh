@@ -57,7 +57,7 @@ cudaError_t launch_hopper_kernel(const Arguments& a, cudaStream_t stream) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  Shape::SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    const int blocks = min(a.num_sms, a.num_tiles * a.num_kv_heads);
+    const int blocks = min(a.num_sms, a.most_tiles * a.num_kv_heads);
     kernel<<<blocks, Shape::THREADS, Shape::SHARED_BYTES, stream>>>(q_map, cache_map, a, box);
     return cudaGetLastError();
 }

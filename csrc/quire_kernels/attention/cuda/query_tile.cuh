@@ -14,8 +14,8 @@ struct QueryTile {
     __device__ __forceinline__ QueryTile(const Arguments& a, int index, int rows, int keys) {
         const int tile = index / a.num_kv_heads;
         kv_head = index - tile * a.num_kv_heads;
-        sequence = a.tiles[2 * tile];
-        const int skipped = a.tiles[2 * tile + 1];
+        sequence = a.tiles[2 + 2 * tile];
+        const int skipped = a.tiles[3 + 2 * tile];
         const int start = a.starts[sequence];
         const int query_len = a.starts[sequence + 1] - start;
         num_tokens = min(query_len - skipped, rows / (a.num_heads / a.num_kv_heads));

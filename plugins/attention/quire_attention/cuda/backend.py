@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -23,6 +23,7 @@ from quire.interfaces.attention import (
 from quire.interfaces.batch import Batch
 from quire_attention.cuda import library
 from quire_attention.cuda.library import Arguments
+from quire_attention.cuda.tiles import TileCut, TileLists
 from quire_kernels import ops
 
 DTYPES = ("bfloat16", "float16")
@@ -45,8 +46,9 @@ CHUNK = 512
 class CudaPlan:
     """What the layers of a step share.
 
-    The first `num_single` rows have one token. `tiles` int32 [num_tiles, 2] are the (sequence,
-    first token) of the others, heaviest first.
+    Of the first `num_single` rows those that have one token are served as such. `tiles` int32
+    [1 + num_tiles or more, 2] are the (sequence, first token) of the others behind their number;
+    `most_tiles` is what the launch is made for.
     """
 
     block_table: Tensor
@@ -55,12 +57,13 @@ class CudaPlan:
     starts: Tensor
     num_single: int
     tiles: Tensor | None
+    most_tiles: int
 
 
 class CudaAttention(AttentionBackend):
     """Serve causal attention with windows, soft caps and sinks, in bfloat16 and float16."""
 
-    graph_support = GraphSupport.SINGLE_TOKEN
+    graph_support = GraphSupport.ANY
     # Whether to use the kernels that only Hopper GPUs have, where there is one.
     with_hopper: ClassVar[bool] = True
 
@@ -107,7 +110,7 @@ class CudaAttention(AttentionBackend):
         items = num_rows + _extra_items(num_rows, MAX_SMS, spec)
         plan = items * ITEM_SIZE + num_rows + 1 + num_rows * spec.num_heads
         partial = items * spec.num_heads * (spec.value_head_dim + 1)
-        tiles = (limits.max_steps_in_flight + 1) * _max_tiles(spec, limits, LEAST_TILE_ROWS) * 2
+        tiles = math.prod(TileCut.of(spec, LEAST_TILE_ROWS).entries(limits))
         return 4 * (plan + partial + tiles)
 
     def __init__(
@@ -133,11 +136,7 @@ class CudaAttention(AttentionBackend):
         shape = (max_items, spec.num_heads)
         self._partial = torch.empty(*shape, spec.value_head_dim, device=device)
         self._partial_lse = torch.empty(shape, device=device)
-        # A step's tiles go up from pinned memory, which is written again when the step with the
-        # same slot has been collected.
-        tiles = (limits.max_steps_in_flight + 1, _max_tiles(spec, limits, self.tile_rows), 2)
-        self._tiles = ints(*tiles)
-        self._staged = torch.zeros(tiles, dtype=torch.int32, pin_memory=True)
+        self._tiles = TileLists(TileCut.of(spec, self.tile_rows), limits, device)
         self._arguments = self._constant_arguments(num_sms)
 
     def _constant_arguments(self, num_sms: int) -> Arguments:
@@ -169,16 +168,22 @@ class CudaAttention(AttentionBackend):
     def plan(self, batch: Batch, group: int) -> CudaPlan:
         """Cut the sequences with several tokens into tiles.
 
-        Where every sequence has one token, only shapes count, so that a CUDA graph serves
-        whatever lengths its tensors hold.
+        In a CUDA graph launches and tensors are the same for all batches of a size: blocks find on
+        the device whether there is something for them to do.
         """
-        tables = batch.groups[group]
+        tables, lists = batch.groups[group], self._tiles
         single = batch.num_single_token_seqs
-        tiles = None
-        if single == len(batch.query_lens):
+        tiles, most_tiles = None, 0
+        if batch.captured_for is GraphSupport.ANY:
+            num_tokens, num_seqs = batch.token_ids.shape[0], batch.seq_lens.shape[0]
+            single = min(num_seqs, num_tokens)
+            tiles = lists.upload(lists.cut.list_of(batch), batch)
+            most_tiles = lists.cut.most(num_tokens, min(num_seqs, num_tokens // 2))
+        elif single == len(batch.query_lens):
             single = batch.seq_lens.shape[0]
         else:
-            tiles = self._uploaded(self._cut(batch), batch.in_flight_slot)
+            cut = lists.cut.list_of(batch)
+            tiles, most_tiles = lists.upload(cut, batch), len(cut) - 1
         return CudaPlan(
             block_table=tables.block_table,
             slots=tables.slot_mapping,
@@ -186,26 +191,8 @@ class CudaAttention(AttentionBackend):
             starts=batch.cu_seqlens_q,
             num_single=single,
             tiles=tiles,
+            most_tiles=most_tiles,
         )
-
-    def _cut(self, batch: Batch) -> np.ndarray:
-        """Return (sequence, first token) of each tile, those with the most keys first."""
-        step = self.tile_rows // self.group_size
-        single = batch.num_single_token_seqs
-        query_lens = np.array(batch.query_lens[single:])
-        seq_lens = np.array(batch.seq_lens_bound[single : len(batch.query_lens)])
-        counts = -(-query_lens // step)
-        sequences = np.repeat(np.arange(len(counts)), counts)
-        firsts = (np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts)) * step
-        num_keys = np.minimum(firsts + step, query_lens[sequences])
-        num_keys += (seq_lens - query_lens)[sequences]
-        order = np.argsort(-num_keys, kind="stable")
-        return np.stack((sequences + single, firsts), axis=1)[order].astype(np.int32)
-
-    def _uploaded(self, tiles: np.ndarray, slot: int) -> Tensor:
-        staged, found = self._staged[slot, : len(tiles)], self._tiles[slot, : len(tiles)]
-        staged.copy_(torch.from_numpy(tiles))
-        return found.copy_(staged, non_blocking=True)
 
     def prepare(self, plan: CudaPlan) -> None:
         """Cut the sequences with one token into splits, on the device."""
@@ -226,7 +213,7 @@ class CudaAttention(AttentionBackend):
         arguments.max_items = num_rows + extra
         if plan.tiles is not None:
             arguments.tiles = plan.tiles.data_ptr()
-            arguments.num_tiles = len(plan.tiles)
+            arguments.most_tiles = plan.most_tiles
         return arguments
 
     def _call(self, entry: Any) -> None:
@@ -319,9 +306,3 @@ def _extra_items(num_rows: int, num_programs: int, spec: AttentionSpec) -> int:
     group = spec.num_heads // spec.num_kv_heads
     programs_an_item = spec.num_kv_heads * -(-group // HEADS_TOGETHER)
     return max(-(-num_programs // programs_an_item) - num_rows, num_rows // 4, 1)
-
-
-def _max_tiles(spec: AttentionSpec, limits: BatchLimits, tile_rows: int) -> int:
-    """Return the most tiles of a step: a tile has tokens of one sequence."""
-    step = tile_rows // (spec.num_heads // spec.num_kv_heads)
-    return -(-limits.max_num_batched_tokens // step) + limits.max_num_seqs

@@ -25,7 +25,7 @@ _POINTERS = """q cache out lse sinks block_table seq_lens starts items first_ite
 _LONGS = """q_stride_token q_stride_head out_stride block_stride table_stride num_tokens
     num_blocks"""
 _INTEGERS = """num_heads num_kv_heads head_dim block_size window dtype num_rows max_items few_extra
-    few_chunk num_extra chunk num_tiles num_sms"""
+    few_chunk num_extra chunk most_tiles num_sms"""
 
 
 class Arguments(ctypes.Structure):
