@@ -266,7 +266,7 @@ def test_public_names_of_the_plugin_api_are_pinned() -> None:
         path
         for path in SOURCES
         if module_name(path).startswith(
-            ("quire.interfaces", "quire.testing.kit", "quire_kernels.ops")
+            ("quire.interfaces", "quire.testing.kit", "quire_kernels.ops", "quire_kernels.native")
         )
     ]
 

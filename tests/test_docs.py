@@ -188,8 +188,8 @@ def described_fields(descriptor: type) -> list[tuple[str, str, str]]:
 
 def default_of(attribute: attrs.Attribute) -> str:
     """Return a field's default as the document shows it."""
-    if attribute.name == "why_unusable":
-        return "usable"
+    if attribute.name in ("why_unusable", "is_built"):
+        return {"why_unusable": "usable", "is_built": "built"}[attribute.name]
     if attribute.default is attrs.NOTHING:
         return "required"
     is_factory = isinstance(attribute.default, attrs.Factory)  # type: ignore[arg-type]

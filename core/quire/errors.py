@@ -6,6 +6,7 @@
     ├── RequestError (ValueError)      one request that cannot be served; the engine goes on
     ├── PluginError                    a plugin that cannot be loaded or breaks its contract
     ├── KernelError                    a kernel that cannot run here or gave a wrong result
+    │   └── BuildError                 native code that could not be compiled
     ├── OverloadedError                nothing more can be taken on now; the same may work later
     ├── OutOfBlocks                    no free KV block; the caller's state is unchanged
     └── EngineDeadError                the engine stopped; every waiting request ends with it
@@ -51,6 +52,10 @@ class PluginError(QuireError):
 
 class KernelError(QuireError):
     """Report a kernel that cannot run on this machine or gave a wrong result."""
+
+
+class BuildError(KernelError):
+    """Report native code that could not be compiled, with the compiler's own first error."""
 
 
 class OverloadedError(QuireError):

@@ -17,6 +17,7 @@ from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
 from quire.execution.step_graphs import Capture, CudaCapture
 from quire.execution.weights import load_weights
+from quire.hooks.builds import build_before_use, build_in_background
 from quire.hooks.selection import (
     parse_attention_options,
     select_attention,
@@ -117,6 +118,7 @@ class Starter:
             model = self._build(str(self.device))
         with self.phases.timed("choices"):
             layout = self._plan(model)
+        self._build_plugins(layout.selections)
         with self.phases.timed("weights"):
             self._fill(model)
         if self.device.type == "cuda":
@@ -128,6 +130,15 @@ class Starter:
             with self.phases.timed("graphs"):
                 runner.warm_up(is_compiled=self.device.type == "cuda")
         return runner, layout
+
+    def _build_plugins(self, selections: list[Selection]) -> None:
+        """Compile what was asked for and is not built; begin to, beside, what was passed over."""
+        registry = self.prepared.registry
+        for choice in selections:
+            if not registry.entry(choice.kind, choice.used).is_built():
+                with self.phases.timed("native build"):
+                    build_before_use(registry, choice.kind, choice.used)
+            build_in_background(registry, choice.kind, choice.unbuilt)
 
     def _fill(self, model: Model) -> None:
         if self.config.model.load_format == "dummy":

@@ -10,6 +10,7 @@ from quire.cli import plugins_check
 from quire.cli.options import add_option, given_options
 from quire.config import nearest
 from quire.errors import ConfigError
+from quire.hooks.builds import not_built
 from quire.hooks.kinds import KINDS
 from quire.hooks.registry import load_plugins
 from quire.hooks.validation import Registered
@@ -58,13 +59,18 @@ def _row(entry: Registered) -> dict[str, Any]:
         "api_version": ".".join(map(str, entry.api_version)),
         "usable": entry.unusable is None,
         "why_unusable": entry.unusable,
+        "built": entry.is_built(),
         "summary": entry.descriptor.summary,
     }
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    shown = [{**row, "usable": row["why_unusable"] or "yes"} for row in rows]
+    shown = [{**row, "usable": row["why_unusable"] or _once_built(row)} for row in rows]
     lines = [{name: name.replace("_", " ") for name in COLUMNS}, *shown]
     widths = {name: max(len(str(line[name])) for line in lines) for name in COLUMNS}
     for line in lines:
         print("  ".join(f"{line[name]!s:<{widths[name]}}" for name in COLUMNS).rstrip())
+
+
+def _once_built(row: dict[str, Any]) -> str:
+    return "yes" if row["built"] else not_built(row["name"])

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from attrs import frozen
 
 from quire.errors import ConfigError
+from quire.hooks.builds import not_built
 from quire.hooks.kinds import KINDS
 from quire.hooks.loading import first_line, refusal
 from quire.hooks.registry import Registry
@@ -35,7 +36,7 @@ class Candidates(Generic[Contract]):
 
         Raises: ConfigError with the reason where it cannot serve.
         """
-        reason, found = self._try(plugin)
+        reason, found = self._try(plugin, may_build=True)
         if found is None:
             kind = KINDS[self.kind]
             raise ConfigError(
@@ -60,7 +61,7 @@ class Candidates(Generic[Contract]):
         listed = [plugin for plugin in plugins if device in plugin.priority]
         ranked = sorted(listed, key=lambda plugin: -plugin.priority[device])
         for position, plugin in enumerate(ranked, 1):
-            reason, found = self._try(plugin)
+            reason, found = self._try(plugin, may_build=False)
             if found is not None:
                 later = ranked[position:]
                 passed_over += [(p.name, comes_after(p.priority[device])) for p in later]
@@ -77,15 +78,23 @@ class Candidates(Generic[Contract]):
     def _selection(
         self, plugin: Descriptor, why: str, passed_over: list[tuple[str, str]]
     ) -> Selection:
+        unbuilt = [name for name, reason in passed_over if reason == as_sentence(not_built(name))]
         return Selection(
-            kind=self.kind, requested="auto", used=plugin.name, why=why, passed_over=passed_over
+            kind=self.kind,
+            requested="auto",
+            used=plugin.name,
+            why=why,
+            passed_over=passed_over,
+            unbuilt=unbuilt,
         )
 
-    def _try(self, plugin: Descriptor) -> tuple[str, type[Contract] | None]:
+    def _try(self, plugin: Descriptor, *, may_build: bool) -> tuple[str, type[Contract] | None]:
         """Return the class of a plugin that can serve, else why it cannot."""
         entry = self.registry.entry(self.kind, plugin.name)
         if entry.unusable is not None:
             return as_sentence(entry.unusable), None
+        if not may_build and not entry.is_built():
+            return as_sentence(not_built(plugin.name)), None
         found = self._load(plugin)
         try:
             reason = self.ask(found)

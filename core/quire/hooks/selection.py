@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from quire.config import nearest
 from quire.errors import ConfigError
+from quire.hooks.builds import build_before_use
 from quire.hooks.candidates import Candidates, as_sentence, comes_after
 from quire.hooks.kinds import KINDS
 from quire.hooks.registry import Registry
@@ -47,7 +48,10 @@ def select_attention(
     )
     if requested != AUTO:
         plugin = registry.attention(requested)
-        return plugin, candidates.require(plugin), _as_asked("attention", requested)
+        found, choice = candidates.require(plugin), _as_asked("attention", requested)
+        if not registry.entry("attention", requested).is_built():
+            choice.why += "; it is not built yet, and the start builds it"
+        return plugin, found, choice
     everyone = [registry.attention(name) for name in registry.names("attention")]
     return candidates.best(everyone, spec.device)
 
@@ -55,16 +59,18 @@ def select_attention(
 def require_attention(
     registry: Registry, name: str
 ) -> tuple[AttentionPlugin, type[AttentionBackend]]:
-    """Return an attention backend and its class by name, whatever it can serve.
+    """Return an attention backend and its class by name, built, whatever it can serve.
 
     Raises: ConfigError where it is unknown or cannot be used on this machine, PluginError where
-    its class does not keep the contract.
+    its class does not keep the contract, BuildError where it cannot be built.
     """
     candidates = Candidates(
         registry=registry, kind="attention", contract=AttentionBackend, ask=lambda _: None
     )
     plugin = registry.attention(name)
-    return plugin, candidates.require(plugin)
+    found = candidates.require(plugin)
+    build_before_use(registry, "attention", name)
+    return plugin, found
 
 
 def select_sampler(

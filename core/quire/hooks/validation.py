@@ -37,6 +37,23 @@ class Registered:
         """The descriptor's name."""
         return self.descriptor.name
 
+    def is_built(self) -> bool:
+        """Answer whether there is nothing left to compile: asked anew, since builds end.
+
+        Raises: PluginError where the plugin cannot tell.
+        """
+        try:
+            found = self.descriptor.is_built()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            fact = f"fails in is_built() of {self.name!r}: {first_line(error)}"
+            raise refusal(self.owner, fact) from error
+        if not isinstance(found, bool):
+            fact = f"returns {found!r} from is_built() of {self.name!r} where a bool is wanted"
+            raise refusal(self.owner, fact)
+        return found
+
 
 def collect(plugins: list[LoadedPlugin]) -> list[Registered]:
     """Return everything that the plugins offer, ordered by kind, then by name.

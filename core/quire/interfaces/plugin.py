@@ -32,6 +32,10 @@ def _always_usable() -> None:
     return None
 
 
+def _always_built() -> bool:
+    return True
+
+
 def _check_name(_instance: object, _attribute: Any, value: str) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise PluginError(
@@ -42,6 +46,11 @@ def _check_name(_instance: object, _attribute: Any, value: str) -> None:
 def _check_load(_instance: object, _attribute: Any, value: str) -> None:
     if not isinstance(value, str) or not _LOAD.fullmatch(value):
         raise PluginError(f"load={value!r} does not name a class; write it as 'module:Class'.")
+
+
+def _check_build(_instance: object, _attribute: Any, value: str | None) -> None:
+    if value is not None and not (isinstance(value, str) and _LOAD.fullmatch(value)):
+        raise PluginError(f"build={value!r} does not name a function; write 'module:function'.")
 
 
 def _check_summary(_instance: object, _attribute: Any, value: str) -> None:
@@ -89,6 +98,14 @@ class Descriptor:
 
     `name` is unique within its kind. `why_unusable()` answers for this machine, without torch:
     None, or the reason in a sentence. `summary` is one line for `quire plugins`.
+
+    A plugin with code to compile names in `build` what `quire build NAME` calls:
+    `build(progress: Callable[[str], None]) -> str` reports lines and returns what is there now, in
+    one line. Raises: BuildError with the compiler's own first error. `is_built()` answers without
+    torch, within milliseconds. `auto` passes over what is not built; what is asked for by name is
+    built at the start. What is not built and cannot be built here is unusable, and
+    `why_unusable()` says so. With `builds_in_background`, a start that passed it over builds it
+    at the lowest priority for the next start: for what takes seconds and little memory.
     """
 
     name: str = field(validator=_check_name)
@@ -97,20 +114,46 @@ class Descriptor:
     why_unusable: Callable[[], str | None] = field(
         default=_always_usable, validator=_check_callable
     )
+    build: str | None = field(default=None, validator=_check_build)
+    is_built: Callable[[], bool] = field(default=_always_built, validator=_check_callable)
+    builds_in_background: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what would have no effect. Raises: PluginError."""
+        if self.build is None and (self.is_built is not _always_built or self.builds_in_background):
+            raise PluginError(
+                f"plugin {self.name!r} sets is_built or builds_in_background without build; "
+                f"name the function that builds it as build='module:function'."
+            )
 
     def load_class(self) -> type:
         """Import and return the class. Raises: PluginError naming the plugin and the cause."""
-        module, _, name = self.load.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except Exception as error:
-            raise PluginError(
-                f"plugin {self.name!r}: cannot load {self.load!r}: "
-                f"{type(error).__name__}: {error}. Reinstall its package or disable it."
-            ) from error
+        found = self._loaded(self.load)
         if not isinstance(found, type):
             raise PluginError(f"plugin {self.name!r}: {self.load!r} is not a class.")
         return found
+
+    def load_build(self) -> Callable[[Callable[[str], None]], str] | None:
+        """Import and return the function that builds it, None where nothing needs building.
+
+        Raises: PluginError naming the plugin and the cause.
+        """
+        if self.build is None:
+            return None
+        found = self._loaded(self.build)
+        if not callable(found):
+            raise PluginError(f"plugin {self.name!r}: {self.build!r} is not a function.")
+        return found  # type: ignore[no-any-return]
+
+    def _loaded(self, place: str) -> Any:
+        module, _, name = place.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except Exception as error:
+            raise PluginError(
+                f"plugin {self.name!r}: cannot load {place!r}: "
+                f"{type(error).__name__}: {error}. Reinstall its package or disable it."
+            ) from error
 
 
 @frozen(kw_only=True)
@@ -200,10 +243,14 @@ class LogitsProcessorPlugin(Descriptor):
 
 @define(kw_only=True)
 class Selection:
-    """How one plugin was chosen: requested -> used, why, and what was passed over and why."""
+    """How one plugin was chosen: requested -> used, why, and what was passed over and why.
+
+    `unbuilt` are those of `passed_over` that would have been used, or asked, were they built.
+    """
 
     kind: str
     requested: str
     used: str
     why: str
     passed_over: list[tuple[str, str]] = Factory(list)
+    unbuilt: list[str] = Factory(list)

@@ -30,6 +30,7 @@ ROW = {
     "api_version": "1.0",
     "usable": False,
     "why_unusable": "it needs a GPU",
+    "built": True,
     "summary": "One pass",
 }
 
@@ -87,3 +88,14 @@ def test_plugins_shows_the_error_of_a_broken_plugin(
     assert captured.out == ""
     assert captured.err.startswith("quire: error: plugin 'broken' of gamma 1.0 cannot be imported")
     assert captured.err.endswith("--disable-plugin broken.\n")
+
+
+def test_plugins_table_says_what_is_not_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbuilt = attention("fast", build="a:b", is_built=returning(False))
+    Installed(monkeypatch).plugin("fast", quire_attention_backends=returning([unbuilt]))
+
+    assert main(["plugins"]) == 0
+
+    assert "not built; run `quire build fast`" in capsys.readouterr().out
