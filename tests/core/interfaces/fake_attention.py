@@ -76,6 +76,7 @@ class FakeAttention(AttentionBackend):
         """Check the batch against itself: every field says the same as the others."""
         limits, mine = self.limits, batch.groups[group]
         lens = torch.tensor(batch.query_lens)
+        assert batch.captured_for is GraphSupport.NONE
         assert batch.num_seqs == batch.padded_to <= limits.max_num_seqs
         assert len(batch.token_ids) == lens.sum() <= limits.max_num_batched_tokens
         assert max(batch.seq_lens_bound) <= limits.max_model_len

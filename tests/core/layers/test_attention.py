@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.interfaces.attention import AttentionBackend, AttentionSpec, KVLayout
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, GraphSupport, KVLayout
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions
 from quire.interfaces.rope import RopeParameters
@@ -73,6 +73,7 @@ class Step:
 
     positions = torch.tensor([0, 1, 2, 9, 10], dtype=torch.int32)
     plans = ("plan of group 0", "plan of group 1")
+    captured_for = GraphSupport.NONE
 
 
 def make_layer(backend: AttentionBackend, **changes: Any) -> Attention:
