@@ -248,7 +248,9 @@ class SchedulerOptions:
 class PluginOptions:
     """Which plugins do the work. `auto` picks by priority among the usable ones."""
 
-    attention_backend: str = text_setting("auto", "attention backend by name")
+    attention_backend: str = text_setting(
+        "auto", "attention backend by name, or prefill=NAME,decode=NAME: two on one KV cache"
+    )
     attention_option: tuple[str, ...] = names_setting("NAME.key=value for an attention backend")
     quantization: str | None = text_setting(
         None, "quantization method by name; not given: as the checkpoint says", optional=True

@@ -17,16 +17,24 @@ from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
 from quire.execution.step_graphs import Capture, CudaCapture
 from quire.execution.weights import load_weights
+from quire.hooks.attention_choice import (
+    ALL,
+    DECODE,
+    PREFILL,
+    AttentionChoice,
+    choose_attention,
+    parts_asked_for,
+)
 from quire.hooks.builds import build_before_use, build_in_background
 from quire.hooks.selection import (
     parse_attention_options,
-    select_attention,
     select_logits_processors,
     select_sampler,
 )
 from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.model import Model
-from quire.interfaces.plugin import AttentionPlugin, Selection
+from quire.interfaces.plugin import Selection
+from quire.layers.combined_attention import combine
 from quire.preparation import Prepared, kv_request
 
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
@@ -134,10 +142,12 @@ class Starter:
     def _build_plugins(self, selections: list[Selection]) -> None:
         """Compile what was asked for and is not built; begin to, beside, what was passed over."""
         registry = self.prepared.registry
-        for choice in selections:
-            if not registry.entry(choice.kind, choice.used).is_built():
+        names = [(s.kind, name) for s in selections for name in parts_asked_for(s.used).values()]
+        for kind, name in names:
+            if not registry.entry(kind, name).is_built():
                 with self.phases.timed("native build"):
-                    build_before_use(registry, choice.kind, choice.used)
+                    build_before_use(registry, kind, name)
+        for choice in selections:
             build_in_background(registry, choice.kind, choice.unbuilt)
 
     def _fill(self, model: Model) -> None:
@@ -199,28 +209,15 @@ class Starter:
             block_size=self.config.cache.block_size,
             device=self.device.type,
         )
-        found = {spec: select_attention(self.prepared.registry, requested, spec) for spec in specs}
+        found = {spec: choose_attention(self.prepared.registry, requested, spec) for spec in specs}
         selections: list[Selection] = []
-        for _, _, choice in found.values():
-            if choice not in selections:
-                selections.append(choice)
-        options = self._backend_options({plugin.name: plugin for plugin, _, _ in found.values()})
-        chosen = {
-            spec: setup.ChosenBackend(backend_class=kind, options=options[plugin.name])
-            for spec, (plugin, kind, _) in found.items()
-        }
-        return chosen, selections
-
-    def _backend_options(self, used: dict[str, AttentionPlugin]) -> dict[str, dict[str, Any]]:
-        """Return each used backend's options. Raises: ConfigError for options of any other."""
-        given: dict[str, list[str]] = {name: [] for name in used}
-        for text in self.config.plugins.attention_option:
-            name = text.partition("=")[0].rpartition(".")[0]
-            given.get(name, given[next(iter(used))]).append(text)
-        return {
-            name: parse_attention_options(self.prepared.registry, plugin, given[name])
-            for name, plugin in used.items()
-        }
+        for choice in found.values():
+            if choice.selection not in selections:
+                selections.append(choice.selection)
+        used = [plugin for choice in found.values() for plugin in choice.plugins]
+        given = self.config.plugins.attention_option
+        options = parse_attention_options(self.prepared.registry, used, given)
+        return {spec: _backend(choice, options) for spec, choice in found.items()}, selections
 
     def _measure_host(
         self, model: Model, groups: list[LayerGroup], limits: BatchLimits
@@ -297,6 +294,20 @@ class Starter:
             for kind in self.processors.values()
         ]
         return ProcessorChain(made, limits, self.device)
+
+
+def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> setup.ChosenBackend:
+    """Return the class of a choice and its options."""
+    if ALL in choice.parts:
+        plugin, kind = choice.parts[ALL]
+        return setup.ChosenBackend(backend_class=kind, options=options[plugin.name])
+    (prefill, prefill_class), (decode, decode_class) = (
+        choice.parts[part] for part in (PREFILL, DECODE)
+    )
+    return setup.ChosenBackend(
+        backend_class=combine(prefill_class, decode_class),
+        options={PREFILL: options[prefill.name], DECODE: options[decode.name]},
+    )
 
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, GraphSupport
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions
+from quire.layers.rotary import RotaryTable
 
 
 class HeadNorm(nn.Module):
@@ -116,7 +117,9 @@ class Attention(nn.Module):
         k, v = heads[:, self.num_heads : split], heads[:, split:]
         q = self._fused(qkv, batch, plan) if self.has_fused_write else None
         if q is None:
-            q, k = self._normalised_and_rotated(heads, batch.positions)
+            qk = heads[:, :split]
+            qk = normalise_and_rotate(qk, batch.positions, self.rotary, self.qk_norm)
+            q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
             if self.kv_cache is not None:
                 self.backend.write(self, k, v, self.kv_cache, plan)
         self.backend.attend(self, q, k, v, self.kv_cache, plan, out)
@@ -129,13 +132,14 @@ class Attention(nn.Module):
             self, qkv, batch.positions, self.rotary, self.qk_norm, self.kv_cache, plan
         )
 
-    def _normalised_and_rotated(self, heads: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        qk = heads[:, : self.num_heads + self.num_kv_heads]
-        if self.qk_norm is not None:
-            qk = self.qk_norm.normalise(qk)
-        if self.rotary is not None:
-            qk = self.rotary.rotate(qk, positions)
-        return qk[:, : self.num_heads], qk[:, self.num_heads :]
+
+def normalise_and_rotate(
+    qk: Tensor, positions: Tensor, rotary: RotaryTable | None, qk_norm: QKNorm | None
+) -> Tensor:
+    """Return the q and k heads of `qk` [num_tokens, num_heads, head_dim], normed and rotated."""
+    if qk_norm is not None:
+        qk = qk_norm.normalise(qk)
+    return qk if rotary is None else rotary.rotate(qk, positions)
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
