@@ -15,6 +15,7 @@ from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
+from quire.execution.self_check import check_attention, foretell
 from quire.execution.step_graphs import Capture, CudaCapture
 from quire.execution.weights import load_weights
 from quire.hooks.attention_choice import (
@@ -52,6 +53,7 @@ class Layout:
     kv_size: KVSize
     budget: MemoryBudget
     limits: BatchLimits
+    self_check: list[str]
 
 
 class Starter:
@@ -134,6 +136,9 @@ class Starter:
                 self._measure_on_gpu(model, layout)
         with self.phases.timed("kv cache"):
             runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
+        if not self.config.plugins.skip_self_check:
+            with self.phases.timed("self-check"):
+                check_attention(layout.groups, layout.limits)
         if runner.graph_sizes:
             with self.phases.timed("graphs"):
                 runner.warm_up(is_compiled=self.device.type == "cuda")
@@ -170,6 +175,7 @@ class Starter:
             kv_size=size,
             budget=measured.with_blocks(_kv_bytes(groups, size)),
             limits=self._limits(size.max_model_len),
+            self_check=foretell(groups, skip=self.config.plugins.skip_self_check),
         )
 
     def _build(self, device: str) -> Model:
@@ -298,13 +304,15 @@ class Starter:
 
 def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> setup.ChosenBackend:
     """Return the class of a choice and its options."""
+    name = choice.selection.used
     if ALL in choice.parts:
         plugin, kind = choice.parts[ALL]
-        return setup.ChosenBackend(backend_class=kind, options=options[plugin.name])
+        return setup.ChosenBackend(name=name, backend_class=kind, options=options[plugin.name])
     (prefill, prefill_class), (decode, decode_class) = (
         choice.parts[part] for part in (PREFILL, DECODE)
     )
     return setup.ChosenBackend(
+        name=name,
         backend_class=combine(prefill_class, decode_class),
         options={PREFILL: options[prefill.name], DECODE: options[decode.name]},
     )

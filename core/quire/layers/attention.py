@@ -21,7 +21,10 @@ class HeadNorm(nn.Module):
 
 
 class QKNorm:
-    """The RMSNorm of q and k: weights `q` and `k` [head_dim], `eps`."""
+    """The RMSNorm of q and k: weights `q` and `k` [head_dim], `eps`.
+
+    `weights` [num_heads + num_kv_heads, head_dim] has one of them for each head.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, eps: float, num_heads: tuple[int, int]) -> None:
         self.q = q
@@ -29,16 +32,16 @@ class QKNorm:
         self.eps = eps
         # One weight a head, so that q and k are normalised together.
         each = (q.expand(num_heads[0], -1), k.expand(num_heads[1], -1))
-        self._weights = torch.cat(each)
+        self.weights = torch.cat(each)
 
     def normalise(self, qk: Tensor) -> Tensor:
         """Return the normalised heads of `qk` [num_tokens, num_heads + num_kv_heads, head_dim]."""
         if not qk.is_cpu:
-            return functional.rms_norm(qk, self.q.shape, None, self.eps).mul_(self._weights)
+            return functional.rms_norm(qk, self.q.shape, None, self.eps).mul_(self.weights)
         # As quire_kernels.ops.rms_norm: on a CPU PyTorch's own takes five times as long.
         scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
         scale.square_().mul_(1 / self.q.shape[0]).add_(self.eps).rsqrt_()
-        return qk.float().mul(scale).to(qk.dtype).mul_(self._weights)
+        return qk.float().mul(scale).to(qk.dtype).mul_(self.weights)
 
 
 class Attention(nn.Module):
