@@ -16,16 +16,9 @@ from torch import Tensor
 
 from quire.errors import KernelError
 from quire.execution.kv_cache import LayerGroup
-from quire.execution.self_check_case import (
-    Span,
-    batch_of,
-    block_tables,
-    fused_steps_of,
-    lengths_of,
-    pieces_of,
-    steps_of,
-)
+from quire.execution.self_check_case import fused_steps_of, lengths_of, pieces_of, steps_of
 from quire.execution.self_check_heads import Drawn, Heads, RawSequences, Sequences
+from quire.execution.synthetic_batch import Span, batch_of, block_tables
 from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch
 from quire.layers.attention import normalise_and_rotate
@@ -100,6 +93,9 @@ class _Check:
             past = [Span(s.sequence, self.written[s.sequence], s.first) for s in step]
             for piece in pieces_of([span for span in past if span.num_tokens > 0], self.limits):
                 self._write(piece)
+                if self.cache.is_cuda:
+                    # A plan may write its staging again only when the last step with it has ended.
+                    torch.cuda.synchronize(self.cache.device)
             self._judge(step, self._attended(step))
 
     def _drawn(self, lengths: Sequence[int]) -> Drawn:

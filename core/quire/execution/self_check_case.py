@@ -1,32 +1,14 @@
-"""A small case of a model's own spec: steps of ragged sequences on shuffled blocks."""
+"""A small case of a model's own spec: which spans of which sequences each step computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from attrs import frozen
-from torch import Tensor
-
+from quire.execution.synthetic_batch import Span
 from quire.interfaces.attention import AttentionSpec, BatchLimits
-from quire.interfaces.batch import Batch, GroupBatch
 
 # Beyond it a window is not reached: the case would take longer than a start should.
 LONGEST_WINDOW = 4096
-
-
-@frozen
-class Span:
-    """Positions [first, last) of a sequence, which a step computes."""
-
-    sequence: int
-    first: int
-    last: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Return how many positions there are."""
-        return self.last - self.first
 
 
 def steps_of(spec: AttentionSpec, limits: BatchLimits) -> list[list[Span]]:
@@ -98,48 +80,3 @@ def pieces_of(spans: Sequence[Span], limits: BatchLimits) -> list[list[Span]]:
         for first in range(span.first, span.last, most)
     ]
     return within(cut, limits)
-
-
-def block_tables(lengths: Sequence[int], block_size: int) -> tuple[list[list[int]], int]:
-    """Return shuffled block tables for the lengths, and the number of blocks, block 0 included."""
-    counts = [-(-n // block_size) for n in lengths]
-    generator = torch.Generator().manual_seed(1)
-    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    return [[order.pop() for _ in range(count)] for count in counts], 1 + sum(counts)
-
-
-def batch_of(
-    spans: Sequence[Span], tables: Sequence[Sequence[int]], spec: AttentionSpec, group: int
-) -> Batch:
-    """Return the batch that computes the spans, for the group of this number."""
-    size, device = spec.block_size, torch.device(spec.device)
-    positions = torch.cat([torch.arange(span.first, span.last) for span in spans])
-    own = [torch.tensor(tables[span.sequence]) for span in spans]
-    slots = [
-        table[place // size] * size + place % size
-        for table, place in zip(
-            own, positions.split([span.num_tokens for span in spans]), strict=True
-        )
-    ]
-    width = max(-(-span.last // size) for span in spans)
-    padded = [torch.nn.functional.pad(t[:width], (0, width - len(t[:width]))) for t in own]
-    query_lens, seq_lens = [span.num_tokens for span in spans], [span.last for span in spans]
-
-    def ints(values: object) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int32).to(device)
-
-    tensors = GroupBatch(block_table=ints(torch.stack(padded)), slot_mapping=ints(torch.cat(slots)))
-    ends = torch.tensor(query_lens).cumsum(0)
-    return Batch(
-        token_ids=ints([0] * len(positions)),
-        positions=ints(positions),
-        cu_seqlens_q=ints([0, *ends.tolist()]),
-        seq_lens=ints(seq_lens),
-        logit_rows=ints(ends - 1),
-        rows=ints(range(len(spans))),
-        groups=(tensors,) * (group + 1),
-        query_lens=query_lens,
-        seq_lens_bound=seq_lens,
-        num_single_token_seqs=query_lens.count(1),
-        padded_to=len(spans),
-    )

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.execution.self_check_case import Span, windowed_sequence
+from quire.execution.self_check_case import windowed_sequence
+from quire.execution.synthetic_batch import Span
 from quire.interfaces.attention import AttentionSpec
 from quire.layers.attention import Attention, QKNorm, normalise_and_rotate
 from quire.layers.rotary import RotaryTable

@@ -56,6 +56,26 @@ def select_attention(
     return candidates.best(everyone, spec.device)
 
 
+def answer_attention(
+    registry: Registry, plugin: AttentionPlugin, spec: AttentionSpec, *, may_build: bool
+) -> tuple[type[AttentionBackend] | None, str]:
+    """Return the class of a backend that can serve a spec here, built; else None, and why not.
+
+    `may_build`: compile what is not built yet, which takes as long as it takes.
+    Raises: PluginError where its class does not keep the contract, BuildError.
+    """
+    candidates = Candidates(
+        registry=registry,
+        kind="attention",
+        contract=AttentionBackend,
+        ask=lambda backend: backend.why_unsupported(spec),
+    )
+    found, reason = candidates.answer(plugin, may_build=may_build)
+    if found is not None:
+        build_before_use(registry, "attention", plugin.name)
+    return found, reason
+
+
 def require_attention(
     registry: Registry, name: str
 ) -> tuple[AttentionPlugin, type[AttentionBackend]]:
