@@ -39,7 +39,8 @@ class CombinedAttention(AttentionBackend):
     on whether some prompt runs beside it, and would lose the faster decode whenever one does. The
     price is two launches a layer where one might do, and a copy of q after the fused form.
 
-    Steps of one token a sequence, which CUDA graphs hold, are the decoding backend's whole.
+    Steps of one token a sequence are the decoding backend's whole, and are what CUDA graphs hold: a
+    captured mixed step would be cut for ever where it was cut when it was captured.
     """
 
     prefill_class: ClassVar[type[AttentionBackend]]
