@@ -32,7 +32,8 @@ class Block:
     """A fenced block of a document.
 
     An HTML comment on the line above may say how it is meant: `not run: REASON` for a block that
-    cannot run in a test, `file: PATH` for one that repeats a file of the example package.
+    cannot run in a test, `file: PATH` for one that repeats a file of the example package,
+    `saved as: PATH` for one that the reader saves; tests/third_party does that too.
     """
 
     document: str
@@ -66,6 +67,7 @@ def blocks_of(path: Path) -> Iterator[Block]:
             not_run=marks.pop("not run", ""),
             file=marks.pop("file", ""),
         )
+        marks.pop("saved as", "")
         assert not marks, f"{path}: unknown mark {marks}"
 
 

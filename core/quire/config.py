@@ -248,8 +248,13 @@ class SchedulerOptions:
 class PluginOptions:
     """Which plugins do the work. `auto` picks by priority among the usable ones."""
 
-    attention_backend: str = text_setting("auto", "attention backend by name")
+    attention_backend: str = text_setting(
+        "auto", "attention backend by name, or prefill=NAME,decode=NAME: two on one KV cache"
+    )
     attention_option: tuple[str, ...] = names_setting("NAME.key=value for an attention backend")
+    skip_self_check: bool = flag_setting(
+        False, "start without comparing the attention backend with float64 on a small case"
+    )
     quantization: str | None = text_setting(
         None, "quantization method by name; not given: as the checkpoint says", optional=True
     )

@@ -17,6 +17,7 @@ from quire.errors import ConfigError
 from quire.execution.checkpoint import Checkpoint
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
 from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
+from quire.hooks.attention_choice import parts_asked_for
 from quire.hooks.registry import Registry, load_plugins
 from quire.hooks.selection import (
     AUTO,
@@ -119,11 +120,11 @@ def _naming(path: Path, key: str) -> Iterator[None]:
 
 
 def _check_attention_options(config: EngineConfig, registry: Registry) -> None:
-    """Check the options of a backend that is asked for by name; `auto` is known only later."""
-    requested = config.plugins.attention_backend
-    if requested != AUTO:
-        plugin = registry.attention(requested)
-        parse_attention_options(registry, plugin, config.plugins.attention_option)
+    """Check the options of backends that are asked for by name; `auto` is known only later."""
+    names = parts_asked_for(config.plugins.attention_backend)
+    if AUTO not in names.values():
+        used = [registry.attention(name) for name in names.values()]
+        parse_attention_options(registry, used, config.plugins.attention_option)
 
 
 def _refuse_remote_code(raw: dict[str, Any], path: Path, *, trusted: bool) -> None:

@@ -15,18 +15,27 @@ from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
+from quire.execution.self_check import check_attention, foretell
 from quire.execution.step_graphs import Capture, CudaCapture
 from quire.execution.weights import load_weights
+from quire.hooks.attention_choice import (
+    ALL,
+    DECODE,
+    PREFILL,
+    AttentionChoice,
+    choose_attention,
+    parts_asked_for,
+)
 from quire.hooks.builds import build_before_use, build_in_background
 from quire.hooks.selection import (
     parse_attention_options,
-    select_attention,
     select_logits_processors,
     select_sampler,
 )
 from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.model import Model
-from quire.interfaces.plugin import AttentionPlugin, Selection
+from quire.interfaces.plugin import Selection
+from quire.layers.combined_attention import combine
 from quire.preparation import Prepared, kv_request
 
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
@@ -44,6 +53,7 @@ class Layout:
     kv_size: KVSize
     budget: MemoryBudget
     limits: BatchLimits
+    self_check: list[str]
 
 
 class Starter:
@@ -126,6 +136,9 @@ class Starter:
                 self._measure_on_gpu(model, layout)
         with self.phases.timed("kv cache"):
             runner = self._runner(model, layout, layout.kv_size.num_blocks, layout.limits)
+        if not self.config.plugins.skip_self_check:
+            with self.phases.timed("self-check"):
+                check_attention(layout.groups, layout.limits)
         if runner.graph_sizes:
             with self.phases.timed("graphs"):
                 runner.warm_up(is_compiled=self.device.type == "cuda")
@@ -134,10 +147,12 @@ class Starter:
     def _build_plugins(self, selections: list[Selection]) -> None:
         """Compile what was asked for and is not built; begin to, beside, what was passed over."""
         registry = self.prepared.registry
-        for choice in selections:
-            if not registry.entry(choice.kind, choice.used).is_built():
+        names = [(s.kind, name) for s in selections for name in parts_asked_for(s.used).values()]
+        for kind, name in names:
+            if not registry.entry(kind, name).is_built():
                 with self.phases.timed("native build"):
-                    build_before_use(registry, choice.kind, choice.used)
+                    build_before_use(registry, kind, name)
+        for choice in selections:
             build_in_background(registry, choice.kind, choice.unbuilt)
 
     def _fill(self, model: Model) -> None:
@@ -160,6 +175,7 @@ class Starter:
             kv_size=size,
             budget=measured.with_blocks(_kv_bytes(groups, size)),
             limits=self._limits(size.max_model_len),
+            self_check=foretell(groups, skip=self.config.plugins.skip_self_check),
         )
 
     def _build(self, device: str) -> Model:
@@ -199,28 +215,15 @@ class Starter:
             block_size=self.config.cache.block_size,
             device=self.device.type,
         )
-        found = {spec: select_attention(self.prepared.registry, requested, spec) for spec in specs}
+        found = {spec: choose_attention(self.prepared.registry, requested, spec) for spec in specs}
         selections: list[Selection] = []
-        for _, _, choice in found.values():
-            if choice not in selections:
-                selections.append(choice)
-        options = self._backend_options({plugin.name: plugin for plugin, _, _ in found.values()})
-        chosen = {
-            spec: setup.ChosenBackend(backend_class=kind, options=options[plugin.name])
-            for spec, (plugin, kind, _) in found.items()
-        }
-        return chosen, selections
-
-    def _backend_options(self, used: dict[str, AttentionPlugin]) -> dict[str, dict[str, Any]]:
-        """Return each used backend's options. Raises: ConfigError for options of any other."""
-        given: dict[str, list[str]] = {name: [] for name in used}
-        for text in self.config.plugins.attention_option:
-            name = text.partition("=")[0].rpartition(".")[0]
-            given.get(name, given[next(iter(used))]).append(text)
-        return {
-            name: parse_attention_options(self.prepared.registry, plugin, given[name])
-            for name, plugin in used.items()
-        }
+        for choice in found.values():
+            if choice.selection not in selections:
+                selections.append(choice.selection)
+        used = [plugin for choice in found.values() for plugin in choice.plugins]
+        given = self.config.plugins.attention_option
+        options = parse_attention_options(self.prepared.registry, used, given)
+        return {spec: _backend(choice, options) for spec, choice in found.items()}, selections
 
     def _measure_host(
         self, model: Model, groups: list[LayerGroup], limits: BatchLimits
@@ -297,6 +300,22 @@ class Starter:
             for kind in self.processors.values()
         ]
         return ProcessorChain(made, limits, self.device)
+
+
+def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> setup.ChosenBackend:
+    """Return the class of a choice and its options."""
+    name = choice.selection.used
+    if ALL in choice.parts:
+        plugin, kind = choice.parts[ALL]
+        return setup.ChosenBackend(name=name, backend_class=kind, options=options[plugin.name])
+    (prefill, prefill_class), (decode, decode_class) = (
+        choice.parts[part] for part in (PREFILL, DECODE)
+    )
+    return setup.ChosenBackend(
+        name=name,
+        backend_class=combine(prefill_class, decode_class),
+        options={PREFILL: options[prefill.name], DECODE: options[decode.name]},
+    )
 
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:

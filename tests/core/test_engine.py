@@ -50,6 +50,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "blocks of 32 tokens": {"block_size": 32},
     "two at once": {"max_num_seqs": 2},
     "reference attention": {"attention_backend": "reference"},
+    "two backends": {"attention_backend": "prefill=reference,decode=sdpa"},
+    "two backends in chunks": {
+        "attention_backend": "prefill=sdpa,decode=reference",
+        "max_num_batched_tokens": 7,
+    },
     "without prefix cache": {"enable_prefix_caching": False},
     "by priority": {"scheduling_policy": "priority"},
 }
@@ -65,6 +70,20 @@ def test_greedy_tokens_are_the_same_in_every_way_of_computing_them(
 
     assert tokens == alone
     assert has_all_blocks(engine)
+
+
+def test_two_backends_serve_several_groups_of_layers(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    folder = tiny_llama.write_folder(tmp_path, architectures=["Qwen2ForCausalLM"], **windows)
+    tokens = {}
+    for name in ("reference", "prefill=sdpa,decode=reference"):
+        engine = make_engine(
+            folder, load_format="dummy", attention_backend=name, max_num_batched_tokens=7
+        )
+        assert len(engine.layout.groups) == 2
+        tokens[name], _ = run_all(engine, requests_of_all_lengths())
+
+    assert tokens["reference"] == tokens["prefill=sdpa,decode=reference"]
 
 
 def test_preempted_sequences_give_the_tokens_of_those_that_never_were(

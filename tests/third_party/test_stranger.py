@@ -207,6 +207,59 @@ def test_stranger_proves_its_backend_with_the_kit(environment: Environment, tmp_
     assert "example: passed (quick on cpu, seed 0; " in checked.stdout
 
 
+def test_stranger_sees_its_backend_in_the_benchmark(environment: Environment) -> None:
+    rows = bench(environment, "example,reference", "--attention-option", "example.tile=5")
+
+    assert [(row["backend"], row["verdict"]) for row in rows] == [
+        *(("example", "right"), ("reference", "right")) * 2,
+    ]
+
+
+def bench(environment: Environment, backends: str, *options: str) -> list[dict[str, Any]]:
+    """Run `quire bench attention` on tiny shapes and return its rows."""
+    sizes = ["--shapes", "decode:2x20,chunk:3@9", "--heads", "2/1", "--head-dim", "16"]
+    common = ["--backends", backends, "--num-threads", "1", "--device", "cpu", "--json"]
+    done = environment.run("quire", "bench", "attention", *sizes, *common, *options)
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    return rows
+
+
+SAVED = re.compile(r"^<!-- saved as: (\S+) -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def follower(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Install Quire's wheel, and the package that a reader of the document has at its end."""
+    folder = tmp_path_factory.mktemp("mine")
+    page = (ROOT / "docs/write-an-attention-backend.md").read_text()
+    for name, text in SAVED.findall(page):
+        (folder / name).parent.mkdir(exist_ok=True)
+        with (folder / name).open("a") as file:
+            file.write(text + "\n")
+    made = Environment(tmp_path_factory.mktemp("follower"))
+    made.install(wheel, folder)
+    return made
+
+
+def test_follower_of_the_document_has_a_kernel_in_the_benchmark(follower: Environment) -> None:
+    rows = bench(follower, "mine,reference")
+
+    assert [(row["backend"], row["verdict"]) for row in rows] == [
+        *(("mine", "right"), ("reference", "right")) * 2,
+    ]
+
+
+@pytest.mark.slow
+def test_follower_of_the_document_serves_with_the_kernel(follower: Environment) -> None:
+    common = ["-p", "A latte", "--max-tokens", "2", "--temperature", "0", "--json"]
+    answers = [
+        json.loads(follower.run("quire", "generate", "demo", *common, *options).stdout)
+        for options in (["--attention-backend", "mine"], ["--attention-backend", "reference"])
+    ]
+
+    assert answers[0]["outputs"][0]["token_ids"] == answers[1]["outputs"][0]["token_ids"]
+
+
 def test_stranger_generates_with_its_own_model_and_backend(
     environment: Environment, checkpoint: Path
 ) -> None:

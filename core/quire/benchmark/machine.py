@@ -38,19 +38,19 @@ def _name(device: torch.device) -> str:
     return names[0] if names else "CPU"
 
 
-def measure_ceilings(device: torch.device) -> dict[str, float]:
+def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Measure what the device can do at best.
 
     `copy_tb_per_s` counts what is read and what is written; `one_row_tb_per_s` is a product of
-    one row by a large bfloat16 weight, of which only the weight counts; `product_tflop_per_s` is
-    a square bfloat16 product.
+    one row by a large weight of `dtype`, of which only the weight counts; `product_tflop_per_s` is
+    a square product in `dtype`.
     """
     on_gpu = device.type == "cuda"
     num_bytes, size, rows = (1 << 30, 8192, 32768) if on_gpu else (1 << 27, 1024, 4096)
     found = {
         "copy_tb_per_s": _copy(device, num_bytes),
-        "one_row_tb_per_s": _one_row(device, rows, size),
-        "product_tflop_per_s": _product(device, size),
+        "one_row_tb_per_s": _one_row(device, dtype, rows, size),
+        "product_tflop_per_s": _product(device, dtype, size),
     }
     if on_gpu:
         torch.cuda.empty_cache()
@@ -63,16 +63,16 @@ def _copy(device: torch.device, num_bytes: int) -> float:
     return 2 * num_bytes / _seconds(lambda: target.copy_(source), device) / 1e12
 
 
-def _one_row(device: torch.device, rows: int, size: int) -> float:
-    weight = torch.randn(rows, size, dtype=torch.bfloat16, device=device)
-    x = torch.randn(1, size, dtype=torch.bfloat16, device=device)
+def _one_row(device: torch.device, dtype: torch.dtype, rows: int, size: int) -> float:
+    weight = torch.randn(rows, size, dtype=dtype, device=device)
+    x = torch.randn(1, size, dtype=dtype, device=device)
     took_s = _seconds(lambda: functional.linear(x, weight), device)
     return weight.numel() * weight.element_size() / took_s / 1e12
 
 
-def _product(device: torch.device, size: int) -> float:
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    b = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+def _product(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    b = torch.randn(size, size, dtype=dtype, device=device)
     return 2 * size**3 / _seconds(lambda: a @ b, device) / 1e12
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from quire.cli import bench_engine, bench_serve, bench_startup
+from quire.cli import bench_attention, bench_engine, bench_serve, bench_startup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         bench_engine.add_arguments(one, what)
+    attention = below.add_parser(
+        "attention",
+        help=bench_attention.SUMMARY,
+        description=f"Measure {bench_attention.SUMMARY}.",
+        epilog=bench_attention.EPILOG,
+        allow_abbrev=False,
+    )
+    bench_attention.add_arguments(attention)
     startup = below.add_parser(
         "startup",
         help=bench_startup.SUMMARY,
@@ -42,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 if a request to a server failed. Raises: QuireError."""
     if arguments.what == "serve":
         return bench_serve.run(arguments)
+    if arguments.what == "attention":
+        return bench_attention.run(arguments)
     if arguments.what == "startup":
         return bench_startup.run(arguments)
     return bench_engine.run(arguments)

@@ -49,6 +49,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
         },
         "settings": _settings(starter.config, layout.kv_size.max_model_len, layout.kv_size.why),
         "choices": [_choice(choice) for choice in choices],
+        "self_check": layout.self_check,
         "memory": {
             "total": layout.budget.total,
             "measured": layout.budget.measured,
@@ -95,6 +96,7 @@ def _as_text(found: dict[str, Any]) -> str:
             f"  {choice['kind']:<14} {choice['requested']} -> {choice['used']}: {choice['why']}"
         )
         lines += [f"    passed over {p['name']}: {p['why']}" for p in choice["passed_over"]]
+    lines += ["", "self-check", *(f"  {line}" for line in found["self_check"])]
     memory = found["memory"]
     how = "measured" if memory["measured"] else "activations estimated"
     lines += ["", f"memory ({describe_bytes(memory['total'])} in all, {how})"]

@@ -23,6 +23,7 @@ class LayerGroup:
 
     spec: AttentionSpec
     layers: list[Attention]
+    backend_name: str
     backend_class: type[AttentionBackend]
     layout: KVLayout
     options: Mapping[str, Any] = Factory(dict)

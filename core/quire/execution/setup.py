@@ -83,8 +83,9 @@ def attention_specs(
 
 @define(kw_only=True)
 class ChosenBackend:
-    """The backend of one spec's layers, and its checked options."""
+    """The backend of one spec's layers, what it is called, and its checked options."""
 
+    name: str
     backend_class: type[AttentionBackend]
     options: dict[str, Any]
 
@@ -105,6 +106,7 @@ def group_layers(model: Model, chosen: Mapping[AttentionSpec, ChosenBackend]) ->
         LayerGroup(
             spec=spec,
             layers=layers,
+            backend_name=chosen[spec].name,
             backend_class=chosen[spec].backend_class,
             layout=chosen[spec].backend_class.kv_layout(spec),
             options=chosen[spec].options,

@@ -45,6 +45,11 @@ class Candidates(Generic[Contract]):
             )
         return found
 
+    def answer(self, plugin: Descriptor, *, may_build: bool) -> tuple[type[Contract] | None, str]:
+        """Return the class of a plugin that can serve, built or built later; else why not."""
+        reason, found = self._try(plugin, may_build=may_build)
+        return found, reason
+
     def best(
         self, plugins: Sequence[Ranked], device: str
     ) -> tuple[Ranked, type[Contract], Selection]:

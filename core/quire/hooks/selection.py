@@ -56,6 +56,26 @@ def select_attention(
     return candidates.best(everyone, spec.device)
 
 
+def answer_attention(
+    registry: Registry, plugin: AttentionPlugin, spec: AttentionSpec, *, may_build: bool
+) -> tuple[type[AttentionBackend] | None, str]:
+    """Return the class of a backend that can serve a spec here, built; else None, and why not.
+
+    `may_build`: compile what is not built yet, which takes as long as it takes.
+    Raises: PluginError where its class does not keep the contract, BuildError.
+    """
+    candidates = Candidates(
+        registry=registry,
+        kind="attention",
+        contract=AttentionBackend,
+        ask=lambda backend: backend.why_unsupported(spec),
+    )
+    found, reason = candidates.answer(plugin, may_build=may_build)
+    if found is not None:
+        build_before_use(registry, "attention", plugin.name)
+    return found, reason
+
+
 def require_attention(
     registry: Registry, name: str
 ) -> tuple[AttentionPlugin, type[AttentionBackend]]:
@@ -158,42 +178,49 @@ def select_quantization(
 
 
 def parse_attention_options(
-    registry: Registry, used: AttentionPlugin, given: Iterable[str]
-) -> dict[str, Any]:
-    """Turn `NAME.key=value` texts into the options of the backend that is used.
+    registry: Registry, used: Sequence[AttentionPlugin], given: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Turn `NAME.key=value` texts into the options of the backends that are used, by name.
 
     Options that are not given have their declared defaults.
     Raises: ConfigError for an unknown name or key, a bad value, or another backend's option.
     """
-    values = {key: option.default for key, option in used.options.items()}
-    seen: set[str] = set()
+    values = {
+        plugin.name: {key: option.default for key, option in plugin.options.items()}
+        for plugin in used
+    }
+    seen: set[tuple[str, str]] = set()
     for text in given:
-        key, value = _parse_option(registry, used, text)
-        if key in seen:
+        name, key, value = _parse_option(registry, used, text)
+        if (name, key) in seen:
             raise ConfigError(f"--attention-option {text}: {key!r} is given twice; give it once.")
-        seen.add(key)
-        values[key] = value
+        seen.add((name, key))
+        values[name][key] = value
     return values
 
 
-def _parse_option(registry: Registry, used: AttentionPlugin, text: str) -> tuple[str, Any]:
+def _parse_option(
+    registry: Registry, used: Sequence[AttentionPlugin], text: str
+) -> tuple[str, str, Any]:
     target, equals, value = text.partition("=")
     name, dot, key = target.rpartition(".")
     if not (equals and dot and name and key):
         raise ConfigError(f"--attention-option {text}: write it as NAME.key=value.")
-    if registry.attention(name).name != used.name:
+    plugin = registry.attention(name)
+    if name not in [one.name for one in used]:
+        in_use = " and ".join(dict.fromkeys(repr(one.name) for one in used))
         raise ConfigError(
-            f"--attention-option {text}: the attention backend in use is {used.name!r}. "
+            f"--attention-option {text}: the attention backend in use is {in_use}. "
             f"Remove the option, or ask for --attention-backend {name}."
         )
-    option = used.options.get(key)
+    option = plugin.options.get(key)
     if option is None:
         raise ConfigError(
             f"--attention-option {text}: {name!r} has no option {key!r}."
-            f"{nearest(key, used.options)} It has: {', '.join(used.options) or 'none'}."
+            f"{nearest(key, plugin.options)} It has: {', '.join(plugin.options) or 'none'}."
         )
     try:
-        return key, option.parse(value)
+        return name, key, option.parse(value)
     except ValueError as error:
         raise ConfigError(
             f"--attention-option {text}: {error}. Meaning: {option.meaning}; "

@@ -85,6 +85,9 @@ class KVLayout:
     block_shape: tuple[int, ...]
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.name!r} ({list(self.block_shape)} of {self.dtype} a block)"
+
 
 class AttentionLayer(Protocol):
     """What `write` and `attend` may read of the layer they work for.

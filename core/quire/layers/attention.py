@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, GraphSupport
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions
+from quire.layers.rotary import RotaryTable
 
 
 class HeadNorm(nn.Module):
@@ -20,7 +21,10 @@ class HeadNorm(nn.Module):
 
 
 class QKNorm:
-    """The RMSNorm of q and k: weights `q` and `k` [head_dim], `eps`."""
+    """The RMSNorm of q and k: weights `q` and `k` [head_dim], `eps`.
+
+    `weights` [num_heads + num_kv_heads, head_dim] has one of them for each head.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, eps: float, num_heads: tuple[int, int]) -> None:
         self.q = q
@@ -28,16 +32,16 @@ class QKNorm:
         self.eps = eps
         # One weight a head, so that q and k are normalised together.
         each = (q.expand(num_heads[0], -1), k.expand(num_heads[1], -1))
-        self._weights = torch.cat(each)
+        self.weights = torch.cat(each)
 
     def normalise(self, qk: Tensor) -> Tensor:
         """Return the normalised heads of `qk` [num_tokens, num_heads + num_kv_heads, head_dim]."""
         if not qk.is_cpu:
-            return functional.rms_norm(qk, self.q.shape, None, self.eps).mul_(self._weights)
+            return functional.rms_norm(qk, self.q.shape, None, self.eps).mul_(self.weights)
         # As quire_kernels.ops.rms_norm: on a CPU PyTorch's own takes five times as long.
         scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
         scale.square_().mul_(1 / self.q.shape[0]).add_(self.eps).rsqrt_()
-        return qk.float().mul(scale).to(qk.dtype).mul_(self._weights)
+        return qk.float().mul(scale).to(qk.dtype).mul_(self.weights)
 
 
 class Attention(nn.Module):
@@ -116,7 +120,9 @@ class Attention(nn.Module):
         k, v = heads[:, self.num_heads : split], heads[:, split:]
         q = self._fused(qkv, batch, plan) if self.has_fused_write else None
         if q is None:
-            q, k = self._normalised_and_rotated(heads, batch.positions)
+            qk = heads[:, :split]
+            qk = normalise_and_rotate(qk, batch.positions, self.rotary, self.qk_norm)
+            q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
             if self.kv_cache is not None:
                 self.backend.write(self, k, v, self.kv_cache, plan)
         self.backend.attend(self, q, k, v, self.kv_cache, plan, out)
@@ -129,13 +135,14 @@ class Attention(nn.Module):
             self, qkv, batch.positions, self.rotary, self.qk_norm, self.kv_cache, plan
         )
 
-    def _normalised_and_rotated(self, heads: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        qk = heads[:, : self.num_heads + self.num_kv_heads]
-        if self.qk_norm is not None:
-            qk = self.qk_norm.normalise(qk)
-        if self.rotary is not None:
-            qk = self.rotary.rotate(qk, positions)
-        return qk[:, : self.num_heads], qk[:, self.num_heads :]
+
+def normalise_and_rotate(
+    qk: Tensor, positions: Tensor, rotary: RotaryTable | None, qk_norm: QKNorm | None
+) -> Tensor:
+    """Return the q and k heads of `qk` [num_tokens, num_heads, head_dim], normed and rotated."""
+    if qk_norm is not None:
+        qk = qk_norm.normalise(qk)
+    return qk if rotary is None else rotary.rotate(qk, positions)
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

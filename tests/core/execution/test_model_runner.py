@@ -39,7 +39,7 @@ class Scripted(Sampler):
         return SampledTokens(token_ids=best, status=torch.zeros(len(best), dtype=torch.int32))
 
 
-REFERENCE = setup.ChosenBackend(backend_class=ReferenceAttention, options={})
+REFERENCE = setup.ChosenBackend(name="reference", backend_class=ReferenceAttention, options={})
 
 
 def make_runner() -> tuple[ModelRunner, Scripted]:

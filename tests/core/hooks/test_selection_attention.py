@@ -245,7 +245,8 @@ def test_attention_options_are_parsed_as_declared(
 ) -> None:
     registry = registry_of(installed, make("my.backend", options=OPTIONS))
 
-    assert parse_attention_options(registry, registry.attention("my.backend"), given) == values
+    used = [registry.attention("my.backend")]
+    assert parse_attention_options(registry, used, given) == {"my.backend": values}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_attention_options_that_cannot_be_used_are_refused(
     registry = registry_of(installed, make("mine", options=OPTIONS), make("other", options=OPTIONS))
 
     with pytest.raises(ConfigError) as caught:
-        parse_attention_options(registry, registry.attention("mine"), [given])
+        parse_attention_options(registry, [registry.attention("mine")], [given])
 
     assert fact in str(caught.value)
 
@@ -276,7 +277,7 @@ def test_attention_options_given_twice_are_refused(installed: Installed, make: M
 
     with pytest.raises(ConfigError, match="'num_splits' is given twice"):
         parse_attention_options(
-            registry, registry.attention("mine"), ["mine.num_splits=1", "mine.num_splits=2"]
+            registry, [registry.attention("mine")], ["mine.num_splits=1", "mine.num_splits=2"]
         )
 
 

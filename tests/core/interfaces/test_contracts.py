@@ -68,12 +68,12 @@ WITHIN_THE_CORE = (
     output.SchedulerOutput,
     output.StepResult,
 )
-# Nothing in Quire reads these yet; the fakes above write them. Remove a line with its feature.
+# Nothing in Quire reads these in this story; the fakes above write them.
 NOT_READ_YET: dict[Field, str] = {
     ("KVCacheGroup", "bytes_per_block"): "issue 3: KV bytes used, in the metrics",
     ("KVCacheGroup", "layers"): "issue 4: profiles name the layers of a group",
     ("KVCacheGroup", "window"): "issue 8: blocks that leave the window are freed",
-    ("KVLayout", "name"): "issue 5: prefill=A,decode=B share a layout",
+    ("KVLayout", "name"): "read where two backends are asked for, of which the story has one",
     ("SampledTokens", "logprobs"): "issue 7: logprobs of what was drawn from",
     ("ShardRule", "group_size"): "issue 6: tensor parallelism cuts along groups",
     ("ShardRule", "input_dim"): "issue 6: tensor parallelism cuts inputs",
@@ -191,7 +191,7 @@ def _drive_what_users_see(patch: pytest.MonkeyPatch) -> None:
         assert main(["plugins", "--json"]) == 0
     assert "the oracle in disguise" in printed.getvalue()
     with pytest.raises(ConfigError, match="fuse the write"):
-        parse_attention_options(registry, registry.attention("fake"), ["fake.fuse=maybe"])
+        parse_attention_options(registry, [registry.attention("fake")], ["fake.fuse=maybe"])
     with pytest.raises(ConfigError, match="--quantization fake-int4 needs a checkpoint"):
         select_quantization(registry, "fake-int4", None)
 
