@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             if result.outcome == "failed":
                 print(f"  {result.detail}\n  seed: {seed}", flush=True)
     report = kit.Report(
-        backend=plugin.name,
+        kind="attention",
+        name=plugin.name,
         profile=arguments.profile,
         device=arguments.device,
         seed=seed,

@@ -56,7 +56,7 @@ def test_json_is_one_object(
     assert main(["plugins", *arguments]) == 1
 
     report = json.loads(capsys.readouterr().out)
-    assert (report["backend"], report["passed"], report["seed"]) == ("wrong", False, 0)
+    assert (report["name"], report["passed"], report["seed"]) == ("wrong", False, 0)
     outcomes = {check["name"]: check["outcome"] for check in report["checks"]}
     assert outcomes["output"] == "failed"
 
