@@ -1,4 +1,4 @@
-"""The conformance kit: proves an attention backend right, or says what is wrong with it.
+"""The conformance kit: proves a plugin or an operation right, or says what is wrong with it.
 
 Needs the extra `quire[testing]`; nothing of the engine needs this package.
 """
@@ -13,5 +13,11 @@ except ImportError as missing:
     ) from missing
 
 from quire.testing.kit import AttentionBackendTests, check_attention
+from quire.testing.kit_quantization import QuantizationMethodTests, check_quantization
 
-__all__ = ["AttentionBackendTests", "check_attention"]
+__all__ = [
+    "AttentionBackendTests",
+    "QuantizationMethodTests",
+    "check_attention",
+    "check_quantization",
+]
