@@ -14,10 +14,13 @@ except ImportError as missing:
 
 from quire.testing.kit import AttentionBackendTests, check_attention
 from quire.testing.kit_quantization import QuantizationMethodTests, check_quantization
+from quire.testing.kit_sampler import SamplerTests, check_sampler
 
 __all__ = [
     "AttentionBackendTests",
     "QuantizationMethodTests",
+    "SamplerTests",
     "check_attention",
     "check_quantization",
+    "check_sampler",
 ]

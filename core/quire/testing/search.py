@@ -66,7 +66,10 @@ class _Search:
         if failure.guess is not None or self.check.guess is None:
             return failure
         others = [case for case in self.known if case != smallest]
-        return evolve(failure, guess=self.check.guess([smallest, *others[:5]]))
+        try:
+            return evolve(failure, guess=self.check.guess([smallest, *others[:5]]))
+        except Exception:  # noqa: BLE001 - a plugin that raises again; what failed is known
+            return failure
 
     def _is_over(self) -> bool:
         now = time.perf_counter()
