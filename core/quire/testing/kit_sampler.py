@@ -88,7 +88,8 @@ def _checks(
     greedy = sampler_cases(rows(greedy=True), sizes)
     bad = sampler_cases(rows(bad=True), sizes, least=1)
     drawn = sampler_cases(rows(greedy=False), [n for n in sizes if n <= 100] or sizes, least=1)
-    filtered = sampler_cases(rows(greedy=False, filters=True), sizes, least=1)
+    few = [n for n in sizes if n <= SMALL] or sizes
+    filtered = sampler_cases(rows(greedy=False, filters=True), few, least=1)
     guess = partial(checks.guess_draws, subject)
     filters = partial(checks.check_filters, subject)
     judge = partial(checks.check_draws, subject)
@@ -98,12 +99,12 @@ def _checks(
     skipped = _why_no_graph(subject)
     return [
         search.Check(name="greedy", judge=judge, cases=greedy, share=0.1),
-        search.Check(name="draws", judge=judge, cases=mixed, share=0.3, guess=guess),
+        search.Check(name="draws", judge=judge, cases=mixed, share=0.25, guess=guess),
         search.Check(name="filters", judge=filters, cases=filtered, share=0.3, guess=guess),
         search.Check(name="bad rows", judge=judge, cases=bad, share=0.1, guess=guess),
         search.Check(name="alone", judge=alone, cases=mixed, share=0.1),
         search.Check(name="distribution", judge=many, cases=drawn, share=0.1),
-        search.Check(name="graph replay", judge=graph, cases=bad, share=0.1, skipped=skipped),
+        search.Check(name="graph replay", judge=graph, cases=bad, share=0.05, skipped=skipped),
     ]
 
 
