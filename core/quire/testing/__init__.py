@@ -14,16 +14,19 @@ except ImportError as missing:
 
 from quire.testing.kit import AttentionBackendTests, check_attention
 from quire.testing.kit_model import ModelTests, check_model
+from quire.testing.kit_processor import LogitsProcessorTests, check_processor
 from quire.testing.kit_quantization import QuantizationMethodTests, check_quantization
 from quire.testing.kit_sampler import SamplerTests, check_sampler
 
 __all__ = [
     "AttentionBackendTests",
+    "LogitsProcessorTests",
     "ModelTests",
     "QuantizationMethodTests",
     "SamplerTests",
     "check_attention",
     "check_model",
+    "check_processor",
     "check_quantization",
     "check_sampler",
 ]

@@ -62,6 +62,8 @@ def first_beyond(
 
 def bits(x: Tensor) -> Tensor:
     """Return the bytes of a tensor, so that a NaN equals itself."""
+    if not x.numel():
+        return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     return x.contiguous().view(torch.uint8)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -88,12 +89,15 @@ def logits_of(model: Any, sequences: list[list[int]], chunk: int | None = None) 
     With `chunk` so many tokens at a time, with the real class's own cache.
     """
     found = []
+    names = inspect.signature(model.forward).parameters
+    cache_name = "cache" if "cache" in names else "past_key_values"
     for sequence in sequences:
-        size, cache = chunk or len(sequence), None
+        size = chunk or len(sequence)
+        kept: dict[str, Any] = {}
         for first in range(0, len(sequence), size):
             part = torch.tensor([sequence[first : first + size]])
-            done = model(part, past_key_values=cache, use_cache=chunk is not None)
-            cache = done.past_key_values if chunk is not None else None
+            done = model(part, use_cache=chunk is not None, **kept)
+            kept = {} if chunk is None else {cache_name: done.past_key_values}
             found.append(done.logits[0])
     return torch.cat(found)
 
