@@ -14,6 +14,7 @@ except ImportError as missing:
 
 from quire.testing.kit import AttentionBackendTests, check_attention
 from quire.testing.kit_model import ModelTests, check_model
+from quire.testing.kit_ops import OpsTests, check_ops
 from quire.testing.kit_processor import LogitsProcessorTests, check_processor
 from quire.testing.kit_quantization import QuantizationMethodTests, check_quantization
 from quire.testing.kit_sampler import SamplerTests, check_sampler
@@ -22,10 +23,12 @@ __all__ = [
     "AttentionBackendTests",
     "LogitsProcessorTests",
     "ModelTests",
+    "OpsTests",
     "QuantizationMethodTests",
     "SamplerTests",
     "check_attention",
     "check_model",
+    "check_ops",
     "check_processor",
     "check_quantization",
     "check_sampler",
