@@ -21,7 +21,7 @@ from quire.interfaces.sampling import SampledTokens, Sampler, SamplingBatch
 from quire.testing import search
 from quire.testing.bound import bound, first_beyond, leave_poison, same_bits, unit_of
 from quire.testing.kit_report import CheckResult, Failure, Profile, Report, profile_of
-from quire.testing.kit_sampler import rows, sampler_cases
+from quire.testing.kit_sampler import filtered_cases, rows, sampler_cases
 from quire.testing.op_formulas import OPS, Arguments, Op, OpCase
 from quire.testing.sampler_cases import SamplerCase, make_logits, top_k_of
 from quire.testing.sampler_checks import SamplerSubject, check_draws
@@ -230,7 +230,7 @@ def _check(
         cases = sampler_cases(rows(bad=True), VOCAB_SIZES)
     elif name in ("keep_top_k_top_p", "keep_min_p"):
         judge = _kept_judge(function, device, min_p=name == "keep_min_p")
-        cases = sampler_cases(rows(greedy=False, filters=True), VOCAB_SIZES, least=1)
+        cases = st.one_of(filtered_cases(VOCAB_SIZES[:1]), sampler_cases(rows(), VOCAB_SIZES))
     else:
         judge, skipped = _never, "the kit has no formula for it; `extra` takes one"
     return search.Check(name=name, judge=judge, cases=cases, share=share, skipped=skipped)

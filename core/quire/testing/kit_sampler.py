@@ -27,23 +27,40 @@ LAYOUTS = ["contiguous", "rows apart", "columns apart"]
 
 
 @st.composite
-def rows(
-    draw: st.DrawFn, *, bad: bool = False, greedy: bool | None = None, filters: bool = False
-) -> Row:
-    """Draw how a row is drawn; `greedy` None: some rows are. With `filters` most are on."""
-    drawn = [1.0, 0.3, 2.5] if filters else [1.0, 0.3, 2.5, 0.01, 50.0]
+def rows(draw: st.DrawFn, *, bad: bool = False, greedy: bool | None = None) -> Row:
+    """Draw how a row is drawn; `greedy` None: some rows are."""
+    drawn = [1.0, 0.3, 2.5, 0.01, 50.0]
     temperature = {True: [0.0], False: drawn, None: [0.0, *drawn]}[greedy]
-    off = 0 if filters else 2
     return Row(
         temperature=draw(st.sampled_from(temperature)),
-        top_k=draw(st.sampled_from([None] * (1 + off) + [1, 2, 3, 5, 40])),
-        top_p=draw(st.sampled_from([1.0] * (1 + off) + [0.9, 0.5, 0.7, 0.1, 1e-6, 0.999])),
-        min_p=draw(st.sampled_from([0.0] * (1 + off) + [0.05, 0.02, 0.3, 1.0])),
-        seed=draw(st.one_of(st.integers(0, 9), st.integers(-(2**63), 2**63 - 1))),
+        top_k=draw(st.sampled_from([None, None, None, 1, 2, 3, 5, 40])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5, 0.1, 1e-6, 0.999])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.0, 0.05, 0.3, 1.0])),
+        seed=draw(st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(0, 9))),
         child=draw(st.integers(0, 127)),
         position=draw(st.one_of(st.integers(0, 40), st.integers(0, 2**20))),
         bad=draw(st.sampled_from(list(BAD))) if bad else "",
         suppressed=draw(st.sampled_from([0, 0, 0, 1, 3])),
+    )
+
+
+@st.composite
+def filtered_cases(draw: st.DrawFn, vocab_sizes: Sequence[int]) -> SamplerCase:
+    """Draw one row that asks for several filters, each of which drops something."""
+    row = Row(
+        temperature=draw(st.sampled_from([1.0, 0.5, 2.5])),
+        top_k=draw(st.sampled_from([3, 2, 5, 8, None])),
+        top_p=draw(st.sampled_from([0.7, 0.5, 0.9, 0.3, 1.0])),
+        min_p=draw(st.sampled_from([0.0, 0.1, 0.3, 0.02])),
+        seed=draw(st.integers(0, 2**40)),
+    )
+    return SamplerCase(
+        rows=(row,),
+        vocab_size=draw(st.sampled_from(vocab_sizes)),
+        shape=draw(st.sampled_from(["normal", "normal", "normal", "ties", "sparse"])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        more_flags=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
     )
 
 
@@ -88,8 +105,7 @@ def _checks(
     greedy = sampler_cases(rows(greedy=True), sizes)
     bad = sampler_cases(rows(bad=True), sizes, least=1)
     drawn = sampler_cases(rows(greedy=False), [n for n in sizes if n <= 100] or sizes, least=1)
-    few = [n for n in sizes if n <= SMALL] or sizes
-    filtered = sampler_cases(rows(greedy=False, filters=True), few, least=1)
+    filtered = filtered_cases([n for n in sizes if 10 < n < SMALL] or sizes)
     guess = partial(checks.guess_draws, subject)
     filters = partial(checks.check_filters, subject)
     judge = partial(checks.check_draws, subject)

@@ -196,3 +196,9 @@ class ZeroPointOffByOne(PackedProduct):
 class ExcludedLayerQuantized(Int8):
     def method_for(self, spec: LayerSpec) -> LayerMethod | None:
         return Int8Product(spec) if "proj" in spec.name else None
+
+
+class BiasForgottenMethod(Int8):
+    """The method of the first of them, by a name that can be loaded."""
+
+    product = BiasForgotten
