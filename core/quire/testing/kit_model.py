@@ -68,7 +68,7 @@ def _checks(subject: ModelSubject, profile: Profile) -> list[search.Check]:
     return [
         check("tensors", checks.check_tensors, mixed, 0.1),
         check("stages", checks.check_stages, mixed, 0.1),
-        check("logits", checks.check_logits, mixed, 0.3, missing),
+        check("logits", checks.check_logits, mixed, 0.25, missing),
         check("half precision", checks.check_logits, half, 0.1, missing),
         check("weights used", checks.check_used, whole, 0.1),
         check("keys honoured", checks.check_keys, plain, 0.1),

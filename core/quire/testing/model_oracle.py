@@ -97,7 +97,7 @@ def logits_of(model: Any, sequences: list[list[int]], chunk: int | None = None) 
         for first in range(0, len(sequence), size):
             part = torch.tensor([sequence[first : first + size]])
             done = model(part, use_cache=chunk is not None, **kept)
-            kept = {} if chunk is None else {cache_name: done.past_key_values}
+            kept = {} if chunk is None else {cache_name: done[cache_name]}
             found.append(done.logits[0])
     return torch.cat(found)
 

@@ -34,9 +34,9 @@ class TestTriton(SamplerTests):
 
     sampler = TritonSampler
     device = DEVICE
-    profile = Profile(name="few", seconds=9, examples=40, longest=0, shrink_s=0, least=3)
-    vocab_sizes = (12, 1, 300)
-    num_draws = 200
+    profile = Profile(name="few", seconds=4, examples=12, longest=0, shrink_s=0, least=2)
+    vocab_sizes = (12, 1, 70)
+    num_draws = 100
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
