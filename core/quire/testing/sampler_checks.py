@@ -247,7 +247,8 @@ def check_filters(subject: SamplerSubject, case: SamplerCase) -> Failure | None:
 def guess_draws(subject: SamplerSubject, cases: Sequence[SamplerCase]) -> str | None:
     """Return what may be wrong with draws that failed: the mistake that explains them all.
 
-    Some of their rows are drawn again at many positions, of other logits and temperatures too.
+    Their rows are drawn again at many positions: of other logits, at another temperature, without
+    top_k.
     """
     drawn = [
         (case, row)
@@ -256,9 +257,9 @@ def guess_draws(subject: SamplerSubject, cases: Sequence[SamplerCase]) -> str | 
         if row.temperature > 0 and not row.bad
     ]
     failed = [
-        evolve(case, rows=(evolve(row, temperature=temperature),), seed=case.seed + more)
-        for case, row in drawn[:4]
-        for more, temperature in enumerate((row.temperature, 1.0, 0.5))
+        evolve(case, rows=(other,), seed=case.seed + more)
+        for case, row in drawn
+        for more, other in enumerate((row, evolve(row, temperature=1.0), evolve(row, top_k=None)))
     ]
     seen = [_many(subject, _drawn_row(case), NUM_POSITIONS) for case in failed]
     # What is right by itself has no explanation: it is something else that is wrong.
