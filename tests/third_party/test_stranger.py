@@ -201,10 +201,13 @@ def test_stranger_proves_its_backend_with_the_kit(environment: Environment, tmp_
     tests = shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
 
     done = environment.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
-    checked = environment.run("quire", "plugins", "check", "example")
+    checked = [
+        environment.run("quire", "plugins", "check", "example", "--kind", kind).stdout
+        for kind in ("attention", "model")
+    ]
 
-    assert re.search(r"^\d passed, \d skipped", done.stdout, re.MULTILINE), done.stdout
-    assert "example: passed (quick on cpu, seed 0; " in checked.stdout
+    assert re.search(r"^\d+ passed, \d skipped", done.stdout, re.MULTILINE), done.stdout
+    assert all("example: passed (quick on cpu, seed 0; " in stdout for stdout in checked)
 
 
 def test_stranger_sees_its_backend_in_the_benchmark(environment: Environment) -> None:

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     below = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
     check = below.add_parser(
         "check",
-        help="prove an attention backend right, or say what is wrong with it",
-        description="Run the conformance kit on an attention backend. 0: it passed; 1: it did not.",
+        help="prove a plugin right, or say what is wrong with it",
+        description="Run the conformance kit on a plugin. 0: it passed; 1: it did not.",
         allow_abbrev=False,
     )
     plugins_check.add_arguments(check)

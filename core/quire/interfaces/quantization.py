@@ -94,6 +94,18 @@ class QuantizedActivation:
     scales: Tensor
 
 
+@frozen(kw_only=True)
+class EncodedWeight:
+    """One projection's weight as a checkpoint of a format holds it.
+
+    `tensors` by their names behind the module's, such as "weight_scale"; `weight` float64
+    [out_features, in_features] is what they stand for.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weight: Tensor
+
+
 class WeightLayer(Protocol):
     """What a LayerMethod sees of a layer: its spec and a place for its weights."""
 
@@ -113,10 +125,12 @@ class LayerMethod(abc.ABC):
     """Keep and apply the weights of one layer.
 
     `activation_format` names what the operation before the layer should emit: None for a plain
-    tensor, or a name that `quire_kernels.ops` knows, such as "fp8-per-token".
+    tensor, or a name that `quire_kernels.ops` knows, such as "fp8-per-token". With
+    `batch_invariant` a row comes out with the same bits whatever else is in the batch.
     """
 
     activation_format: ClassVar[str | None] = None
+    batch_invariant: ClassVar[bool] = False
 
     @abc.abstractmethod
     def create_weights(self, layer: WeightLayer) -> None:
@@ -130,6 +144,13 @@ class LayerMethod(abc.ABC):
         self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
     ) -> Tensor:
         """Return the layer's output for `x` [num_tokens, in_features]."""
+
+    def dequantize(self, layer: WeightLayer) -> Tensor | None:
+        """Return the weight [out_features, in_features] that the layer multiplies with, wide.
+
+        For checks, never while serving. None: not offered.
+        """
+        return None
 
     def apply_after_norm(
         self,
@@ -154,7 +175,12 @@ class LayerMethod(abc.ABC):
 
 
 class QuantizationMethod(abc.ABC):
-    """Choose a LayerMethod for each layer of a checkpoint."""
+    """Choose a LayerMethod for each layer of a checkpoint.
+
+    `example_config` is a `quantization_config` of the format that `encode` writes.
+    """
+
+    example_config: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`, or {} where asked for on the fly.
@@ -170,3 +196,12 @@ class QuantizationMethod(abc.ABC):
     @abc.abstractmethod
     def method_for(self, spec: LayerSpec) -> LayerMethod | None:
         """Return how to keep the layer, or None: leave it in the model's dtype."""
+
+    @classmethod
+    def encode(cls, weight: Tensor, spec: LayerSpec) -> EncodedWeight | None:
+        """Return `weight` float32 [out_features, in_features] as a checkpoint holds it.
+
+        `weight` is one of the projections of `spec`. For checks; None: not offered, as for a
+        method that makes its weights itself out of a full-precision checkpoint.
+        """
+        return None

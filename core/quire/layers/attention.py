@@ -39,9 +39,10 @@ class QKNorm:
         if not qk.is_cpu:
             return functional.rms_norm(qk, self.q.shape, None, self.eps).mul_(self.weights)
         # As quire_kernels.ops.rms_norm: on a CPU PyTorch's own takes five times as long.
-        scale = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = qk.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale.square_().mul_(1 / self.q.shape[0]).add_(self.eps).rsqrt_()
-        return qk.float().mul(scale).to(qk.dtype).mul_(self.weights)
+        return wide.mul(scale).to(qk.dtype).mul_(self.weights)
 
 
 class Attention(nn.Module):

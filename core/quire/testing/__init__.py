@@ -1,4 +1,4 @@
-"""The conformance kit: proves an attention backend right, or says what is wrong with it.
+"""The conformance kit: proves a plugin or an operation right, or says what is wrong with it.
 
 Needs the extra `quire[testing]`; nothing of the engine needs this package.
 """
@@ -13,5 +13,23 @@ except ImportError as missing:
     ) from missing
 
 from quire.testing.kit import AttentionBackendTests, check_attention
+from quire.testing.kit_model import ModelTests, check_model
+from quire.testing.kit_ops import OpsTests, check_ops
+from quire.testing.kit_processor import LogitsProcessorTests, check_processor
+from quire.testing.kit_quantization import QuantizationMethodTests, check_quantization
+from quire.testing.kit_sampler import SamplerTests, check_sampler
 
-__all__ = ["AttentionBackendTests", "check_attention"]
+__all__ = [
+    "AttentionBackendTests",
+    "LogitsProcessorTests",
+    "ModelTests",
+    "OpsTests",
+    "QuantizationMethodTests",
+    "SamplerTests",
+    "check_attention",
+    "check_model",
+    "check_ops",
+    "check_processor",
+    "check_quantization",
+    "check_sampler",
+]

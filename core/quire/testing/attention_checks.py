@@ -11,11 +11,13 @@ from torch import Tensor
 
 from quire.interfaces.attention import AttentionBackend, GraphSupport
 from quire.testing.attention_cases import Case, Inputs, Layer, make_batch, make_inputs
-from quire.testing.attention_run import Subject, bits, make_cache, run
+from quire.testing.attention_run import Subject, make_cache, run
 from quire.testing.attention_strategies import Choices
+from quire.testing.bound import bits
 from quire.testing.dense import attention, judge, judge_log_sums, log_sums
-from quire.testing.diagnosis import Failure, first_wrong, guess_log_sum, guess_output
+from quire.testing.diagnosis import first_wrong, guess_log_sum, guess_output
 from quire.testing.graph_steps import GraphStep, graph_steps_of
+from quire.testing.kit_report import Failure
 from quire.testing.more_checks import check_encoder, check_fused_write, check_plans_apart
 
 

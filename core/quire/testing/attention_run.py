@@ -26,6 +26,7 @@ from quire.testing.attention_cases import (
     step_batch,
     step_tensors,
 )
+from quire.testing.bound import bits
 
 
 @frozen(kw_only=True)
@@ -148,8 +149,3 @@ def watched_tensors(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> dict[str, 
         "block_table": group.block_table,
         "slot_mapping": group.slot_mapping,
     }
-
-
-def bits(x: Tensor) -> Tensor:
-    """Return the bytes of a tensor, so that a NaN equals itself."""
-    return x.contiguous().view(torch.uint8)

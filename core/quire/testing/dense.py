@@ -13,13 +13,12 @@ from attrs import define, frozen
 from torch import Tensor
 
 from quire.testing.attention_cases import Case, Inputs, first_visible, make_tables
+from quire.testing.bound import bound
 
 # Scores whose rounding is looked at, at least, before an error counts as usual or not; and how
 # many numbers that may take at a time.
 NUM_SAMPLES = 512
 MOST_NUMBERS = 2**22
-# So much closer is looked where an error is just beyond the bound.
-ROUNDS = 24
 
 
 @frozen(kw_only=True)
@@ -237,14 +236,11 @@ def judge_log_sums(case: Case, inputs: Inputs, lse: Tensor) -> Verdict:
 
 def _allowed(case: Case, inputs: Inputs, difference: Tensor, unit: float, *, which: int) -> float:
     """Return the bound; plain PyTorch's error is looked at as closely as the verdict needs."""
-    error = difference.max().item()
-    if error <= unit:
-        return unit
-    allowed = unit + 2 * plain_errors(case, inputs)[which]
-    # Just beyond the bound, it may be plain PyTorch that was lucky.
-    if allowed < error <= 4 * allowed:
-        allowed = unit + 2 * plain_errors(case, inputs, rounds=ROUNDS)[which]
-    return allowed
+    return bound(
+        difference.max().item(),
+        unit,
+        lambda rounds: plain_errors(case, inputs, rounds=rounds)[which],
+    )
 
 
 def _difference(found: list[Tensor], exact: list[Tensor]) -> tuple[Tensor, float]:

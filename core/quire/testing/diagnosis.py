@@ -41,21 +41,6 @@ MISTAKES = [
 ]
 
 
-@frozen(kw_only=True)
-class Failure:
-    """A check that failed: what is wrong, the smallest case that was found, and a guess."""
-
-    what: str
-    case: Case
-    guess: str | None = None
-
-    def __str__(self) -> str:
-        lines = [self.what, f"  case: {self.case}"]
-        if self.guess is not None:
-            lines.append(f"  guess: {self.guess}")
-        return "\n".join(lines)
-
-
 def guess_output(subject: Subject, cases: Sequence[Case]) -> str | None:
     """Return what may be wrong with the outputs of cases that failed, the smallest one first.
 

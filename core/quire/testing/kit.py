@@ -1,179 +1,50 @@
-"""The conformance kit's two doors: a function for the command, a class to subclass in pytest."""
+"""The conformance kit's two doors to attention: a function, a class to subclass in pytest."""
 
 from __future__ import annotations
 
-import random
-import time
-import unittest
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
-
-import torch
-from attrs import Factory, asdict, define, evolve, frozen
-from hypothesis import HealthCheck, Phase, find, settings
-from hypothesis.errors import NoSuchExample
 
 from quire.errors import ConfigError
 from quire.interfaces.attention import AttentionBackend, AttentionSpec
-from quire.testing.attention_cases import Case
-from quire.testing.attention_checks import CHECKS, Check
+from quire.testing import search
+from quire.testing.attention_checks import CHECKS
 from quire.testing.attention_run import Subject
-from quire.testing.attention_strategies import Choices, cases, choices_of, given_specs, specs
-from quire.testing.diagnosis import Failure
+from quire.testing.attention_strategies import Choices, cases, choices_of, given_specs
+from quire.testing.attention_strategies import specs as served_specs
+from quire.testing.kit_report import PROFILES, CheckResult, Profile, Report, profile_of
+from quire.testing.search import check_device
+
+__all__ = [
+    "PROFILES",
+    "AttentionBackendTests",
+    "CheckResult",
+    "Profile",
+    "Report",
+    "check_attention",
+    "check_device",
+    "iter_attention",
+]
 
 
-@frozen(kw_only=True)
-class Profile:
-    """How much is looked at: cases of all checks, tokens of a sequence, and seconds at most.
-
-    A check has `least` cases or its share. `shrink_s` more seconds are spent on making a failure
-    smaller. `small`: heads of at most 64 dimensions.
-    """
-
-    name: str
-    seconds: float
-    examples: int
-    longest: int
-    shrink_s: float
-    small: bool = False
-    least: int = 15
-
-
-PROFILES = {
-    "quick": Profile(name="quick", seconds=3, examples=300, longest=40, shrink_s=0.6, small=True),
-    "full": Profile(name="full", seconds=60, examples=3000, longest=700, shrink_s=20),
-}
-
-
-@frozen(kw_only=True)
-class CheckResult:
-    """What became of one check: `passed`, `failed` or `skipped`, with the reason or diagnosis."""
-
-    name: str
-    outcome: str
-    cases: int = 0
-    seconds: float = 0.0
-    detail: str = ""
-
-    def __str__(self) -> str:
-        if self.outcome == "skipped":
-            return f"{self.name:<18} skipped: {self.detail}"
-        return f"{self.name:<18} {self.outcome}  {self.cases:>5} cases  {self.seconds:6.2f} s"
-
-
-@frozen(kw_only=True)
-class Report:
-    """All checks of a backend, and the seed that draws the same cases again."""
-
-    backend: str
-    profile: str
-    device: str
-    seed: int
-    checks: list[CheckResult]
-
-    @property
-    def passed(self) -> bool:
-        """Whether no check failed."""
-        return all(check.outcome != "failed" for check in self.checks)
-
-    def summary(self) -> str:
-        """Return the last line of a report."""
-        failed = [check.name for check in self.checks if check.outcome == "failed"]
-        cases = sum(check.cases for check in self.checks)
-        seconds = sum(check.seconds for check in self.checks)
-        verdict = f"failed: {', '.join(failed)}" if failed else "passed"
-        where = f"{self.profile} on {self.device}, seed {self.seed}"
-        return f"{self.backend}: {verdict} ({where}; {cases} cases in {seconds:.1f} s)"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON has it."""
-        return {**asdict(self), "passed": self.passed}
-
-
-@define(kw_only=True)
-class _Search:
-    """The cases of one check that were looked at, and when to stop looking."""
-
-    check: Check
-    subject: Subject
-    profile: Profile
-    started: float = Factory(time.perf_counter)
-    failed_at: float | None = None
-    num_cases: int = 0
-    known: dict[Case, Failure] = Factory(dict)
-
-    def fails(self, case: Case) -> bool:
-        """Answer whether a case fails; out of time, no new case does."""
-        if case in self.known:
-            return True
-        if self._is_over():
-            return False
-        self.num_cases += 1
-        failure = self._judged(case)
-        if failure is None:
-            return False
-        self.failed_at = self.failed_at or time.perf_counter()
-        self.known[case] = failure
-        return True
-
-    def diagnosed(self, smallest: Case) -> Failure:
-        """Return the failure of the smallest case, with a guess."""
-        failure = self.known[smallest]
-        if failure.guess is not None or self.check.guess is None:
-            return failure
-        others = [case for case in self.known if case != smallest]
-        return evolve(failure, guess=self.check.guess(self.subject, [smallest, *others[:5]]))
-
-    def _is_over(self) -> bool:
-        now = time.perf_counter()
-        if self.failed_at is not None:
-            return now - self.failed_at > self.profile.shrink_s
-        return now - self.started > self.check.share * self.profile.seconds
-
-    def _judged(self, case: Case) -> Failure | None:
-        try:
-            return self.check.judge(self.subject, case)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises is its failure
-            text = " ".join(str(error).split())
-            return Failure(what=f"it raises {type(error).__name__}: {text}", case=case)
-
-
-def run_check(
-    check: Check,
-    choices: Choices,
-    profile: Profile,
-    *,
-    seed: int = 0,
-    only: Sequence[AttentionSpec] = (),
-) -> CheckResult:
-    """Draw cases of one check until one fails or time is over, and make a failure smaller."""
-    reason = check.why_skipped(choices)
-    if reason is not None:
-        return CheckResult(name=check.name, outcome="skipped", detail=reason)
+def _checks(
+    choices: Choices, profile: Profile, only: Sequence[AttentionSpec] = ()
+) -> list[search.Check]:
+    """Return the checks of a backend."""
     subject = Subject(backend=choices.backend, options=choices.options)
-    search = _Search(check=check, subject=subject, profile=profile)
-    drawn = given_specs(only) if only else specs(choices, profile.small)
-    rules = settings(
-        max_examples=max(profile.least, round(check.share * profile.examples)),
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    outcome, detail = "passed", ""
-    strategy = cases(drawn, profile.longest, single=check.single)
-    try:
-        smallest = find(strategy, search.fails, settings=rules, random=random.Random(seed))
-        outcome, detail = "failed", str(search.diagnosed(smallest))
-    except NoSuchExample:
-        pass
-    return CheckResult(
-        name=check.name,
-        outcome=outcome,
-        cases=search.num_cases,
-        seconds=time.perf_counter() - search.started,
-        detail=detail,
-    )
+    drawn = given_specs(only) if only else served_specs(choices, profile.small)
+    return [
+        search.Check(
+            name=check.name,
+            judge=partial(check.judge, subject),
+            cases=cases(drawn, profile.longest, single=check.single),
+            share=check.share,
+            skipped=check.why_skipped(choices),
+            guess=None if check.guess is None else partial(check.guess, subject),
+        )
+        for check in CHECKS
+    ]
 
 
 def iter_attention(
@@ -189,24 +60,9 @@ def iter_attention(
 
     Raises: ConfigError for an unknown profile, or a backend that serves nothing on the device.
     """
-    chosen = _profile(profile)
+    chosen = profile_of(profile)
     choices = _choices(Subject(backend=backend, options=options or {}), device, specs)
-    for check in CHECKS:
-        yield run_check(check, choices, chosen, seed=seed, only=specs)
-
-
-def _profile(profile: str | Profile) -> Profile:
-    if isinstance(profile, Profile):
-        return profile
-    if profile not in PROFILES:
-        raise ConfigError(f"profile is {profile!r}; allowed: {', '.join(PROFILES)}.")
-    return PROFILES[profile]
-
-
-def check_device(device: str) -> None:
-    """Raise ConfigError where PyTorch finds no such device."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
+    yield from search.run_all(_checks(choices, chosen, specs), chosen, seed)
 
 
 def _choices(subject: Subject, device: str, only: Sequence[AttentionSpec] = ()) -> Choices:
@@ -236,23 +92,21 @@ def check_attention(
 
     Raises: ConfigError for an unknown profile, or a backend that serves nothing on the device.
     """
-    results: list[CheckResult] = []
-    for result in iter_attention(
+    results = iter_attention(
         backend, profile=profile, device=device, options=options, specs=specs, seed=seed
-    ):
-        results.append(result)
-        if result.outcome == "failed":
-            break
-    return Report(
-        backend=backend.__name__,
-        profile=_profile(profile).name,
+    )
+    report = Report(
+        kind="attention",
+        name=backend.__name__,
+        profile=profile_of(profile).name,
         device=device,
         seed=seed,
-        checks=results,
+        checks=[],
     )
+    return search.report_of(results, report)
 
 
-class AttentionBackendTests:
+class AttentionBackendTests(search.KitTests):
     """Subclass this in a test file, name the backend, and pytest runs every check.
 
     `specs` restricts the cases to some specifications; without it the backend's own
@@ -262,20 +116,11 @@ class AttentionBackendTests:
     backend: ClassVar[type[AttentionBackend]]
     options: ClassVar[Mapping[str, Any]] = {}
     specs: ClassVar[Sequence[AttentionSpec]] = ()
-    device: ClassVar[str] = "cpu"
-    profile: ClassVar[Profile] = PROFILES["quick"]
-    seed: ClassVar[int] = 0
 
-    def _check(self, name: str) -> None:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise unittest.SkipTest("there is no CUDA device")
-        [check] = [check for check in CHECKS if check.name == name]
+    def _checks(self) -> list[search.Check]:
         subject = Subject(backend=self.backend, options=self.options)
         choices = _choices(subject, self.device, self.specs)
-        result = run_check(check, choices, self.profile, seed=self.seed, only=self.specs)
-        if result.outcome == "skipped":
-            raise unittest.SkipTest(result.detail)
-        assert result.outcome == "passed", f"{name}, seed {self.seed}: {result.detail}"
+        return _checks(choices, self.profile, self.specs)
 
     def test_output_is_within_the_bound_and_hidden_memory_is_not_read(self) -> None:
         """Against float64, on poisoned memory."""

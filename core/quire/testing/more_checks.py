@@ -21,7 +21,8 @@ from quire.testing.attention_cases import (
 )
 from quire.testing.attention_run import Subject, make_cache, poisoned_outputs, write_past
 from quire.testing.dense import attention, judge
-from quire.testing.diagnosis import Failure, explain, first_wrong
+from quire.testing.diagnosis import explain, first_wrong
+from quire.testing.kit_report import Failure
 
 
 def check_plans_apart(subject: Subject, case: Case) -> Failure | None:

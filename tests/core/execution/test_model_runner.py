@@ -14,9 +14,9 @@ from toy_model import HIDDEN, VOCAB, build_toy, toy_tensors
 from quire.execution import setup
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
-from quire.execution.weights import places
 from quire.interfaces.attention import BatchLimits
 from quire.interfaces.sampling import RowStatus, SampledTokens, Sampler, SamplingBatch
+from quire.layers.places import places
 from quire.scheduling.output import SchedulerOutput
 from quire_attention.reference.backend import ReferenceAttention
 

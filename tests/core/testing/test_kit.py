@@ -147,7 +147,7 @@ def without(module: str, program: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_missing_hypothesis_names_the_extra() -> None:
-    program = "from quire.cli.main import main; sys.exit(main(['plugins', 'check', 'reference']))"
+    program = "from quire.cli.main import main; sys.exit(main(['plugins', 'check', 'sdpa']))"
 
     done = without("hypothesis", program)
 

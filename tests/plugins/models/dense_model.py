@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from quire.execution.weights import places
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions, Model
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import ModelPlugin
 from quire.layers.attention import Attention
 from quire.layers.build import LayerBuilder
+from quire.layers.places import places
 from quire_models import llama, qwen2, qwen3
 from quire_quant.none.method import NoQuantization
 

@@ -10,10 +10,15 @@ from quire.errors import PluginError
 from quire.interfaces.quantization import EmbeddingSpec, ExpertsSpec, KVCacheSpec, LinearSpec
 from quire.layers.embedding import Embedding, Head
 from quire.layers.linear import Linear
+from quire.testing import QuantizationMethodTests
 from quire_quant.none.method import NoQuantization
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 METHOD = NoQuantization({})
+
+
+class TestNone(QuantizationMethodTests):
+    method = NoQuantization
 
 
 def linear_spec(dtype: str, *, sizes: tuple[int, ...] = (24, 8), bias: bool = True) -> LinearSpec:

@@ -14,10 +14,15 @@ from sampling_rows import VOCAB, draw_logits, make_batch
 from torch import Tensor
 
 from quire.interfaces.sampling import RowStatus, SampledTokens, SamplingBatch
+from quire.testing import SamplerTests
 from quire_kernels import ops
 from quire_sampling.reference.sampler import ReferenceSampler
 
 NAN, INF = float("nan"), float("inf")
+
+
+class TestReference(SamplerTests):
+    sampler = ReferenceSampler
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:

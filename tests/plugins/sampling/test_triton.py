@@ -18,6 +18,8 @@ import triton.language as tl
 from triton import knobs
 
 from quire.interfaces.sampling import RowStatus, SampledTokens, SamplingBatch
+from quire.testing import SamplerTests
+from quire.testing.kit_report import Profile
 from quire_kernels import ops, sampling
 from quire_sampling import triton as descriptor
 from quire_sampling.reference.sampler import ReferenceSampler
@@ -25,6 +27,16 @@ from quire_sampling.triton.sampler import TritonSampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
+
+
+class TestTriton(SamplerTests):
+    """A few cases on a CPU: in the interpreter, a launch takes milliseconds a program."""
+
+    sampler = TritonSampler
+    device = DEVICE
+    profile = Profile(name="few", seconds=4, examples=12, longest=0, shrink_s=0, least=2)
+    vocab_sizes = (12, 1, 70)
+    num_draws = 100
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:

@@ -1,0 +1,59 @@
+"""The kit's own layers: weights in the layer's dtype, products in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from quire.interfaces.quantization import (
+    EmbeddingSpec,
+    LayerMethod,
+    LayerSpec,
+    LinearSpec,
+    QuantizationMethod,
+    QuantizedActivation,
+    ShardRule,
+    WeightLayer,
+)
+
+
+class PlainWeight(LayerMethod):
+    """A weight [out_features, in_features] that multiplies, or is looked up."""
+
+    def __init__(self, shape: tuple[int, int], spec: LinearSpec | EmbeddingSpec) -> None:
+        self.shape = shape
+        self.spec = spec
+        self.looks_up = isinstance(spec, EmbeddingSpec) and not spec.is_head
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `weight`."""
+        dtype = getattr(torch, self.spec.dtype)
+        weight = torch.empty(self.shape, dtype=dtype, device=self.spec.device)
+        layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Multiply or look up."""
+        assert isinstance(x, Tensor)
+        weight = layer.get_weight("weight")
+        return (
+            functional.embedding(x, weight) if self.looks_up else functional.linear(x, weight, bias)
+        )
+
+
+class PlainWeights(QuantizationMethod):
+    """Leave every linear, embedding and head as it is."""
+
+    def why_unsupported(self, spec: LayerSpec) -> str | None:
+        """Serve what there is a weight for."""
+        return None if isinstance(spec, (LinearSpec, EmbeddingSpec)) else "the kit has none"
+
+    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+        """Return a plain weight."""
+        if isinstance(spec, LinearSpec):
+            return PlainWeight((spec.out_features, spec.in_features), spec)
+        if isinstance(spec, EmbeddingSpec):
+            return PlainWeight((spec.num_embeddings, spec.embedding_dim), spec)
+        return None

@@ -1,0 +1,169 @@
+"""A tiny model as a value: its config.json, the lengths of its inputs, and how steps are cut."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+from attrs import Factory, field, frozen
+
+from quire.errors import ConfigError
+from quire.interfaces.model import Model
+from quire.interfaces.model_config import ModelConfig
+
+# Small sizes, for every key that a model declares.
+SIZES: dict[str, Any] = {
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+ROPE = "rope_parameters"
+# The size of weights: small enough that rounding does not grow from layer to layer.
+WEIGHT = 0.2
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def _rope(rope_type: str, **entries: Any) -> dict[str, Any]:
+    return {ROPE: {"rope_type": rope_type, "rope_theta": 1000.0, **entries}}
+
+
+# Changes of a key that many models have, by the key that must be declared.
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    ROPE: {
+        "rope_theta 20": {ROPE: {"rope_type": "default", "rope_theta": 20.0}},
+        "rope linear": _rope("linear", factor=4.0),
+        "rope llama3": _rope("llama3", factor=8.0, **_LLAMA3),
+        "rope yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    },
+    "num_key_value_heads": {
+        "one KV head": {"num_key_value_heads": 1},
+        "as many KV heads as heads": {"num_key_value_heads": 4},
+    },
+    "head_dim": {"head_dim 24": {"head_dim": 24}},
+    "tie_word_embeddings": {"tied embeddings": {"tie_word_embeddings": True}},
+    "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
+    "use_sliding_window": {
+        "windows from layer 1 on": {
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "max_window_layers": 1,
+        },
+        "windows in every layer": {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 0,
+        },
+    },
+}
+# Numbers that are tried for a key that holds one: the first that is allowed, and not the default.
+NUMBERS = (0.1, 0.5, 3.0)
+
+
+@frozen(kw_only=True)
+class ModelSubject:
+    """The model that is checked: its class, its keys, the architecture that it claims.
+
+    `config` changes the tiny config.json. `oracle` is the class of Transformers that is meant,
+    where it has another name than the architecture. `made` keeps what is dear to make.
+    """
+
+    model: type[Model]
+    config_class: type[ModelConfig]
+    architecture: str
+    config: Mapping[str, Any] = Factory(dict)
+    device: str = "cpu"
+    oracle: str | None = None
+    made: dict[Any, Any] = field(factory=dict, eq=False, repr=False)
+
+
+@frozen(kw_only=True)
+class ModelCase:
+    """Sequences of some lengths through a model; `chunk`: so many tokens of each in a step.
+
+    `variation` names what of config.json is not as in the plainest one.
+    """
+
+    lengths: tuple[int, ...]
+    variation: str = ""
+    chunk: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+
+    @property
+    def weights(self) -> int:
+        """The seed of the weights: models are dear to make, so there are few."""
+        return self.seed % 2
+
+    def __str__(self) -> str:
+        lengths = ", ".join(map(str, self.lengths))
+        words = [f"sequences of {lengths} tokens", self.dtype]
+        words += [f"in steps of {self.chunk}"] if self.chunk else []
+        words += [f"config.json with {self.variation}"] if self.variation else []
+        return f"{'; '.join(words)}; seed {self.seed}"
+
+
+def tiny_config(subject: ModelSubject) -> dict[str, Any]:
+    """Return the plainest config.json: small sizes for the keys that the model declares."""
+    declared = subject.config_class.keys()
+    sizes = {name: value for name, value in SIZES.items() if name in declared}
+    return {**sizes, **subject.config}
+
+
+def config_json(subject: ModelSubject, variation: str = "") -> dict[str, Any]:
+    """Return the config.json of a variation."""
+    changes = variations(subject)[variation] if variation else {}
+    return {**tiny_config(subject), **copy.deepcopy(changes)}
+
+
+def variations(subject: ModelSubject) -> dict[str, dict[str, Any]]:
+    """Return the changes of config.json that the model honours, by what they are in words."""
+    if "variations" not in subject.made:
+        found: dict[str, dict[str, Any]] = {}
+        plain = tiny_config(subject)
+        for name, changes in _candidates(subject.config_class):
+            if all(plain.get(key) == value for key, value in changes.items()):
+                continue
+            with contextlib.suppress(ConfigError):
+                subject.config_class.from_json({**plain, **changes})
+                found.setdefault(name, changes)
+        subject.made["variations"] = found
+    return dict(subject.made["variations"])
+
+
+def _candidates(config_class: type[ModelConfig]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield changes of the keys that a model declares."""
+    declared = config_class.keys()
+    for key, changes in CHANGES.items():
+        # Where windows are switched on by a key of their own, this one alone does nothing.
+        if key in declared and not (key == "sliding_window" and "use_sliding_window" in declared):
+            yield from changes.items()
+    for attribute in attrs.fields(config_class):
+        if attribute.metadata.get("key") and not attribute.metadata["parse"]:
+            yield from _of_plain_key(attribute)
+
+
+def _of_plain_key(attribute: attrs.Attribute[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield changes of a key that is true or false, or holds a number with a point."""
+    key, default = (attribute.metadata["names"] or (attribute.name,))[0], attribute.default
+    if isinstance(default, bool) and key not in CHANGES:
+        yield f"{key} {str(not default).lower()}", {key: not default}
+    if isinstance(default, float):
+        for number in NUMBERS:
+            if number != default:
+                yield f"another {key}", {key: number}
+
+
+def draw_sequences(case: ModelCase, vocab_size: int) -> list[list[int]]:
+    """Draw the token ids of the case."""
+    generator = random.Random(case.seed)
+    return [[generator.randrange(vocab_size) for _ in range(n)] for n in case.lengths]

@@ -1,0 +1,86 @@
+"""A right sampler in plain PyTorch, cut into methods that a broken one may replace."""
+
+from __future__ import annotations
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from quire.interfaces.sampling import RowStatus, SampledTokens, Sampler, SamplingBatch
+from quire.testing.sampler_cases import Row
+from quire.testing.sampler_formula import uniforms
+
+
+class PlainSampler(Sampler):
+    """Each row by itself, as the contract says."""
+
+    gives_logprobs = False
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        if batch.suppressed is not None:
+            logits[batch.suppressed] = float("-inf")
+        tokens, logprobs, self.noises = [], [], self.noise(batch, logits.shape[1])
+        for i in range(len(logits)):
+            token, logprob = self.drawn(logits[i], batch, i)
+            tokens.append(token)
+            logprobs.append(logprob)
+        return SampledTokens(
+            token_ids=torch.tensor(tokens, dtype=torch.int64)[:, None],
+            status=self.status_of(logits),
+            logprobs=torch.tensor(logprobs)[:, None] if self.gives_logprobs else None,
+        )
+
+    def status_of(self, logits: Tensor) -> Tensor:
+        usable = (logits.isfinite() | (logits == float("-inf"))).all(1) & logits.isfinite().any(1)
+        return torch.where(usable, int(RowStatus.OK), int(RowStatus.NOT_FINITE)).int()
+
+    def drawn(self, logits: Tensor, batch: SamplingBatch, i: int) -> tuple[int, float]:
+        if batch.temperature[i] == 0:
+            return self.greedy(logits), 0.0
+        scaled = self.filtered(logits.float(), batch, i)
+        token = int((scaled + self.noises[i]).argmax())
+        return token, float(scaled.log_softmax(0)[token])
+
+    def greedy(self, logits: Tensor) -> int:
+        return int(logits.argmax())
+
+    def filtered(self, logits: Tensor, batch: SamplingBatch, i: int) -> Tensor:
+        scaled = logits / batch.temperature[i]
+        scaled = self.keep_top_k(scaled, int(batch.top_k[i]))
+        scaled = self.keep_top_p(scaled, batch.top_p[i])
+        return self.keep_min_p(scaled, batch.min_p[i])
+
+    def keep_top_k(self, scaled: Tensor, top_k: int) -> Tensor:
+        order = scaled.sort(descending=True, stable=True).indices
+        return scaled.index_fill(0, order[top_k:], float("-inf"))
+
+    def keep_top_p(self, scaled: Tensor, top_p: Tensor) -> Tensor:
+        if top_p >= 1:
+            return scaled
+        ordered, order = scaled.sort(descending=True, stable=True)
+        before = self.mass_before(ordered.softmax(0))
+        outside = before >= top_p
+        outside[0] = False
+        return scaled.index_fill(0, order[outside], float("-inf"))
+
+    def mass_before(self, probabilities: Tensor) -> Tensor:
+        return probabilities.cumsum(0) - probabilities
+
+    def keep_min_p(self, scaled: Tensor, min_p: Tensor) -> Tensor:
+        return scaled.masked_fill(scaled < scaled.max() + min_p.log(), float("-inf"))
+
+    def noise(self, batch: SamplingBatch, vocab_size: int) -> Tensor:
+        columns = (batch.seed, batch.child_index, batch.position)
+        given = zip(*(column.tolist() for column in columns), strict=True)
+        rows = [self.counter(*values, i) for i, values in enumerate(given)]
+        if not rows:
+            return torch.empty(0, vocab_size)
+        first, size = rows[0], len(rows)
+        if rows == [evolve(first, position=first.position + i) for i in range(size)]:
+            found = uniforms(first, vocab_size, num_draws=size)
+        else:
+            found = torch.cat([uniforms(row, vocab_size) for row in rows])
+        return -torch.log(-torch.log1p(-found))
+
+    def counter(self, seed: int, child: int, position: int, i: int) -> Row:
+        return Row(seed=seed, child=child, position=position)
