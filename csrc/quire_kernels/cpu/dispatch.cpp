@@ -1,5 +1,8 @@
 // The library's doors: which instruction set, how a step is cut into items, who works on them.
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "interface.h"
 
@@ -9,17 +12,34 @@ namespace {
 // of PyTorch's threads: with a team of another size libgomp ends threads and begins new ones.
 const int64_t WORTH_THREADS = 1 << 19;
 
-const Kernels *table_of(int isa) {
-    switch (isa) {
 #if defined(__x86_64__)
-        case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? quire_kernels_avx2() : nullptr;
-        case 2: return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl") ? quire_kernels_avx512() : nullptr;
-        case 3: return table_of(2) && __builtin_cpu_supports("avx512bf16") ? quire_kernels_avx512_bf16() : nullptr;
+// The best instruction set of the processor whose registers the system saves too. Not the
+// compiler's own __builtin_cpu_supports: its runtime does not answer in every library.
+int best_isa() {
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    bool has_fma = c >> 12 & 1, is_saved = c >> 27 & 1;
+    if (!is_saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const unsigned saved_256 = 0x06, saved_512 = 0xE6;
+    const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // AVX-512 F, DQ, BW, VL
+    if (!has_fma || !(b >> 5 & 1) || (low & saved_256) != saved_256) return 0;
+    if ((b & wide) != wide || (low & saved_512) != saved_512) return 1;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) ? 3 : 2;
+}
+const int BEST = best_isa();
+#else
+const int BEST = 0;
 #endif
-        case 0: return quire_kernels_plain();
-    }
-    return nullptr;
+
+const Kernels *table_of(int isa) {
+    if (isa < 0 || isa > BEST) return nullptr;
+#if defined(__x86_64__)
+    if (isa == 1) return quire_kernels_avx2();
+    if (isa == 2) return quire_kernels_avx512();
+    if (isa == 3) return quire_kernels_avx512_bf16();
+#endif
+    return quire_kernels_plain();
 }
 
 // The threads that PyTorch's own operations run on, so that the two do not fight for the cores:
