@@ -1,7 +1,8 @@
 """Operations that models and backends call, part of the versioned interface.
 
-Each has a PyTorch body, which is its meaning; on CUDA a kernel from a module beside this one takes
-its place where Triton is installed. Importing this module never imports Triton.
+Each has a PyTorch body, which is its meaning. On CUDA a kernel from a module beside this one takes
+its place where Triton is installed, on a CPU one of `quire_kernels.cpu` where that is built.
+Importing this module never imports Triton.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f"quire_kernels.{name}")
 
 
+@functools.cache
+def _cpu_kernels() -> Any:
+    """Return the module of C++ kernels, or None where they are not built; found out once."""
+    rows = importlib.import_module("quire_kernels.cpu.rows")
+    return rows if rows.is_built() else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight over the last dimension, computed in float32.
 
@@ -39,6 +47,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return normed
     if not x.is_cpu:
         return functional.rms_norm(x, weight.shape, weight, eps)
+    if (rows := _cpu_kernels()) and rows.serves(x):
+        normed = rows.rms_norm(x, weight, eps)
+        return normed
     # PyTorch squares into memory of its own: 2.9 ms for [2048, 256] in bfloat16 on two cores
     # against 0.5 ms for a norm that keeps nothing.
     wide = x.float()
@@ -56,6 +67,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if x.is_cuda and (kernels := _kernels("norms")) and x.shape[-1] <= kernels.MAX_SIZE:
         fused: tuple[Tensor, Tensor] = kernels.add_rms_norm(x, residual, weight, eps)
         return fused
+    if x.is_cpu and (rows := _cpu_kernels()) and rows.serves(x) and rows.serves(residual):
+        return rows.rms_norm(x, weight, eps, residual), x
     total = x.add_(residual)
     return rms_norm(total, weight, eps), total
 
@@ -67,6 +80,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """
     if gate_up.is_cuda and (kernels := _kernels("activation")):
         out: Tensor = kernels.silu_mul(gate_up)
+        return out
+    if gate_up.is_cpu and (rows := _cpu_kernels()) and rows.serves(gate_up):
+        out = rows.silu_mul(gate_up)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)

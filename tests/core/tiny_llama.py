@@ -29,6 +29,7 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
 }
 OPTIONS: dict[str, Any] = {
+    "attention_backend": "sdpa",  # `auto` depends on what is built
     "skip_tokenizer_init": True,
     "num_threads": 1,
     "block_size": 4,

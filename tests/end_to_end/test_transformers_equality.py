@@ -17,6 +17,7 @@ from attrs import frozen
 from transformers import PreTrainedModel
 
 from quire import LLM, SamplingParams
+from quire_kernels.cpu import LIBRARY
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer.json. no such file")
@@ -172,7 +173,7 @@ def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> s
     return ""
 
 
-def make_llm(checkpoint: Checkpoint, case: Case) -> LLM:
+def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM:
     config = checkpoint.oracle.config
     head_dim = getattr(config, "head_dim", None) or SIZES["hidden_size"] // 4
     elements = 2 * SIZES["num_hidden_layers"] * SIZES["num_key_value_heads"] * head_dim
@@ -180,6 +181,7 @@ def make_llm(checkpoint: Checkpoint, case: Case) -> LLM:
         str(checkpoint.folder),
         dtype="float32",
         device="cpu",
+        attention_backend=attention,
         num_threads=1,
         max_model_len=max(PROMPT_LENS) + NUM_NEW,
         block_size=case.block_size,
@@ -197,9 +199,17 @@ def complete(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+NEEDS_CPU_KERNELS = pytest.mark.skipif(
+    LIBRARY.why_unusable() is not None, reason=f"backend cpu: {LIBRARY.why_unusable()}"
+)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("cpu", marks=NEEDS_CPU_KERNELS)])
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_equal_transformers(checkpoint: Checkpoint, name: str) -> None:
-    found = complete(make_llm(checkpoint, CASES[name]), checkpoint.prompts)
+def test_greedy_tokens_equal_transformers(
+    checkpoint: Checkpoint, name: str, attention: str
+) -> None:
+    found = complete(make_llm(checkpoint, CASES[name], attention), checkpoint.prompts)
     wrong = [first_difference(checkpoint, i, tokens) for i, tokens in enumerate(found)]
     assert [line for line in wrong if line] == []
 

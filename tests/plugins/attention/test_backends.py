@@ -10,12 +10,19 @@ from quire.testing.attention_cases import Case, Layer, make_batch, make_inputs, 
 from quire.testing.attention_run import run
 from quire.testing.dense import attention, check_within_bound
 from quire.testing.kit import AttentionBackendTests, Profile
+from quire_attention.cpu.backend import CpuAttention
 from quire_attention.reference.backend import ReferenceAttention
 from quire_attention.sdpa.backend import SdpaAttention
 from quire_attention.triton.backend import TritonAttention
+from quire_kernels.cpu import LIBRARY
 
 # Where backends for GPUs are tested; on a CPU in Triton's interpreter.
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+NEEDS_CPU_KERNELS = pytest.mark.skipif(
+    LIBRARY.why_unusable() is not None, reason=f"backend cpu: {LIBRARY.why_unusable()}"
+)
 
 
 class SdpaOneQueryAProduct(SdpaAttention):
@@ -38,6 +45,11 @@ class TestSdpaOneQueryAProduct(AttentionBackendTests):
     backend = SdpaOneQueryAProduct
 
 
+@NEEDS_CPU_KERNELS
+class TestCpu(AttentionBackendTests):
+    backend = CpuAttention
+
+
 class TestTriton(AttentionBackendTests):
     """A few small cases: in the interpreter, a launch takes milliseconds a program."""
 
@@ -51,7 +63,13 @@ class TestTriton(AttentionBackendTests):
     )
 
 
-KINDS = [ReferenceAttention, SdpaAttention, SdpaOneQueryAProduct, TritonAttention]
+KINDS = [
+    ReferenceAttention,
+    SdpaAttention,
+    SdpaOneQueryAProduct,
+    TritonAttention,
+    pytest.param(CpuAttention, marks=NEEDS_CPU_KERNELS),
+]
 WITH_TRITON = pytest.mark.parametrize("backend", KINDS)
 
 

@@ -1,0 +1,3 @@
+#define NAME "avx2"
+#define TABLE quire_kernels_avx2
+#include "isa.h"

@@ -1,0 +1,3 @@
+#define NAME "plain"
+#define TABLE quire_kernels_plain
+#include "isa.h"
