@@ -225,6 +225,7 @@ def _graph_bytes(runner: ModelRunner) -> int:
     free_before, _ = torch.cuda.mem_get_info(runner.device)
     runner.warm_up()
     torch.cuda.synchronize(runner.device)
+    torch.cuda.empty_cache()  # what steps outside of graphs took is counted elsewhere
     free_after, _ = torch.cuda.mem_get_info(runner.device)
     # The largest size came first, and others share its memory; each has nodes of its own.
     return max(0, free_before - free_after) + estimated_graph_bytes(runner.graph_sizes)
