@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from quire.interfaces.attention import GraphSupport
 from quire.interfaces.batch import Batch, GroupBatch
 from quire.testing.attention_cases import (
     Case,
@@ -73,6 +74,7 @@ class GraphStep:
             seq_lens_bound=[],
             num_single_token_seqs=0,
             padded_to=num_rows,
+            captured_for=GraphSupport.SINGLE_TOKEN,
         )
 
     def _captured(self) -> Callable[[], Tensor]:

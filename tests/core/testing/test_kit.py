@@ -16,13 +16,14 @@ from gather_attention import GatherAttention
 from hypothesis import given, settings
 
 from quire.errors import ConfigError
-from quire.interfaces.attention import AttentionSpec
+from quire.interfaces.attention import AttentionSpec, GraphSupport
 from quire.testing import AttentionBackendTests, check_attention
 from quire.testing.attention_cases import Case, make_inputs, make_spec, make_tables, num_shared
 from quire.testing.attention_run import Subject, run
 from quire.testing.attention_strategies import cases, choices_of, specs
 from quire.testing.dense import attention
 from quire.testing.diagnosis import MISTAKES, explain
+from quire.testing.graph_steps import GraphStep
 from quire.testing.kit import PROFILES
 
 
@@ -162,3 +163,11 @@ def test_kit_works_without_pytest() -> None:
     program = "import quire.testing; print(quire.testing.AttentionBackendTests.__name__)"
 
     assert without("pytest", program).stdout == "AttentionBackendTests\n"
+
+
+def test_captured_step_of_single_tokens_says_what_it_is_captured_for() -> None:
+    case = Case(spec=make_spec(), lengths=((1, 9), (1, 4)), padding=1)
+
+    step = GraphStep(Subject(backend=GatherAttention), case, make_inputs(case))
+
+    assert step.batch.captured_for is GraphSupport.SINGLE_TOKEN
