@@ -131,6 +131,16 @@ def test_steps_with_prompts_are_replayed_where_backends_can(
         assert [size for size, _ in graphs._captured] == [graphs.sizes[-1], 96]
 
 
+def test_first_step_of_all_may_sample_nobody(
+    folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_num_batched_tokens": 7}
+    asked = [request(0, prompt(0, 20))]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch, **options), asked)
+
+    assert run_all(graph_engine(folder, capture, **options), asked)[0] == wanted
+
+
 def test_all_wishes_in_one_batch_give_the_tokens_of_eager_steps(
     folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,8 @@ class ModelRunner:
     def _ending(self, loaded: Loaded) -> Ending:
         """Return how much of the step a graph may do: rows with wishes are sampled outside."""
         rows = loaded.rows
+        if not rows:
+            return Ending.GREEDY  # nobody's token, and nothing is drawn
         has_wishes = (
             bool(self._processors)
             or self._logprobs.asks(rows)
