@@ -46,4 +46,5 @@ def test_an_engine_says_what_its_start_was_spent_on(tmp_path: Path) -> None:
         "choices",
         "weights",
         "kv cache",
+        "self-check",
     ]

@@ -30,7 +30,6 @@ class Part:
     first_token: int
     num_tokens: int
     num_rows: int
-    num_pages: int
 
     def run(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor | None) -> None:
         """Attend the part's own rows; `lse`, of the same rows, is left to base 2."""
@@ -72,13 +71,17 @@ class PageMemory:
             sources = self._memory[self._starts[-1] : used]
             torch.index_select(_flat(block_table), 0, sources, out=self._pages[:num_pages])
 
-    def views(self, num_rows: int, num_pages: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return query starts, kv starts, pages and last lengths of so many rows."""
+    def views(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return query starts, kv starts, pages and last lengths of so many rows.
+
+        Pages are all that there is room for: a step may be captured with none, and a tensor without
+        entries has no address.
+        """
         query, kv, last, _ = self._starts
         return (
             self._memory[query : query + num_rows + 1],
             self._memory[kv : kv + num_rows + 1],
-            self._pages[:num_pages],
+            self._pages,
             self._memory[last : last + num_rows],
         )
 
@@ -153,7 +156,6 @@ class PagedAttention:
             first_token=sum(batch.query_lens[:first]),
             num_tokens=num_tokens,
             num_rows=num_rows,
-            num_pages=len(lists.sources),
         )
 
     def _planned(self, lists: PageLists, slot: int, num_tokens: int, *, is_captured: bool) -> Any:
@@ -182,7 +184,7 @@ class PagedAttention:
 
     def run(self, part: Part, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor | None) -> None:
         """Attend `q` [num_tokens, num_heads, head_dim] into `out`, which is contiguous."""
-        query_starts, kv_starts, pages, last_lens = self._lists.views(part.num_rows, part.num_pages)
+        query_starts, kv_starts, pages, last_lens = self._lists.views(part.num_rows)
         no_custom_mask_nor_alibi_nor_items = (None,) * 6
         no_fp8_scales = (None,) * 3
         no_rotation = (1.0, 1e4)
