@@ -18,6 +18,7 @@ from quire.testing.dense import attention, judge, judge_log_sums, log_sums
 from quire.testing.diagnosis import first_wrong, guess_log_sum, guess_output
 from quire.testing.graph_steps import GraphStep, graph_steps_of
 from quire.testing.kit_report import Failure
+from quire.testing.mixed_graph_steps import MixedGraphStep
 from quire.testing.more_checks import check_encoder, check_fused_write, check_plans_apart
 
 
@@ -198,6 +199,41 @@ def _judge_rows(case: Case, inputs: Inputs, out: Tensor) -> Failure | None:
     return Failure(what=what, case=case, guess="a row of length 0 is 0/0, or left unwritten")
 
 
+def check_mixed_graph(subject: Subject, case: Case) -> Failure | None:
+    """A captured step of any batch serves others; what belongs to no sequence stays as it was."""
+    graph = MixedGraphStep(subject, case, make_inputs(case))
+    everyone = list(range(len(case.lengths)))
+    for chosen in (everyone, everyone[::2], everyone[1::2]):
+        if chosen:
+            part, inputs = graph.load(chosen)
+            failure = _judge_mixed(part, inputs, graph.replay().cpu())
+            if failure is not None:
+                return failure
+    return None
+
+
+def _judge_mixed(case: Case, inputs: Inputs, out: Tensor) -> Failure | None:
+    lens = [query_len for query_len, _ in case.lengths]
+    exact = attention(case, inputs, torch.float64)
+    own, others = out[: sum(lens)], out[sum(lens) :]
+    verdict = judge(case, inputs, list(own.split(lens)), exact)
+    if not verdict.is_right:
+        where = first_wrong(case, verdict, own, torch.cat(exact))
+        guess = "the plan of the capture is stale: it keeps what it saw of a batch on the host"
+        return Failure(what=f"replayed: {where}", case=case, guess=guess)
+    if bool(others.isnan().all()):
+        return None
+    token = int((~others.isnan()).flatten(1).any(1).nonzero()[0])
+    what = f"the output of padding token {token} was written"
+    return Failure(what=what, case=case, guess="the number of tiles is that of another batch")
+
+
+def is_without_mixed_graphs(choices: Choices) -> str | None:
+    """Return why no step with several tokens of a sequence is replayed."""
+    support = choices.backend.graph_support
+    return None if support is GraphSupport.ANY else f"graph_support is {support}"
+
+
 def is_without_graphs(choices: Choices) -> str | None:
     """Return why no step is replayed."""
     supports = choices.backend.graph_support is not GraphSupport.NONE
@@ -217,7 +253,7 @@ def is_without_encoders(choices: Choices) -> str | None:
 
 
 CHECKS = [
-    Check(name="output", judge=check_output, share=0.4, guess=guess_output),
+    Check(name="output", judge=check_output, share=0.35, guess=guess_output),
     Check(name="blocks", judge=check_blocks, share=0.1),
     Check(name="slots", judge=check_slots, share=0.05),
     Check(name="plans apart", judge=check_plans_apart, share=0.1),
@@ -235,6 +271,12 @@ CHECKS = [
         share=0.1,
         single=True,
         why_skipped=is_without_graphs,
+    ),
+    Check(
+        name="graph of any step",
+        judge=check_mixed_graph,
+        share=0.05,
+        why_skipped=is_without_mixed_graphs,
     ),
     Check(
         name="rotate_and_write",

@@ -154,6 +154,10 @@ class AttentionBackendTests(search.KitTests):
         """Where `graph_support` says so."""
         self._check("graph replay")
 
+    def test_graph_of_any_step_serves_other_batches(self) -> None:
+        """Where `graph_support` is ANY."""
+        self._check("graph of any step")
+
     def test_fused_write_equals_its_steps(self) -> None:
         """Where `rotate_and_write` is offered."""
         self._check("rotate_and_write")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quire.errors import KernelError
 from quire.interfaces.attention import AttentionSpec, GraphSupport
+from quire.interfaces.batch import Batch
 from quire.layers.attention import QKNorm
 from quire.layers.rotary import RotaryTable
 from quire.testing.attention_cases import (
@@ -23,12 +24,13 @@ from quire.testing.attention_cases import (
     make_inputs,
     make_spec,
 )
+from quire.testing.attention_checks import check_mixed_graph
 from quire.testing.attention_run import Subject, run
 from quire.testing.attention_strategies import batches
 from quire.testing.dense import attention, check_within_bound, log_sums
 from quire.testing.graph_steps import GraphStep
 from quire.testing.mixed_graph_steps import MixedGraphStep
-from quire_attention.triton.backend import UNSORTED_ROWS, TritonAttention
+from quire_attention.triton.backend import UNSORTED_ROWS, TritonAttention, TritonPlan
 from quire_attention.triton.tuning import Tile, fitted, tuning_for
 
 # On a CPU they run in Triton's interpreter.
@@ -179,6 +181,25 @@ def test_graph_of_any_step_serves_other_batches(backend: type[TritonAttention]) 
         lens = [query_len for query_len, _ in part.lengths]
         check_within_bound(part, inputs, list(out[: sum(lens)].split(lens)))
         assert out[sum(lens) :].isnan().all()
+
+
+class StaleTiles(TritonAttention):
+    """Keep the tiles of the first captured batch."""
+
+    def plan(self, batch: Batch, group: int) -> TritonPlan:
+        if batch.captured_for is GraphSupport.ANY and batch.query_lens:
+            batch = attrs.evolve(batch, query_lens=[], seq_lens_bound=[], num_single_token_seqs=0)
+        return super().plan(batch, group)
+
+
+def test_kit_catches_tiles_of_another_batch() -> None:
+    case = Case(spec=make_spec(device=GPU), lengths=((1, 7), (9, 9)))
+
+    failure = check_mixed_graph(Subject(backend=StaleTiles), case)
+
+    assert failure is not None
+    assert "stale" in failure.guess
+    assert check_mixed_graph(Subject(backend=TritonAttention), case) is None
 
 
 def test_plan_of_any_step_does_not_depend_on_the_batch() -> None:
