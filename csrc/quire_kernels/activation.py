@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+from quire_kernels.rounding import rounded
 
 _BLOCK = 1024
 
@@ -38,8 +39,8 @@ def _silu_mul_kernel(
     at = gate_up_ptr + row * stride + columns
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + SIZE, mask=inside, other=0.0).to(tl.float32)
-    out = silu(gate).to(dtype).to(tl.float32) * up
-    tl.store(out_ptr + row * SIZE + columns, out.to(dtype), mask=inside)
+    out = rounded(silu(gate), dtype).to(tl.float32) * up
+    tl.store(out_ptr + row * SIZE + columns, rounded(out, dtype), mask=inside)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

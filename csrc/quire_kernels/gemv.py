@@ -19,6 +19,7 @@ from torch import Tensor
 from quire_kernels import costs
 from quire_kernels.activation import silu
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+from quire_kernels.rounding import rounded
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -29,7 +30,7 @@ def _added(x_ptr, residual_ptr, columns, SIZE: tl.constexpr):
     inside = columns < SIZE
     x = tl.load(x_ptr + columns, mask=inside, other=0.0)
     residual = tl.load(residual_ptr + columns, mask=inside, other=0.0)
-    return (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+    return rounded(x.to(tl.float32) + residual.to(tl.float32), x.dtype)
 
 
 @triton.jit
@@ -50,7 +51,8 @@ def _normed(x_ptr, residual_ptr, norm_ptr, columns, scale, SIZE: tl.constexpr):
     """Return a block of the normed sum, rounded as `ops.rms_norm` rounds."""
     total = _added(x_ptr, residual_ptr, columns, SIZE)
     norm = tl.load(norm_ptr + columns, mask=columns < SIZE, other=0.0).to(tl.float32)
-    return ((total.to(tl.float32) * scale).to(total.dtype).to(tl.float32) * norm).to(total.dtype)
+    normed = rounded(total.to(tl.float32) * scale, total.dtype).to(tl.float32)
+    return rounded(normed * norm, total.dtype)
 
 
 @triton.jit
@@ -121,10 +123,10 @@ def _gemv_kernel(
     if BIASED:
         out += tl.load(bias_ptr + rows, mask=are_inside, other=0.0).to(tl.float32)
     if GATED:
-        gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), (OUTPUTS, 2)))
-        out = silu(gate).to(dtype).to(tl.float32) * up
+        gate, up = tl.split(tl.reshape(rounded(out, dtype).to(tl.float32), (OUTPUTS, 2)))
+        out = rounded(silu(gate), dtype).to(tl.float32) * up
     outputs = first + tl.arange(0, OUTPUTS)
-    tl.store(out_ptr + outputs, out.to(dtype), mask=outputs < num_out)
+    tl.store(out_ptr + outputs, rounded(out, dtype), mask=outputs < num_out)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+from quire_kernels.rounding import rounded
 
 # A longer row does not fit the registers of the one program that norms it.
 MAX_SIZE = 16384
@@ -45,12 +46,12 @@ def _norm_kernel(
     x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         at = residual_ptr + rows * residual_stride + columns
-        total = (x + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        total = rounded(x + tl.load(at, mask=inside, other=0.0).to(tl.float32), dtype)
         tl.store(x_ptr + rows * x_stride + columns, total, mask=inside)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
-    normed = (x * scale[:, None]).to(dtype).to(tl.float32)
-    tl.store(out_ptr + rows * SIZE + columns, (normed * weight).to(dtype), mask=inside)
+    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
+    tl.store(out_ptr + rows * SIZE + columns, rounded(normed * weight, dtype), mask=inside)
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

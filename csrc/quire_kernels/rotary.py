@@ -9,25 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
+from quire_kernels.rounding import rounded
 
-# The interpreter cuts the digits that bfloat16 lacks instead of rounding.
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # Numbers of a tile; 16 bytes a thread in 16 bits where it has four warps.
 _TILE = 1024
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """Return float32 `x` as the nearest number of `dtype`, in float32 again."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -36,7 +24,8 @@ def weighed(x, scale, is_q, dims, inside, q_weight_ptr, k_weight_ptr, dtype: tl.
     q_weight = tl.load(q_weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
-    return rounded(rounded(x * scale[:, None], dtype) * weight, dtype)
+    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
+    return rounded(normed * weight, dtype).to(tl.float32)
 
 
 @triton.jit(
@@ -86,12 +75,12 @@ def _rotate_and_write_kernel(
         row = tl.load(positions_ptr + token).to(tl.int64) * half + tl.where(
             dims < half, dims, partners
         )
-        cos = rounded(tl.load(cos_ptr + row, mask=turns, other=0.0), dtype)
-        sin = rounded(tl.load(sin_ptr + row, mask=turns, other=0.0), dtype)
+        cos = rounded(tl.load(cos_ptr + row, mask=turns, other=0.0), dtype).to(tl.float32)
+        sin = rounded(tl.load(sin_ptr + row, mask=turns, other=0.0), dtype).to(tl.float32)
         sin = tl.where(dims < half, -sin, sin)
-        turned = rounded(x * cos[None, :], dtype) + other * sin[None, :]
+        turned = rounded(x * cos[None, :], dtype).to(tl.float32) + other * sin[None, :]
         x = tl.where(turns[None, :], turned, x)
-    x = rounded(tl.where(is_v[:, None], raw, x), dtype).to(dtype)
+    x = rounded(tl.where(is_v[:, None], raw, x), dtype)
 
     q = q_ptr + token * (NUM_HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + dims[None, :]
     tl.store(q, x, mask=inside & is_q[:, None])

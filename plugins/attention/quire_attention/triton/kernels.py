@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, wait_for_previous
+from quire_kernels.rounding import INTERPRETED, rounded
 
-# The interpreter multiplies the bits of bfloat16 as integers, and cuts instead of rounding.
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where a row's largest score starts. Finite, so that a row which has seen no key yet gives
@@ -28,19 +26,10 @@ ITEM_SIZE = tl.constexpr(8)
 @triton.jit
 def product(a, b, acc):
     """Return acc + a @ b with float32 sums; float32 factors are multiplied in IEEE arithmetic."""
+    # The interpreter multiplies the bits of bfloat16 as integers.
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """Return float32 `x` rounded to the nearest number of `dtype`, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
