@@ -133,7 +133,7 @@ def interrupt(process: subprocess.Popen[bytes], timeout_s: float = 30.0) -> byte
     while True:
         process.send_signal(signal.SIGINT)
         try:
-            return process.communicate(timeout=1)[1]
+            return process.communicate(timeout=4)[1]
         except subprocess.TimeoutExpired:
             assert time.monotonic() < deadline
 

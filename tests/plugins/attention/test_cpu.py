@@ -166,7 +166,7 @@ def test_instruction_set_that_does_not_exist_is_refused() -> None:
     registry = load_plugins()
 
     with pytest.raises(ConfigError, match="no instruction set; allowed: auto, plain, avx2"):
-        parse_attention_options(registry, registry.attention("cpu"), ["cpu.isa=sse"])
+        parse_attention_options(registry, [registry.attention("cpu")], ["cpu.isa=sse"])
 
 
 REFUSED = {
