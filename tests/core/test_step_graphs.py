@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_llama
+import torch
 from attrs import define
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +130,27 @@ def test_steps_with_prompts_are_replayed_where_backends_can(
     if graphs is not None:
         assert graphs.num_captured == 2  # the largest, at the start, and that of 86 tokens
         assert [size for size, _ in graphs._captured] == [graphs.sizes[-1], 96]
+
+
+def test_steps_go_on_where_no_memory_is_left_for_their_graphs(
+    folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(i, prompt(i, n)) for i, n in enumerate(LENGTHS)]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch), asked)
+    engine = graph_engine(folder, capture)
+    tried = []
+
+    def full(_run: Callable[[], Tensor]) -> Any:
+        tried.append(1)
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    for graphs in (engine.runner.decode_graphs, engine.runner.mixed_graphs):
+        if graphs is not None:
+            graphs._capture = full
+
+    for _ in range(2):
+        assert run_all(engine, asked)[0] == wanted
+    assert 1 <= len(tried) <= 2  # once for each kind of graphs
 
 
 def test_first_step_of_all_may_sample_nobody(

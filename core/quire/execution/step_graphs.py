@@ -102,6 +102,7 @@ class StepGraphs:
         self.sizes = list(sizes)
         self._capture = capture
         self.replays = True  # False: captured steps run as they are
+        self._is_full = False  # no memory was left for another graph
         self._batches: dict[int, Batch] = {}
         self._captured: dict[tuple[int, Ending], _Captured] = {}
         self._warm: set[tuple[int, Ending]] = set()
@@ -155,15 +156,24 @@ class StepGraphs:
         self._step.plan(batch, loaded)
         if not self.replays:
             return self._step.run(batch, ending)
-        if key in self._captured:
-            found = self._captured[key]
-        elif key in self._warm:
-            found = self._capture_step(size, ending)
-        else:
+        found = self._captured.get(key)
+        if found is None and key in self._warm:
+            found = self._captured_if_it_fits(size, ending)
+        if found is None:
             self._warm.add(key)
             return self._step.run(batch, ending)
         found.replay()
         return found.result
+
+    def _captured_if_it_fits(self, size: int, ending: Ending) -> _Captured | None:
+        """Capture a step; None where the memory does not suffice, and it is not tried again."""
+        if self._is_full:
+            return None
+        try:
+            return self._capture_step(size, ending)
+        except torch.cuda.OutOfMemoryError:
+            self._is_full = True
+            return None
 
     def _capture_step(self, size: int, ending: Ending) -> _Captured:
         """Capture a step that is planned."""
