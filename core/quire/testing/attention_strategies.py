@@ -133,6 +133,31 @@ def cases(
     )
 
 
+@st.composite
+def long_cases(draw: st.DrawFn, choices: Choices, longest: int) -> Case:
+    """Draw a case of thousands of keys, in 16 bits: of float32 sums that long say little."""
+    changes = {**choices.changes, "dtype": [c for c in choices.changes["dtype"] if _is_short(c)]}
+    spec = draw(specs(attrs.evolve(choices, changes=changes), small=True))
+    edges = st.integers(1000 // spec.block_size + 1, longest // spec.block_size - 1)
+    near = st.builds(lambda n, more: n * spec.block_size + more, edges, st.integers(-1, 1))
+    pairs = []
+    for _ in range(draw(st.integers(1, 3))):
+        seq_len = draw(st.one_of(near, st.integers(1000, longest)))
+        pairs.append((draw(st.sampled_from([1, 1, 2, 17, 40])), seq_len))
+    lengths = tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
+    return Case(spec=spec, lengths=lengths, seed=draw(st.integers(0, 999)))
+
+
+def why_not_long(choices: Choices) -> str | None:
+    """Return why cases of thousands of keys are not drawn."""
+    has = any(_is_short(change) for change in choices.changes.get("dtype", []))
+    return None if has else "it serves no 16-bit dtype here"
+
+
+def _is_short(change: Mapping[str, Any]) -> bool:
+    return change.get("dtype") in ("bfloat16", "float16")
+
+
 def given_specs(found: Sequence[AttentionSpec]) -> st.SearchStrategy[AttentionSpec]:
     """Draw one of the specifications of a test."""
     return st.sampled_from(list(found))

@@ -9,9 +9,17 @@ from typing import Any, ClassVar
 from quire.errors import ConfigError
 from quire.interfaces.attention import AttentionBackend, AttentionSpec
 from quire.testing import search
-from quire.testing.attention_checks import CHECKS
+from quire.testing.attention_cases import LIMITS
+from quire.testing.attention_checks import CHECKS, check_output
 from quire.testing.attention_run import Subject
-from quire.testing.attention_strategies import Choices, cases, choices_of, given_specs
+from quire.testing.attention_strategies import (
+    Choices,
+    cases,
+    choices_of,
+    given_specs,
+    long_cases,
+    why_not_long,
+)
 from quire.testing.attention_strategies import specs as served_specs
 from quire.testing.kit_report import PROFILES, CheckResult, Profile, Report, profile_of
 from quire.testing.search import check_device
@@ -34,7 +42,7 @@ def _checks(
     """Return the checks of a backend."""
     subject = Subject(backend=choices.backend, options=choices.options)
     drawn = given_specs(only) if only else served_specs(choices, profile.small)
-    return [
+    found = [
         search.Check(
             name=check.name,
             judge=partial(check.judge, subject),
@@ -45,6 +53,20 @@ def _checks(
         )
         for check in CHECKS
     ]
+    return [*found, _long_check(subject, choices, profile)]
+
+
+def _long_check(subject: Subject, choices: Choices, profile: Profile) -> search.Check:
+    reason = why_not_long(choices)
+    if profile.small:
+        reason = f"the profile {profile.name} has no lengths in thousands"
+    return search.Check(
+        name="thousands of keys",
+        judge=partial(check_output, subject),
+        cases=long_cases(choices, LIMITS.max_model_len),
+        share=0.15,
+        skipped=reason,
+    )
 
 
 def iter_attention(
@@ -153,6 +175,10 @@ class AttentionBackendTests(search.KitTests):
     def test_graph_serves_other_lengths_than_it_was_captured_with(self) -> None:
         """Where `graph_support` says so."""
         self._check("graph replay")
+
+    def test_thousands_of_keys_are_within_the_bound(self) -> None:
+        """In the full profile."""
+        self._check("thousands of keys")
 
     def test_graph_of_any_step_serves_other_batches(self) -> None:
         """Where `graph_support` is ANY."""
