@@ -44,7 +44,8 @@ class WeightStore(nn.Module):
         """Give memory to weights that were registered on `meta`."""
         for name, parameter in list(self.named_parameters(recurse=False)):
             if parameter.is_meta:
-                found = torch.empty_like(parameter, device=self.spec.device)
+                # `empty_like` of `meta` is written in Python, whose imports take 36 MiB and 0.2 s.
+                found = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.spec.device)
                 self.register_parameter(name, nn.Parameter(found, requires_grad=False))
 
     def finish_loading(self) -> None:
