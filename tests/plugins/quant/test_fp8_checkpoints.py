@@ -140,6 +140,14 @@ def test_dummy_weights_of_a_quantized_checkpoint_give_tokens(tmp_path: Path) -> 
     assert len(tokens) == 12
 
 
+def test_dummy_weights_on_the_fly_give_tokens(tmp_path: Path) -> None:
+    folder = tiny_llama.write_folder(tmp_path)
+
+    [tokens] = engine_tokens(folder, [[1, 2, 3]], load_format="dummy", quantization="fp8")
+
+    assert len(tokens) == 12
+
+
 def test_missing_scale_is_named(tmp_path: Path) -> None:
     quantize(tiny_llama.write_folder(tmp_path), FORMS["fp8-blocks"])
     file = tmp_path / "model.safetensors"
