@@ -40,6 +40,14 @@ class WeightStore(nn.Module):
         del self._parameters[name]
         del self.rules[name]
 
+    def allocate(self) -> None:
+        """Give memory to weights that were registered on `meta`."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                # `empty_like` of `meta` is written in Python, whose imports take 36 MiB and 0.2 s.
+                found = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.spec.device)
+                self.register_parameter(name, nn.Parameter(found, requires_grad=False))
+
     def finish_loading(self) -> None:
         """Let the method repack."""
         self.method.finish_loading(self)
