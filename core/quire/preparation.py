@@ -143,7 +143,8 @@ def _quant_method(raw: dict[str, Any], path: Path) -> str | None:
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(method, str):
         raise ConfigError(f"{path}: key 'quantization_config' has no text 'quant_method'.")
-    return method
+    kind = found.get("format")
+    return f"{method}:{kind}" if isinstance(kind, str) else method
 
 
 def _with_dtype(

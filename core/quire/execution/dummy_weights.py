@@ -22,10 +22,12 @@ def draw_weights(model: Model, *, seed: int) -> None:
     Weights of layers have mean 0, plain parameters, which are those of norms, mean 1. The same
     seed gives the same weights on the same kind of device.
     """
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():
         is_layer = isinstance(module, WeightStore)
+        if isinstance(module, WeightStore):
+            module.allocate()
         for parameter in module.parameters(recurse=False):
             _draw(parameter.data, 0.0 if is_layer else 1.0, generator)
         if isinstance(module, WeightStore):
@@ -38,6 +40,7 @@ def draw_weights(model: Model, *, seed: int) -> None:
 
 def _finish(layer: WeightStore) -> None:
     if not getattr(layer, "is_tied", False):
+        layer.method.settle_drawn(layer)
         layer.finish_loading()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.execution.checkpoint import Checkpoint, TensorInfo, listed
+from quire.execution.checkpoint import Checkpoint, TensorInfo, listed, wrong_kind
 from quire.execution.mapped_files import MappedFiles
 from quire.execution.staged_files import StagedFiles
 from quire.interfaces.model import Model
@@ -38,6 +38,9 @@ SOURCES: dict[str, Callable[[Sequence[TensorInfo], torch.device], Source]] = {
     "cuda": StagedFiles,
 }
 
+# As safetensors spells the floats of 8 bits.
+NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
 
 def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     """Fill the model from the checkpoint and let every layer repack as soon as it is full.
@@ -46,7 +49,7 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     that is not finite.
     """
     expected = places(model)
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     ignored = _ignored_names(model, checkpoint)
     _check_names(expected, checkpoint, ignored)
     # Those of a model on the GPU travel while the next are read.
@@ -59,14 +62,29 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
 
 def _fill(source: Source, tensors: list[TensorInfo], expected: dict[str, Place]) -> None:
     waiting = Counter(id(place.owner) for place in expected.values())
+    begun: set[int] = set()
     for tensor in tensors:
         # Nothing here may hold a weight that its layer drops when it repacks: that would be the
         # whole model twice.
         owner = expected[tensor.name].owner
-        source.fill(tensor, expected.pop(tensor.name).view())
+        if owner is not None and id(owner) not in begun:
+            begun.add(id(owner))
+            owner.allocate()
+        target = expected.pop(tensor.name).view()
+        _check_narrow(tensor, target)
+        source.fill(tensor, target)
+        del target
         waiting[id(owner)] -= 1
         if owner is not None and waiting[id(owner)] == 0:
             owner.finish_loading()
+
+
+def _check_narrow(tensor: TensorInfo, target: Tensor) -> None:
+    """Refuse to turn floats of 8 bits into others: their scales would be lost."""
+    is_narrow = target.is_floating_point() and target.element_size() == 1
+    stored = NARROW.get(tensor.dtype)
+    if (is_narrow or stored is not None) and stored != target.dtype:
+        raise wrong_kind(tensor, str(target.dtype))
 
 
 def finish_tied_heads(model: Model) -> None:
@@ -96,7 +114,7 @@ def _check_names(expected: Mapping[str, Place], checkpoint: Checkpoint, ignored:
     wrong = []
     for name in sorted(given & set(expected)):
         shape, wanted = checkpoint.tensors[name].shape, tuple(expected[name].view().shape)
-        if shape != wanted:
+        if shape != wanted and (shape, wanted) != ((), (1,)):
             wrong.append(f"{name} {list(shape)} instead of {list(wanted)}")
     for words, names in (
         ("missing", missing),

@@ -98,7 +98,7 @@ class Registry:
     def quantization_for(self, quant_method: str) -> list[QuantizationPlugin]:
         """Return the methods that claim a checkpoint format, the highest priority first."""
         methods = [self.quantization(name) for name in self.names("quantization")]
-        claims = [method for method in methods if quant_method in method.formats]
+        claims = [method for method in methods if method.reads(quant_method)]
         return sorted(claims, key=lambda method: -method.priority)
 
     def architectures(self) -> list[str]:

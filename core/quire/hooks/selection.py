@@ -274,7 +274,7 @@ def _check_claim(plugin: ModelPlugin, architectures: Sequence[str]) -> None:
 
 def _check_format(plugin: QuantizationPlugin, quant_method: str | None) -> None:
     asked = f"--quantization {plugin.name}"
-    if quant_method is not None and quant_method not in plugin.formats:
+    if quant_method is not None and not plugin.reads(quant_method):
         raise ConfigError(
             f"{asked} does not read this checkpoint, which is quantized as {quant_method!r}; it "
             f"reads {_listed(plugin.formats)}. Leave the option out to use whatever does."

@@ -200,12 +200,17 @@ class AttentionPlugin(Descriptor):
 class QuantizationPlugin(Descriptor):
     """Declare a quantization method; `load` names a `quantization.QuantizationMethod`.
 
-    `formats` are the values of `quantization_config.quant_method` that it claims.
+    `formats` are the values of `quantization_config.quant_method` that it claims, or
+    "quant_method:format" where one of them comes in several, told apart by the key `format`.
     """
 
     formats: tuple[str, ...] = field(default=(), converter=_to_names, validator=_check_names)
     priority: int = field(default=0, validator=_check_integer)
     on_the_fly: bool = False
+
+    def reads(self, quant_method: str) -> bool:
+        """Answer whether it claims "quant_method" or "quant_method:format"."""
+        return not {quant_method, quant_method.partition(":")[0]}.isdisjoint(self.formats)
 
 
 @frozen(kw_only=True)

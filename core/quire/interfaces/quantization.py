@@ -17,7 +17,9 @@ class ShardRule:
     """How one weight is cut: along which dimension outputs, inputs and packed values lie.
 
     `pack_factor` values share one element along `packed_dim`; `group_size` inputs share one
-    scale. A dimension that is None is not cut.
+    scale. A dimension that is None is not cut. `part_sizes` are what the projections of a fused
+    layer have along `output_dim` where it is not their outputs: 1 each for a scale of the whole
+    projection, blocks for one of blocks.
     """
 
     output_dim: int | None = None
@@ -25,6 +27,7 @@ class ShardRule:
     packed_dim: int | None = None
     pack_factor: int = 1
     group_size: int | None = None
+    part_sizes: tuple[int, ...] | None = None
 
 
 @frozen(kw_only=True)
@@ -134,7 +137,11 @@ class LayerMethod(abc.ABC):
 
     @abc.abstractmethod
     def create_weights(self, layer: WeightLayer) -> None:
-        """Register empty weights on the layer's device with their shard rules."""
+        """Register empty weights on the layer's device with their shard rules.
+
+        A weight that `finish_loading` drops may be registered on device `meta`: it gets memory
+        just before it is filled, so that a model never lies on the device in a wide format.
+        """
 
     def finish_loading(self, layer: WeightLayer) -> None:  # noqa: B027 - optional
         """Repack after the checkpoint was read; may drop and add weights."""
@@ -151,6 +158,26 @@ class LayerMethod(abc.ABC):
         For checks, never while serving. None: not offered.
         """
         return None
+
+    def rounded_input(self, layer: WeightLayer, x: Tensor) -> Tensor | None:
+        """Return what the layer multiplies instead of `x` [num_tokens, in_features], wide.
+
+        For checks, as `dequantize`. None: `x` as it is.
+        """
+        return None
+
+    def loaded_bytes(self, layer: WeightLayer) -> int | None:
+        """Return the bytes that the layer will hold once it is loaded, without its bias.
+
+        Asked before `finish_loading`, also on device `meta`. None: those of its weights.
+        """
+        return None
+
+    def settle_drawn(self, layer: WeightLayer) -> None:  # noqa: B027 - optional
+        """Make of weights drawn at random, as for `--load-format dummy`, what could be loaded.
+
+        Called before `finish_loading`; a format may need scales that are positive, for instance.
+        """
 
     def apply_after_norm(
         self,

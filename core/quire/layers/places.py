@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.interfaces.model import Model
 from quire.layers.weights import WeightStore
@@ -14,19 +14,25 @@ from quire.layers.weights import WeightStore
 
 @frozen(kw_only=True)
 class Place:
-    """Where a checkpoint's tensor goes: a slice of a parameter, and the layer it belongs to."""
+    """Where a checkpoint's tensor goes: the parameter `name` of a module, or a slice of it."""
 
-    parameter: Tensor
-    owner: WeightStore | None
+    module: nn.Module
+    name: str
     dimension: int = 0
     offset: int = 0
     size: int | None = None
 
+    @property
+    def owner(self) -> WeightStore | None:
+        """The layer, if it is one that repacks its weights."""
+        return self.module if isinstance(self.module, WeightStore) else None
+
     def view(self) -> Tensor:
-        """Return the memory to fill."""
+        """Return the memory to fill; on `meta` until the layer is given its memory."""
+        parameter = self.module.get_parameter(self.name).data
         if self.size is None:
-            return self.parameter.data
-        return self.parameter.data.narrow(self.dimension, self.offset, self.size)
+            return parameter
+        return parameter.narrow(self.dimension, self.offset, self.size)
 
 
 def places(model: Model) -> dict[str, Place]:
@@ -36,10 +42,10 @@ def places(model: Model) -> dict[str, Place]:
         if isinstance(module, WeightStore):
             found.update(places_of_layer(module))
             continue
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, _ in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}" if module_name else name
             full = _renamed(full, model.weight_names.renamed)
-            found[full] = Place(parameter=parameter, owner=None)
+            found[full] = Place(module=module, name=name)
     return found
 
 
@@ -54,19 +60,18 @@ def places_of_layer(layer: WeightStore) -> Iterator[tuple[str, Place]]:
     parts = getattr(layer.spec, "parts", ())
     prefix = layer.spec.name.rpartition(".")[0]
     for name, rule in layer.rules.items():
-        parameter = layer.get_weight(name)
         if len(parts) < 2 or rule.output_dim is None:
-            yield f"{layer.spec.name}.{name}", Place(parameter=parameter, owner=layer)
+            yield f"{layer.spec.name}.{name}", Place(module=layer, name=name)
             continue
         packed = rule.pack_factor if rule.packed_dim == rule.output_dim else 1
         offset = 0
-        for part, size in zip(parts, layer.part_sizes, strict=True):
+        for part, size in zip(parts, rule.part_sizes or layer.part_sizes, strict=True):
             part_name = f"{prefix}.{part}.{name}" if prefix else f"{part}.{name}"
             yield (
                 part_name,
                 Place(
-                    parameter=parameter,
-                    owner=layer,
+                    module=layer,
+                    name=name,
                     dimension=rule.output_dim,
                     offset=offset // packed,
                     size=size // packed,

@@ -40,6 +40,13 @@ class WeightStore(nn.Module):
         del self._parameters[name]
         del self.rules[name]
 
+    def allocate(self) -> None:
+        """Give memory to weights that were registered on `meta`."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                found = torch.empty_like(parameter, device=self.spec.device)
+                self.register_parameter(name, nn.Parameter(found, requires_grad=False))
+
     def finish_loading(self) -> None:
         """Let the method repack."""
         self.method.finish_loading(self)

@@ -242,6 +242,7 @@ def load(layer: WeightStore, tensors: Mapping[str, Tensor]) -> None:
 
     Raises: ValueError for a weight without a tensor, or one of another shape.
     """
+    layer.allocate()
     for parameter in layer.parameters(recurse=False):
         poison(parameter.data)
     for name, place in places_of_layer(layer):
