@@ -1,0 +1,19 @@
+"""Quantization `awq`: checkpoints of 4 bits in the GEMM layout, as AutoAWQ writes them."""
+
+from quire import hookimpl
+from quire.interfaces.plugin import QuantizationPlugin
+
+QUIRE_API_VERSION = (1, 0)
+
+
+@hookimpl
+def quire_quantization_methods() -> list[QuantizationPlugin]:
+    """Offer `awq`."""
+    return [
+        QuantizationPlugin(
+            name="awq",
+            load="quire_quant.awq.method:Awq",
+            formats=("awq",),
+            summary="AWQ checkpoints of 4 bits in the GEMM layout",
+        )
+    ]

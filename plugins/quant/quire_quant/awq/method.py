@@ -1,0 +1,161 @@
+"""Read AWQ's GEMM layout. Source: Lin et al., "AWQ", 2023; the files are AutoAWQ's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quire.interfaces.quantization import (
+    EmbeddingSpec,
+    EncodedWeight,
+    LayerMethod,
+    LayerSpec,
+    LinearSpec,
+    QuantizationMethod,
+    ShardRule,
+    WeightLayer,
+)
+from quire_quant.config_values import (
+    flag_of,
+    group_size_of,
+    multiple_needed,
+    names_of,
+    one_of,
+    refuse,
+)
+from quire_quant.packed import (
+    PackedForm,
+    PackedProduct,
+    as_bytes,
+    check_scales,
+    pack,
+    part_names,
+    quantize,
+    settle_scales,
+    unpack,
+)
+
+BITS = 4
+WORD = 8  # codes in an int32
+# Code i of a word, from the lowest bits on, belongs to output ORDER[i] of the word's eight.
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PLACE = tuple(ORDER.index(output) for output in range(WORD))
+
+
+def _codes(words: Tensor) -> Tensor:
+    """Return uint8 [n, outputs] of int32 [n, outputs / 8], outputs in their order."""
+    packed = as_bytes(words)
+    codes = unpack(packed, BITS, packed.shape[1] * 2)
+    return codes.unflatten(1, (-1, WORD))[..., PLACE].flatten(1)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Return the int32 [n, outputs / 8] of codes uint8 [n, outputs]."""
+    return pack(codes.unflatten(1, (-1, WORD))[..., ORDER].flatten(1), BITS).view(torch.int32)
+
+
+class AwqProduct(PackedProduct):
+    """Eight outputs an int32; repacked so that the inputs of an output lie together."""
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `qweight`, `qzeros` and `scales` as the checkpoint has them."""
+        form = self.form
+        words, device = form.out_features // WORD, form.device
+        qweight = torch.empty(form.in_features, words, dtype=torch.int32, device=device)
+        rule = ShardRule(output_dim=1, input_dim=0, packed_dim=1, pack_factor=WORD)
+        layer.add_weight("qweight", qweight, rule)
+        qzeros = torch.empty(form.num_groups, words, dtype=torch.int32, device=device)
+        rule = ShardRule(
+            output_dim=1, input_dim=0, packed_dim=1, pack_factor=WORD, group_size=form.group_size
+        )
+        layer.add_weight("qzeros", qzeros, rule)
+        shape = (form.num_groups, form.out_features)
+        scales = torch.empty(shape, dtype=torch.float16, device=device)
+        rule = ShardRule(output_dim=1, input_dim=0, group_size=form.group_size)
+        layer.add_weight("scales", scales, rule)
+
+    def finish_loading(self, layer: WeightLayer) -> None:
+        """Repack a slice of outputs at a time."""
+        form = self.form
+        qweight, scales = layer.get_weight("qweight").data, layer.get_weight("scales").data
+        check_scales(layer, scales, form, "scales")
+        values = qweight.new_empty(form.out_features, form.in_features // 2, dtype=torch.uint8)
+        for outputs in form.slices(0, form.out_features):
+            words = slice(outputs.start // WORD, outputs.stop // WORD)
+            values[outputs] = pack(_codes(qweight[:, words]).T, BITS)
+        zeros = pack(_codes(layer.get_weight("qzeros").data), BITS)
+        for name in ("qweight", "qzeros", "scales"):
+            layer.drop_weight(name)
+        self.install(layer, values=values, scales=scales, zeros=zeros)
+
+    def settle_drawn(self, layer: WeightLayer) -> None:
+        """Make the weights as large as others."""
+        settle_scales(layer.get_weight("scales").data, BITS)
+
+
+class Awq(QuantizationMethod):
+    """Serve linears but those of `modules_to_not_convert`; embeddings and heads stay as they are.
+
+    A layer is left alone where one of those names is part of its own.
+    """
+
+    example_config: ClassVar[Mapping[str, Any]] = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "version": "gemm",
+    }
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        one_of(config, ("bits", "w_bit"), (BITS,))
+        self.group_size = group_size_of(config, ("group_size", "q_group_size"))
+        if not flag_of(config, "zero_point", True):
+            raise refuse("zero_point", False, "true")
+        version = config.get("version", "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise refuse("version", version, "'gemm'")
+        self.excluded = names_of(config, "modules_to_not_convert")
+
+    def _is_excluded(self, name: str) -> bool:
+        return any(excluded in name for excluded in self.excluded)
+
+    def why_unsupported(self, spec: LayerSpec) -> str | None:
+        """Serve linears whose inputs make whole groups and whose outputs make whole words."""
+        if isinstance(spec, EmbeddingSpec):
+            return None
+        if not isinstance(spec, LinearSpec):
+            return f"it has no method for {type(spec).__name__}"
+        left = [name for name in part_names(spec) if self._is_excluded(name)]
+        if left:
+            if len(left) == len(spec.parts):
+                return None
+            return f"modules_to_not_convert leaves {left[0]} alone, but not what it is fused with"
+        unit = self.group_size or 8
+        reasons = [multiple_needed("its inputs", spec.in_features, unit)]
+        for name, size in zip(part_names(spec), spec.output_sizes, strict=True):
+            reasons.append(multiple_needed(f"the outputs of {name}", size, WORD))
+        return next((reason for reason in reasons if reason), None)
+
+    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+        """Return the product of a linear that is not excluded."""
+        if not isinstance(spec, LinearSpec) or self._is_excluded(part_names(spec)[0]):
+            return None
+        return AwqProduct(PackedForm.of(spec, BITS, self.group_size))
+
+    @classmethod
+    def encode(cls, weight: Tensor, spec: LayerSpec) -> EncodedWeight | None:
+        """Return a weight in the form of `example_config`, rounded to nearest."""
+        codes, scales, zeros = quantize(weight, BITS, cls.example_config["group_size"])
+        groups = codes.double().unflatten(1, (scales.shape[1], -1))
+        exact = (groups - zeros.double()[..., None]) * scales.double()[..., None]
+        tensors = {
+            "qweight": _words(codes.T),
+            "qzeros": _words(zeros.T),
+            "scales": scales.T.contiguous(),
+        }
+        return EncodedWeight(tensors=tensors, weight=exact.flatten(1))

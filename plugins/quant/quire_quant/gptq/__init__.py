@@ -1,0 +1,19 @@
+"""Quantization `gptq`: checkpoints of 2, 3, 4 and 8 bits as AutoGPTQ and GPTQModel write them."""
+
+from quire import hookimpl
+from quire.interfaces.plugin import QuantizationPlugin
+
+QUIRE_API_VERSION = (1, 0)
+
+
+@hookimpl
+def quire_quantization_methods() -> list[QuantizationPlugin]:
+    """Offer `gptq`."""
+    return [
+        QuantizationPlugin(
+            name="gptq",
+            load="quire_quant.gptq.method:Gptq",
+            formats=("gptq",),
+            summary="GPTQ checkpoints of 2, 3, 4 and 8 bits, with and without desc_act",
+        )
+    ]

@@ -1,0 +1,147 @@
+"""A layer of a GPTQ checkpoint: what it reads, and how that is repacked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.interfaces.quantization import QuantizedActivation, ShardRule, WeightLayer
+from quire_kernels import ops
+from quire_quant.packed import (
+    PackedForm,
+    PackedProduct,
+    as_bytes,
+    check_scales,
+    pack,
+    settle_scales,
+    tensor_name,
+    unpack,
+)
+
+
+class GptqProduct(PackedProduct):
+    """Codes of an output lie along the inputs in int32; `g_idx` names each input's group.
+
+    A head that is tied to the embedding creates no weights: it multiplies with the embedding's.
+    """
+
+    def __init__(self, form: PackedForm, zero_offset: int) -> None:
+        super().__init__(form)
+        self.zero_offset = zero_offset
+        self.is_tied = True
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `qweight`, `qzeros`, `scales` and `g_idx` as the checkpoint has them."""
+        form, bits, device = self.form, self.form.bits, self.form.device
+        self.is_tied = False
+        groups, outputs, inputs = form.num_groups, form.out_features, form.in_features
+        per_word = 32 // bits if 32 % bits == 0 else 1
+        shape = (inputs * bits // 32, outputs)
+        rule = ShardRule(output_dim=1, input_dim=0, packed_dim=0, pack_factor=per_word)
+        layer.add_weight("qweight", torch.empty(shape, dtype=torch.int32, device=device), rule)
+        shape = (groups, outputs * bits // 32)
+        rule = ShardRule(
+            output_dim=1,
+            input_dim=0,
+            packed_dim=1,
+            pack_factor=per_word,
+            group_size=form.group_size,
+            # In words: with 3 bits no whole number of values shares one.
+            part_sizes=tuple(size * bits // 32 * per_word for size in form.part_sizes),
+        )
+        layer.add_weight("qzeros", torch.empty(shape, dtype=torch.int32, device=device), rule)
+        shape = (groups, outputs)
+        rule = ShardRule(output_dim=1, input_dim=0, group_size=form.group_size)
+        layer.add_weight("scales", torch.empty(shape, dtype=torch.float16, device=device), rule)
+        # Each projection has one of its own, end to end here.
+        parts = len(form.part_sizes)
+        indices = torch.empty(parts * inputs, dtype=torch.int32, device=device)
+        rule = ShardRule(output_dim=0, part_sizes=(inputs,) * parts)
+        layer.add_weight("g_idx", indices, rule)
+
+    def finish_loading(self, layer: WeightLayer) -> None:
+        """Repack.
+
+        Raises: CheckpointError naming a tensor with scales that are not finite, or groups out of
+        range or of another size than the config's.
+        """
+        if self.is_tied:
+            return
+        form = self.form
+        check_scales(layer, layer.get_weight("scales"), form, "scales")
+        order = self._order(layer)
+        values = as_bytes(layer.get_weight("qweight").data.T)
+        layer.drop_weight("qweight")
+        zeros = layer.get_weight("qzeros").data.view(torch.uint8)
+        if self.zero_offset:
+            codes = unpack(zeros, form.bits, form.out_features)
+            zeros = pack((codes + self.zero_offset) & (2**form.bits - 1), form.bits)
+        scales = layer.get_weight("scales").data
+        for name in ("qzeros", "scales", "g_idx"):
+            layer.drop_weight(name)
+        self.install(layer, values=values, scales=scales, zeros=zeros, order=order)
+        for span, own in self._spans(layer):
+            if own is not None:
+                self._reorder(values, span, own)
+
+    def _reorder(self, values: Tensor, span: slice, order: Tensor) -> None:
+        form = self.form
+        for outputs in form.slices(span.start, span.stop):
+            codes = unpack(values[outputs], form.bits, form.in_features)
+            values[outputs] = pack(codes[:, order], form.bits)
+
+    def _order(self, layer: WeightLayer) -> Tensor | None:
+        """Return int32 [1 or parts, in_features]: inputs sorted by group; None: they are."""
+        orders = []
+        inputs = self.form.in_features
+        for part, indices in enumerate(layer.get_weight("g_idx").data.split(inputs)):
+            self._check_groups(indices, tensor_name(layer.spec, part, "g_idx"))
+            orders.append(indices.argsort(stable=True).to(torch.int32))
+        if all(torch.equal(order, orders[0]) for order in orders[1:]):
+            del orders[1:]
+        plain = torch.arange(inputs, dtype=torch.int32, device=orders[0].device)
+        is_sorted = all(torch.equal(order, plain) for order in orders)
+        return None if is_sorted else torch.stack(orders)
+
+    def _check_groups(self, indices: Tensor, name: str) -> None:
+        form = self.form
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= form.num_groups:
+            wrong = low if low < 0 else high
+            raise CheckpointError(
+                f"tensor {name!r} names group {wrong}; {form.in_features} inputs in groups of "
+                f"{form.group_size} have groups 0 to {form.num_groups - 1}. Compare group_size in "
+                f"config.json with the checkpoint's, or download it again."
+            )
+        sizes = torch.bincount(indices, minlength=form.num_groups)
+        if bool((sizes != form.group_size).any()):
+            group = int((sizes != form.group_size).nonzero()[0])
+            raise CheckpointError(
+                f"tensor {name!r} puts {int(sizes[group])} inputs into group {group}; config.json "
+                f"says group_size {form.group_size}. Compare it with the checkpoint's, or download "
+                f"it again."
+            )
+
+    def settle_drawn(self, layer: WeightLayer) -> None:
+        """Put inputs into groups in their order; make the weights as large as others."""
+        form = self.form
+        indices = layer.get_weight("g_idx").data
+        plain = torch.arange(form.in_features, dtype=torch.int32, device=indices.device)
+        indices.copy_((plain // form.group_size).repeat(len(form.part_sizes)))
+        settle_scales(layer.get_weight("scales").data, form.bits)
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product."""
+        if not self.is_tied:
+            return super().apply(layer, x, bias)
+        assert isinstance(x, Tensor)
+        return ops.linear(x, layer.get_weight("weight"), bias)
+
+    def dequantize(self, layer: WeightLayer) -> Tensor | None:
+        """Return the whole weight; a tied head's is not quantized."""
+        if self.is_tied:
+            return layer.get_weight("weight").float()
+        return super().dequantize(layer)

@@ -1,0 +1,273 @@
+"""Weights of 2, 3, 4 or 8 bits in groups: how they lie once loaded, and the product with them.
+
+`gptq`, `awq` and `int4` read different things and keep the same:
+
+    values       uint8 [out_features, in_features * bits / 8], a row of codes along the inputs
+    scales       float16 [num_groups, out_features]
+    zeros        uint8 [num_groups, out_features * bits / 8], codes along the outputs
+    input_order  int32 [orders, in_features], only where the inputs of a group do not lie together
+
+Codes are a string of bits, the first code in the lowest bits of the first byte: with 4 bits two
+codes a byte, with 3 bits eight codes in three bytes. A weight is (code - zero) * scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as functional
+from attrs import frozen
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.interfaces.quantization import (
+    EmbeddingSpec,
+    LayerMethod,
+    LinearSpec,
+    QuantizedActivation,
+    ShardRule,
+    WeightLayer,
+)
+from quire_kernels import ops
+
+# Weights that are wide at one time: 16 MiB in float32.
+SLICE_WEIGHTS = 1 << 22
+# Slices of outputs begin at whole words of every format.
+SLICE_STEP = 32
+
+
+def codes_in_unit(bits: int) -> int:
+    """Return the fewest codes that fill whole bytes."""
+    return 8 // math.gcd(bits, 8)
+
+
+def num_bytes(count: int, bits: int) -> int:
+    """Return the bytes of `count` codes, the last unit padded."""
+    unit = codes_in_unit(bits)
+    return -(-count // unit) * unit * bits // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return codes uint8 [..., n] as a string of bits, uint8 [..., num_bytes(n, bits)]."""
+    if bits == 8:
+        return codes.contiguous()
+    unit = codes_in_unit(bits)
+    padded = functional.pad(codes, (0, -codes.shape[-1] % unit))
+    words = padded.unflatten(-1, (-1, unit)).to(torch.int32)
+    words = (words << _shifts(unit * bits, bits, codes)).sum(-1, keepdim=True, dtype=torch.int32)
+    return ((words >> _shifts(unit * bits, 8, codes)) & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first `count` codes, uint8 [..., count], of what `pack` returns."""
+    if bits == 8:
+        return packed[..., :count]
+    unit, words = codes_in_unit(bits), packed
+    if unit * bits > 8:
+        words = packed.unflatten(-1, (-1, unit * bits // 8)).to(torch.int32)
+        words = (words << _shifts(unit * bits, 8, packed)).sum(-1, dtype=torch.int32)
+    # Each code of a unit by itself: one shift over all of them took twice as long.
+    codes = [((words >> bits * i) & (2**bits - 1)).to(torch.uint8) for i in range(unit)]
+    return torch.stack(codes, -1).flatten(-2)[..., :count]
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Return a copy of int32 [rows, n], of any strides, as uint8 [rows, 4 n]."""
+    # `contiguous` keeps the strides of a dimension of one element, which `view` then refuses.
+    copy = words.new_empty(words.shape)
+    return copy.copy_(words).view(torch.uint8)
+
+
+def _shifts(width: int, step: int, like: Tensor) -> Tensor:
+    return torch.arange(0, width, step, dtype=torch.int32, device=like.device)
+
+
+@frozen(kw_only=True)
+class PackedForm:
+    """Sizes of a layer; `part_sizes` are the outputs of its projections."""
+
+    bits: int
+    group_size: int
+    in_features: int
+    part_sizes: tuple[int, ...]
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(cls, spec: LinearSpec | EmbeddingSpec, bits: int, group_size: int | None) -> PackedForm:
+        """Return the form of a layer; without a size all inputs are one group."""
+        if isinstance(spec, LinearSpec):
+            in_features, part_sizes = spec.in_features, spec.output_sizes
+        else:
+            in_features, part_sizes = spec.embedding_dim, (spec.num_embeddings,)
+        return cls(
+            bits=bits,
+            group_size=group_size or in_features,
+            in_features=in_features,
+            part_sizes=part_sizes,
+            dtype=spec.dtype,
+            device=spec.device,
+        )
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all projections together."""
+        return sum(self.part_sizes)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that share a scale, of each output."""
+        return self.in_features // self.group_size
+
+    def slices(self, first: int, end: int) -> Iterator[slice]:
+        """Yield pieces of the outputs whose weights may be wide at one time."""
+        step = max(1, SLICE_WEIGHTS // self.in_features // SLICE_STEP) * SLICE_STEP
+        for start in range(first, end, step):
+            yield slice(start, min(start + step, end))
+
+
+def _column(of_groups: Tensor) -> Tensor:
+    """Return float32 [out, num_groups, 1] of [num_groups, out]."""
+    return of_groups.T.float().contiguous().unsqueeze(-1)
+
+
+class PackedProduct(LayerMethod):
+    """x W^T + b, a slice of W's outputs at a time made wide."""
+
+    def __init__(self, form: PackedForm) -> None:
+        self.form = form
+        self.num_orders = 0
+
+    def install(
+        self,
+        layer: WeightLayer,
+        *,
+        values: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        order: Tensor | None = None,
+    ) -> None:
+        """Register what is kept, as the module says; the format's own weights are dropped before.
+
+        `order` [1 or parts, in_features]: which input each column of `values` multiplies, of all
+        projections or of each.
+        """
+        form = self.form
+        packed = 8 // form.bits if 8 % form.bits == 0 else 1
+        rule = ShardRule(output_dim=0, input_dim=1, packed_dim=1, pack_factor=packed)
+        layer.add_weight("values", values, rule)
+        rule = ShardRule(output_dim=1, input_dim=0, group_size=form.group_size)
+        layer.add_weight("scales", scales, rule)
+        rule = ShardRule(
+            output_dim=1,
+            input_dim=0,
+            packed_dim=1,
+            pack_factor=packed,
+            group_size=form.group_size,
+        )
+        layer.add_weight("zeros", zeros, rule)
+        if order is not None:
+            self.num_orders = len(order)
+            layer.add_weight("input_order", order, ShardRule())
+
+    def _wide(self, layer: WeightLayer, outputs: slice) -> Tensor:
+        """Return some rows of the weight, float32, its columns as they are kept."""
+        form, first, end = self.form, outputs.start, outputs.stop
+        codes = unpack(layer.get_weight("values")[outputs], form.bits, form.in_features)
+        packed = slice(first * form.bits // 8, num_bytes(end, form.bits))
+        zeros = unpack(layer.get_weight("zeros")[:, packed], form.bits, end - first)
+        scales = layer.get_weight("scales")[:, outputs]
+        weight = codes.float().unflatten(1, (form.num_groups, -1))
+        weight.sub_(_column(zeros)).mul_(_column(scales))
+        return weight.flatten(1)
+
+    def _spans(self, layer: WeightLayer) -> Iterator[tuple[slice, Tensor | None]]:
+        """Yield outputs that see the inputs in one order, and the order."""
+        form = self.form
+        if self.num_orders < 2:
+            order = layer.get_weight("input_order")[0] if self.num_orders else None
+            yield slice(0, form.out_features), order
+            return
+        first = 0
+        for size, order in zip(form.part_sizes, layer.get_weight("input_order"), strict=True):
+            yield slice(first, first + size), order
+            first += size
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product; memory beside the output's is that of one slice."""
+        assert isinstance(x, Tensor)
+        out = x.new_empty(x.shape[0], self.form.out_features)
+        for span, order in self._spans(layer):
+            ordered = x if order is None else x[:, order]
+            for outputs in self.form.slices(span.start, span.stop):
+                weight = self._wide(layer, outputs).to(x.dtype)
+                part = None if bias is None else bias[outputs]
+                out[:, outputs] = ops.linear(ordered, weight, part)
+        return out
+
+    def dequantize(self, layer: WeightLayer) -> Tensor | None:
+        """Return the whole weight, float32, its columns in the order of the inputs."""
+        found = torch.empty(
+            self.form.out_features, self.form.in_features, device=layer.get_weight("values").device
+        )
+        for span, order in self._spans(layer):
+            weight = self._wide(layer, span)
+            found[span] = weight if order is None else weight[:, order.long().argsort()]
+        return found
+
+
+def tensor_name(spec: LinearSpec | EmbeddingSpec, part: int, name: str) -> str:
+    """Return the checkpoint's name of a projection's tensor."""
+    return f"{part_names(spec)[part]}.{name}"
+
+
+def part_names(spec: LinearSpec | EmbeddingSpec) -> tuple[str, ...]:
+    """Return the module names of a layer's projections."""
+    if not isinstance(spec, LinearSpec) or len(spec.parts) < 2:
+        return (spec.name,)
+    prefix = spec.name.rpartition(".")[0]
+    return tuple(f"{prefix}.{part}" if prefix else part for part in spec.parts)
+
+
+def check_scales(layer: WeightLayer, scales: Tensor, form: PackedForm, name: str) -> None:
+    """Look for scales [num_groups, out_features] that are not finite.
+
+    Raises: CheckpointError naming the tensor, called `name` in the checkpoint.
+    """
+    bad = ~torch.isfinite(scales)
+    if not bool(bad.any()):
+        return
+    group, output = bad.nonzero()[0].tolist()
+    part = 0
+    while output >= form.part_sizes[part]:
+        output -= form.part_sizes[part]
+        part += 1
+    raise CheckpointError(
+        f"tensor {tensor_name(layer.spec, part, name)!r} gives a scale that is NaN or infinite, "
+        f"at group {group} of output {output}; the file is damaged, download it again."
+    )
+
+
+def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight float32 [out, in] to the nearest codes of its groups.
+
+    Returns codes uint8 [out, in], scales float16 [out, num_groups] and zeros uint8 of that shape.
+    Codes reach from a group's least to its greatest weight, zero among them.
+    """
+    groups, top = weight.unflatten(1, (-1, group_size)), 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    tiny = torch.finfo(torch.float16).smallest_normal
+    scales = ((high - low) / top).clamp(min=tiny).to(torch.float16)
+    wide = scales.float()
+    zeros = (-low / wide).round().clamp(0, top)
+    codes = ((groups / wide[..., None]).round() + zeros[..., None]).clamp(0, top)
+    return codes.flatten(1).to(torch.uint8), scales, zeros.to(torch.uint8)
+
+
+def settle_scales(scales: Tensor, bits: int) -> None:
+    """Make of drawn scales some that give weights about as large as other layers draw."""
+    scales.abs_().div_(2 ** (bits - 1))
