@@ -26,6 +26,7 @@ from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.quantization import QuantizationMethod
 from quire.interfaces.sampling import Sampler
 from quire.layers.build import LayerBuilder
+from quire.layers.weights import WeightStore
 from quire.request import MAX_LOGPROBS, SamplingParams
 from quire.scheduling.output import AddedSequence, SchedulerOutput
 
@@ -116,8 +117,15 @@ def group_layers(model: Model, chosen: Mapping[AttentionSpec, ChosenBackend]) ->
 
 
 def weight_bytes(model: Model) -> int:
-    """Return the bytes of a model's parameters as it was built."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Return the bytes of a model's weights once they are loaded, of one that is not yet."""
+    total = 0
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        known = module.method.loaded_bytes(module) if isinstance(module, WeightStore) else None
+        if known is not None:
+            own, total = {name: p for name, p in own.items() if name == "bias"}, total + known
+        total += sum(p.numel() * p.element_size() for p in own.values())
+    return total
 
 
 def estimated_activation_bytes(config: ModelConfig, limits: BatchLimits, dtype: str) -> int:

@@ -152,6 +152,20 @@ class LayerMethod(abc.ABC):
         """
         return None
 
+    def rounded_input(self, layer: WeightLayer, x: Tensor) -> Tensor | None:
+        """Return what the layer multiplies instead of `x` [num_tokens, in_features], wide.
+
+        For checks, as `dequantize`. None: `x` as it is.
+        """
+        return None
+
+    def loaded_bytes(self, layer: WeightLayer) -> int | None:
+        """Return the bytes that the layer will hold once it is loaded, without its bias.
+
+        Asked before `finish_loading`, also on device `meta`. None: those of its weights.
+        """
+        return None
+
     def apply_after_norm(
         self,
         layer: WeightLayer,

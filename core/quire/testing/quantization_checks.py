@@ -140,8 +140,11 @@ def judge_product(
         return None
     expected, first = expected_of(subject, loaded, case), 0
     seen = x if exact_x is None else exact_x
+    declared = loaded.layer.method.rounded_input(loaded.layer, x)
     if subject.rounded_input is not None:
         seen = subject.rounded_input(x, loaded.layer.spec)
+    elif declared is not None:
+        seen = declared
     spread, narrow = seen.double().abs().sum(1), (x if exact_x is not None else seen.to(x.dtype))
     for i, size in enumerate(case.sizes):
         part = slice(first, first + size)
