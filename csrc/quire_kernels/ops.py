@@ -88,6 +88,25 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `x` [num_rows, size] to 8 bits with a scale for each row, symmetric.
+
+    Returns uint8 `values` [num_rows, size] from 1 to 255 and float32 `scales` [num_rows], the
+    largest of a row by 127; (values - 128) * scales is near x. A row that has a NaN or an infinity
+    has the scale NaN.
+    """
+    if x.is_cpu and (rows := _cpu_kernels()) and rows.serves(x):
+        rounded: tuple[Tensor, Tensor] = rows.quantize_rows(x)
+        return rounded
+    wide = x.float()
+    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=1)
+    scales = largest / 127
+    scales = torch.where(scales == 0, 1.0, scales)
+    scales = torch.where(largest.isfinite(), scales, torch.nan)
+    values = (wide / scales[:, None]).round_().clamp_(-127, 127).nan_to_num_(0.0).add_(128)
+    return values.to(torch.uint8), scales
+
+
 def _one_row_kernels(x: Tensor, weight: Tensor, *, gated: bool = False) -> Any:
     """Return the kernels of one-row products if they take this one, else None."""
     if not x.is_cuda or x.shape[0] != 1:

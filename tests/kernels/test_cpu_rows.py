@@ -120,3 +120,21 @@ def test_ops_take_the_kernels_where_they_serve_and_pytorch_elsewhere(
     ops.rms_norm(x.double(), weight.double(), 1e-6)
 
     assert taken == ["norm", "norm"]
+
+
+@given(ROWS, SIZES, DTYPES, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_quantize_rows_equals_the_body(
+    num_rows: int, size: int, dtype: torch.dtype, has_nan: bool
+) -> None:
+    x = draw(num_rows, size, dtype=dtype)
+    x[0] = 0
+    if has_nan:
+        x[-1, size // 2] = float("nan")
+
+    found = rows.quantize_rows(x)
+
+    # Rows that lie apart are left to the PyTorch body.
+    body = ops.quantize_rows(x.repeat(1, 2)[:, :size])
+    for one, expected in zip(found, body, strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from quire.cli import bench_attention, bench_engine, bench_serve, bench_startup
+from quire.cli import bench_attention, bench_engine, bench_quality, bench_serve, bench_startup
+
+ONE_MODULE: dict[str, Any] = {
+    "attention": bench_attention,
+    "startup": bench_startup,
+    "quality": bench_quality,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,30 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         bench_engine.add_arguments(one, what)
-    attention = below.add_parser(
-        "attention",
-        help=bench_attention.SUMMARY,
-        description=f"Measure {bench_attention.SUMMARY}.",
-        epilog=bench_attention.EPILOG,
-        allow_abbrev=False,
-    )
-    bench_attention.add_arguments(attention)
-    startup = below.add_parser(
-        "startup",
-        help=bench_startup.SUMMARY,
-        description=f"Measure {bench_startup.SUMMARY}.",
-        epilog=bench_startup.EPILOG,
-        allow_abbrev=False,
-    )
-    bench_startup.add_arguments(startup)
+    for what, module in ONE_MODULE.items():
+        one = below.add_parser(
+            what,
+            help=module.SUMMARY,
+            description=f"Measure {module.SUMMARY}.",
+            epilog=module.EPILOG,
+            allow_abbrev=False,
+        )
+        module.add_arguments(one)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 if a request to a server failed. Raises: QuireError."""
     if arguments.what == "serve":
         return bench_serve.run(arguments)
-    if arguments.what == "attention":
-        return bench_attention.run(arguments)
-    if arguments.what == "startup":
-        return bench_startup.run(arguments)
+    if arguments.what in ONE_MODULE:
+        code: int = ONE_MODULE[arguments.what].run(arguments)
+        return code
     return bench_engine.run(arguments)

@@ -44,9 +44,11 @@ def work_of(model: Model, groups: Sequence[LayerGroup], weight_bytes: int) -> Mo
     layers = list(model.modules())
     linears = [layer.spec for layer in layers if isinstance(layer, Linear)]
     heads = [layer for layer in layers if isinstance(layer, Head)]
-    is_tied = any(head.is_tied for head in heads)
-    # An embedding is looked up in, not read, unless the head uses it too.
-    looked_up = [] if is_tied else [layer.spec for layer in layers if isinstance(layer, Embedding)]
+    reads_embedding = any(h.is_tied and h.method.loaded_bytes(h) is None for h in heads)
+    # An embedding is looked up in, not read, unless the head uses it too, and no copy of it.
+    looked_up = (
+        [] if reads_embedding else [layer.spec for layer in layers if isinstance(layer, Embedding)]
+    )
     return ModelWork(
         linear_flops=sum(2 * s.in_features * s.out_features for s in linears),
         head_flops=sum(2 * h.spec.num_embeddings * h.spec.embedding_dim for h in heads),

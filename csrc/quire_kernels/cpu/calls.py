@@ -57,12 +57,13 @@ class WriteCall(ctypes.Structure):
 
 
 class RowsCall(ctypes.Structure):
-    """Rows of a norm or an activation."""
+    """Rows of a norm, an activation or a quantization."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "residual", "weight", "out")),
         *((name, c_int64) for name in ("num_rows", "size")),
         ("eps", c_float),
+        ("scales", c_void_p),
     )
 
 
@@ -79,6 +80,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "quire_write": (None, (POINTER(Spec), POINTER(WriteCall))),
     "quire_norm": (None, (c_int, c_int, POINTER(RowsCall), c_int)),
     "quire_silu_mul": (None, (c_int, c_int, POINTER(RowsCall), c_int)),
+    "quire_quantize": (None, (c_int, c_int, POINTER(RowsCall), c_int)),
 }
 
 

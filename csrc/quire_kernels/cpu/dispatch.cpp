@@ -92,8 +92,10 @@ void do_rows(void *data) {
             job->kernels->write(job->spec, (const WriteCall *)job->call, first, end);
         else if (job->kind == 1)
             job->kernels->norm(job->dtype, (const RowsCall *)job->call, first, end);
-        else
+        else if (job->kind == 2)
             job->kernels->silu_mul(job->dtype, (const RowsCall *)job->call, first, end);
+        else
+            job->kernels->quantize(job->dtype, (const RowsCall *)job->call, first, end);
     }
 }
 
@@ -176,6 +178,11 @@ void quire_norm(int isa, int dtype, const RowsCall *call, int num_threads) {
 
 void quire_silu_mul(int isa, int dtype, const RowsCall *call, int num_threads) {
     RowsJob job = {table_of(isa), nullptr, call, call->num_rows, 0, 0, dtype, 2};
+    run_rows(job, call->size, num_threads);
+}
+
+void quire_quantize(int isa, int dtype, const RowsCall *call, int num_threads) {
+    RowsJob job = {table_of(isa), nullptr, call, call->num_rows, 0, 0, dtype, 3};
     run_rows(job, call->size, num_threads);
 }
 }

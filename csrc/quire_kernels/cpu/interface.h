@@ -61,13 +61,15 @@ struct WriteCall {
     float eps;
 };
 
-// Rows of a norm or an activation, contiguous. `residual`, where given, is added into x first.
+// Rows of a norm, an activation or a quantization, contiguous. `residual`, where given, is added
+// into x first; `scales` are what a quantization gives beside its values.
 struct RowsCall {
     void *x;
     const void *residual, *weight;
     void *out;
     int64_t num_rows, size;
     float eps;
+    float *scales;
 };
 
 struct Kernels {
@@ -78,6 +80,7 @@ struct Kernels {
     void (*write)(const Spec *, const WriteCall *, int64_t first, int64_t end);
     void (*norm)(int32_t dtype, const RowsCall *, int64_t first, int64_t end);
     void (*silu_mul)(int32_t dtype, const RowsCall *, int64_t first, int64_t end);
+    void (*quantize)(int32_t dtype, const RowsCall *, int64_t first, int64_t end);
 };
 
 extern "C" {

@@ -30,8 +30,11 @@ void norm(int32_t dtype, const RowsCall *call, int64_t first, int64_t end) {
 void silu_mul(int32_t dtype, const RowsCall *call, int64_t first, int64_t end) {
     BY_DTYPE(dtype, silu_mul_rows, *call, first, end)
 }
+void quantize(int32_t dtype, const RowsCall *call, int64_t first, int64_t end) {
+    BY_DTYPE(dtype, quantize_rows, *call, first, end)
+}
 
-const Kernels TABLE_OF_THIS_FILE = {NAME, scratch_size, part_size, attend, write, norm, silu_mul};
+const Kernels TABLE_OF_THIS_FILE = {NAME, scratch_size, part_size, attend, write, norm, silu_mul, quantize};
 
 }  // namespace
 

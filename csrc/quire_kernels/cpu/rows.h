@@ -143,4 +143,44 @@ void silu_mul_rows(const RowsCall &call, int64_t first, int64_t end) {
     }
 }
 
+// out = round(x / scale) + 128 in 8 bits, scale = max |x| / 127 of each row: NaN where a number of
+// the row is not finite, so that products show it.
+template <class E>
+void quantize_rows(const RowsCall &call, int64_t first, int64_t end) {
+    const int PIECE = 4 * LANES;
+    float piece[PIECE];
+    for (int64_t row = first; row < end; ++row) {
+        const typename E::T *x = (const typename E::T *)call.x + row * call.size;
+        uint8_t *out = (uint8_t *)call.out + row * call.size;
+        // Without signs the bits of floats are in the order of the floats, NaN above infinity.
+        int32_t most = 0;
+        for (int64_t i = 0; i < call.size; i += PIECE) {
+            int count = call.size - i < PIECE ? (int)(call.size - i) : PIECE;
+            widen_row<E>(x + i, piece, count);
+            for (int n = 0; n < count; ++n) {
+                int32_t bits;
+                memcpy(&bits, piece + n, 4);
+                bits &= 0x7fffffff;
+                most = bits > most ? bits : most;
+            }
+        }
+        float largest;
+        memcpy(&largest, &most, 4);
+        bool is_finite = most < 0x7f800000;
+        float scale = most == 0 || !is_finite ? 1.0f : largest / 127.0f;
+        if (scale == 0) scale = 1.0f;
+        for (int64_t i = 0; i < call.size && is_finite; i += PIECE) {
+            int count = call.size - i < PIECE ? (int)(call.size - i) : PIECE;
+            widen_row<E>(x + i, piece, count);
+            for (int n = 0; n < count; ++n) {
+                float value = rintf(piece[n] / scale);
+                value = value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value;
+                out[i + n] = (uint8_t)((int32_t)value + 128);
+            }
+        }
+        if (!is_finite) memset(out, 128, call.size);
+        call.scales[row] = is_finite ? scale : NAN;
+    }
+}
+
 }  // namespace

@@ -1,4 +1,4 @@
-"""Norms and activations of `quire_kernels.ops` on a CPU, one pass each where PyTorch takes ten."""
+"""Norms, activations and rounding of `quire_kernels.ops` on a CPU, each in one pass."""
 
 from __future__ import annotations
 
@@ -46,3 +46,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     dtype = _DTYPES[gate_up.dtype]
     calls.library().quire_silu_mul(calls.best_isa(), dtype, call, torch.get_num_threads())
     return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x` [num_rows, size] as uint8 around 128, and float32 scales [num_rows]."""
+    num_rows, size = x.shape
+    values = torch.empty(num_rows, size, dtype=torch.uint8)
+    scales = torch.empty(num_rows, dtype=torch.float32)
+    call = calls.RowsCall(
+        x=x.data_ptr(),
+        out=values.data_ptr(),
+        scales=scales.data_ptr(),
+        num_rows=num_rows,
+        size=size,
+    )
+    dtype = _DTYPES[x.dtype]
+    calls.library().quire_quantize(calls.best_isa(), dtype, call, torch.get_num_threads())
+    return values, scales
