@@ -14,6 +14,8 @@ import torch.nn.functional as functional
 
 ROUNDS = 10
 WARM_UP_ROUNDS = 3
+# No call more once so many seconds are gone: a CPU without products in a dtype takes minutes.
+MOST_SECONDS = 2.0
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -77,11 +79,14 @@ def _product(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the median time of a call on the device."""
-    for _ in range(WARM_UP_ROUNDS):
-        call()
-    times = [_seconds_once(call, device) for _ in range(ROUNDS)]
-    return statistics.median(times)
+    """Return the median time of a call on the device; the first few do not count, if they may."""
+    begin = time.perf_counter()
+    times: list[float] = []
+    while len(times) < WARM_UP_ROUNDS + ROUNDS:
+        times.append(_seconds_once(call, device))
+        if device.type != "cuda" and time.perf_counter() - begin > MOST_SECONDS:
+            break
+    return statistics.median(times[WARM_UP_ROUNDS:] or times[-1:])
 
 
 def _seconds_once(call: Callable[[], Any], device: torch.device) -> float:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from attrs import Factory, define
 from torch import Tensor
 
+from quire.errors import PluginError, QuireError
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits, KVLayout
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.scheduling.output import KVCacheGroup
+
+Answer = TypeVar("Answer")
 
 
 @define(kw_only=True)
@@ -97,5 +100,35 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def make_backends(groups: Sequence[LayerGroup], limits: BatchLimits) -> list[AttentionBackend]:
-    """Make one backend instance a group."""
-    return [group.backend_class(group.spec, limits, group.options) for group in groups]
+    """Make one backend instance a group. Raises: PluginError naming one that cannot be made."""
+
+    def make(group: LayerGroup) -> AttentionBackend:
+        return group.backend_class(group.spec, limits, group.options)
+
+    return [ask(g.backend_name, "__init__", lambda group=g: make(group)) for g in groups]
+
+
+def layout_of(name: str, backend: type[AttentionBackend], spec: AttentionSpec) -> KVLayout:
+    """Return the layout that a backend wants. Raises: PluginError naming it where it has none."""
+    layout = ask(name, "kv_layout", lambda: backend.kv_layout(spec))
+    if not isinstance(layout, KVLayout):
+        raise _broken(name, f"returns {layout!r} from kv_layout() where a KVLayout is wanted")
+    return layout
+
+
+def ask(name: str, method: str, call: Callable[[], Answer]) -> Answer:
+    """Return what a backend's method gives. Raises: PluginError naming both where it raises."""
+    try:
+        return call()
+    except (QuireError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise _broken(name, f"raises {type(error).__name__} in {method}(): {text}") from error
+
+
+def _broken(name: str, fact: str) -> PluginError:
+    return PluginError(
+        f"attention backend {name!r} {fact}. Ask for another with --attention-backend; "
+        f"`quire plugins check` says more of this one."
+    )

@@ -10,7 +10,14 @@ import torch
 from attrs import define
 
 from quire.errors import ConfigError
-from quire.execution.kv_cache import KVCache, LayerGroup, layers_by_spec, make_backends
+from quire.execution.kv_cache import (
+    KVCache,
+    LayerGroup,
+    ask,
+    layers_by_spec,
+    layout_of,
+    make_backends,
+)
 from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
 from quire.execution.model_runner import ModelRunner
 from quire.execution.processors import ProcessorChain
@@ -109,7 +116,7 @@ def group_layers(model: Model, chosen: Mapping[AttentionSpec, ChosenBackend]) ->
             layers=layers,
             backend_name=chosen[spec].name,
             backend_class=chosen[spec].backend_class,
-            layout=chosen[spec].backend_class.kv_layout(spec),
+            layout=layout_of(chosen[spec].name, chosen[spec].backend_class, spec),
             options=chosen[spec].options,
         )
         for spec, layers in found.items()
@@ -171,7 +178,11 @@ class Measured:
 
 def workspace_bytes(groups: list[LayerGroup], limits: BatchLimits) -> int:
     """Return what the backends' instances hold."""
-    return sum(g.backend_class.workspace_bytes(g.spec, limits) for g in groups)
+
+    def held(group: LayerGroup) -> int:
+        return group.backend_class.workspace_bytes(group.spec, limits)
+
+    return sum(ask(g.backend_name, "workspace_bytes", lambda group=g: held(group)) for g in groups)
 
 
 def measure_host(*, weights: int, activations: int, workspace: int) -> Measured:

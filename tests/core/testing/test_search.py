@@ -1,0 +1,40 @@
+"""What a check looks at before it says that a plugin passed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from hypothesis import strategies as st
+
+from quire.testing.kit_report import Failure, Profile
+from quire.testing.search import Check, run
+
+SHORT = Profile(name="short", seconds=0.1, examples=20, longest=9, shrink_s=0.1)
+
+
+def test_first_case_does_not_take_the_time_of_the_others() -> None:
+    """It pays for imports and compilers: a check of one case would pass what is wrong."""
+    seen: list[int] = []
+
+    def judge(case: int) -> Failure | None:
+        if not seen:
+            time.sleep(0.3)
+        seen.append(case)
+        return Failure(what="wrong", case=case) if len(seen) > 3 else None
+
+    check = Check(name="output", judge=judge, cases=st.integers(0, 10**6), share=1.0)
+    assert run(check, SHORT).outcome == "failed"
+
+
+def test_time_is_over_for_cases_that_are_all_slow() -> None:
+    """The profile's seconds bound a check."""
+
+    def judge(case: Any) -> Failure | None:
+        time.sleep(0.06)
+        return None
+
+    check = Check(name="output", judge=judge, cases=st.integers(0, 10**6), share=1.0)
+    result = run(check, SHORT)
+    assert result.outcome == "passed"
+    assert result.cases <= 4
