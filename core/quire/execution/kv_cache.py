@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -105,7 +106,7 @@ def make_backends(groups: Sequence[LayerGroup], limits: BatchLimits) -> list[Att
     def make(group: LayerGroup) -> AttentionBackend:
         return group.backend_class(group.spec, limits, group.options)
 
-    return [ask(g.backend_name, "__init__", lambda group=g: make(group)) for g in groups]
+    return [ask(g.backend_name, "__init__", partial(make, g)) for g in groups]
 
 
 def layout_of(name: str, backend: type[AttentionBackend], spec: AttentionSpec) -> KVLayout:

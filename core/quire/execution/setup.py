@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ def workspace_bytes(groups: list[LayerGroup], limits: BatchLimits) -> int:
     def held(group: LayerGroup) -> int:
         return group.backend_class.workspace_bytes(group.spec, limits)
 
-    return sum(ask(g.backend_name, "workspace_bytes", lambda group=g: held(group)) for g in groups)
+    return sum(ask(g.backend_name, "workspace_bytes", partial(held, g)) for g in groups)
 
 
 def measure_host(*, weights: int, activations: int, workspace: int) -> Measured:
