@@ -123,7 +123,7 @@ def ask(name: str, method: str, call: Callable[[], Answer]) -> Answer:
         return call()
     except (QuireError, torch.cuda.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split()).rstrip(".")
         raise _broken(name, f"raises {type(error).__name__} in {method}(): {text}") from error
 

@@ -146,7 +146,7 @@ class _Check:
             return method(*arguments)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())
             raise self._error(
                 f"raises {type(error).__name__} in {method.__name__}() for {_in_words(spans)}: "

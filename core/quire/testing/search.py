@@ -86,7 +86,7 @@ class _Search:
     def _judged(self, case: Any) -> Failure | None:
         try:
             return self.check.judge(case)
-        except Exception as error:  # noqa: BLE001 - whatever a plugin raises is its failure
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises is its failure
             text = " ".join(str(error).split())
             return Failure(what=f"it raises {type(error).__name__}: {text}", case=case)
 

@@ -72,3 +72,14 @@ def test_workspace_that_raises_is_named() -> None:
 
     with pytest.raises(PluginError, match=r"ZeroDivisionError in workspace_bytes\(\)"):
         workspace_bytes([group_of(Broken)], LIMITS)
+
+
+def test_constructor_that_exits_is_named() -> None:
+    """The start would end without a word."""
+
+    class Broken(GatherAttention):
+        def __init__(self, *_: Any) -> None:
+            raise SystemExit(0)
+
+    with pytest.raises(PluginError, match=r"raises SystemExit in __init__\(\): 0"):
+        make_backends([group_of(Broken)], LIMITS)

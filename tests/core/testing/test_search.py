@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -38,3 +39,14 @@ def test_time_is_over_for_cases_that_are_all_slow() -> None:
     result = run(check, SHORT)
     assert result.outcome == "passed"
     assert result.cases <= 4
+
+
+def test_plugin_that_exits_has_failed() -> None:
+    """The kit would end without a word, with the plugin's own status."""
+
+    def judge(case: Any) -> Failure | None:
+        sys.exit(0)
+
+    check = Check(name="output", judge=judge, cases=st.integers(0, 9), share=1.0)
+    result = run(check, SHORT)
+    assert (result.outcome, "raises SystemExit: 0" in result.detail) == ("failed", True)
