@@ -119,7 +119,7 @@ def offers_log_sum(choices: Choices) -> str | None:
         run(choices.backend, case, make_inputs(case), wants_lse=True, options=options)
     except NotImplementedError as error:
         return f"not offered: {error}"
-    except Exception:  # noqa: BLE001 - the check itself will tell
+    except (Exception, SystemExit):  # noqa: BLE001 - the check itself will tell
         return None
     return None
 
@@ -164,7 +164,7 @@ def is_not_invariant(choices: Choices) -> str | None:
     tried = [Case(spec=choices.plain, lengths=lengths, seed=seed) for seed in range(4)]
     try:
         same = sum(check_batch_invariance(subject, case) is None for case in tried)
-    except Exception:  # noqa: BLE001 - another check tells what it raises
+    except (Exception, SystemExit):  # noqa: BLE001 - another check tells what it raises
         return "batch_invariant is not declared"
     return f"batch_invariant is not declared; {same} of {len(tried)} batches came out bit-equal"
 

@@ -78,7 +78,7 @@ def _outputs(
 ) -> list[Tensor] | None:
     try:
         return run(subject.backend, case, inputs, options=subject.options, fresh=fresh).out
-    except Exception:  # noqa: BLE001 - another error than the one that is explained
+    except (Exception, SystemExit):  # noqa: BLE001 - another error than the one that is explained
         return None
 
 

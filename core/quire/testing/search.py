@@ -71,7 +71,7 @@ class _Search:
         others = [case for case in self.known if case != smallest]
         try:
             return evolve(failure, guess=self.check.guess([smallest, *others[:5]]))
-        except Exception:  # noqa: BLE001 - a plugin that raises again; what failed is known
+        except (Exception, SystemExit):  # noqa: BLE001 - a plugin that raises again; what failed is known
             return failure
 
     def _is_over(self) -> bool:

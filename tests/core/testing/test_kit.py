@@ -6,6 +6,7 @@ import subprocess
 import sys
 import unittest
 from itertools import combinations
+from typing import Any
 
 import attrs
 import pytest
@@ -171,3 +172,15 @@ def test_captured_step_of_single_tokens_says_what_it_is_captured_for() -> None:
     step = GraphStep(Subject(backend=GatherAttention), case, make_inputs(case))
 
     assert step.batch.captured_for is GraphSupport.SINGLE_TOKEN
+
+
+def test_backend_that_exits_fails() -> None:
+    """The kit would end without a word, with the backend's own status."""
+
+    class Exits(GatherAttention):
+        def attend(self, *_: Any, **__: Any) -> None:
+            raise SystemExit(0)
+
+    report = check_attention(Exits)
+    assert not report.passed
+    assert "raises SystemExit: 0" in report.checks[0].detail
