@@ -26,7 +26,7 @@ from quire.hooks.attention_choice import (
     choose_attention,
     parts_asked_for,
 )
-from quire.hooks.builds import build_before_use, build_in_background
+from quire.hooks.builds import build_before_use, build_in_background, tell_what_is_missing
 from quire.hooks.selection import (
     parse_attention_options,
     select_logits_processors,
@@ -153,7 +153,8 @@ class Starter:
                 with self.phases.timed("native build"):
                     build_before_use(registry, kind, name)
         for choice in selections:
-            build_in_background(registry, choice.kind, choice.unbuilt)
+            building = build_in_background(registry, choice.kind, choice.unbuilt)
+            tell_what_is_missing(registry, choice, building)
 
     def _fill(self, model: Model) -> None:
         if self.config.model.load_format == "dummy":

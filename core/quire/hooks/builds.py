@@ -13,8 +13,11 @@ from quire.errors import BuildError, ConfigError, QuireError
 from quire.hooks.loading import first_line, refusal
 from quire.hooks.registry import Registry
 from quire.hooks.validation import Registered
+from quire.interfaces.plugin import Selection
 
 LOWEST_PRIORITY = 19
+# How reasons begin that say nothing of a plugin that could serve.
+COMES_AFTER, NEVER_PICKED = "it comes after", "auto never picks it"
 
 
 def not_built(name: str) -> str:
@@ -83,6 +86,24 @@ def build_before_use(registry: Registry, kind: str, name: str) -> None:
         say(build(entry, say))
     except BuildError as error:
         raise BuildError(f"{kind} {name!r} cannot be built: {error}") from error
+
+
+def tell_what_is_missing(registry: Registry, choice: Selection, building: Iterable[str]) -> None:
+    """Say on stderr what `auto` would rather have used, were it compiled, and why it is not.
+
+    `building` are those that are being built for the next start.
+    """
+    for name, reason in choice.passed_over:
+        if reason.startswith(COMES_AFTER) or reason.startswith(NEVER_PICKED):
+            continue
+        if registry.entry(choice.kind, name).descriptor.build is None:
+            continue
+        later = " It is being built for the next start." if name in building else ""
+        print(
+            f"quire: {choice.kind} {choice.used!r} is used, not {name!r}: {reason}{later}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def build_in_background(registry: Registry, kind: str, unbuilt: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from attrs import frozen
 
 from quire.errors import ConfigError
-from quire.hooks.builds import not_built
+from quire.hooks.builds import COMES_AFTER, NEVER_PICKED, not_built
 from quire.hooks.kinds import KINDS
 from quire.hooks.loading import first_line, refusal
 from quire.hooks.registry import Registry
@@ -59,7 +59,7 @@ class Candidates(Generic[Contract]):
         """
         device = device.partition(":")[0]
         passed_over = [
-            (plugin.name, f"auto never picks it on {device}.")
+            (plugin.name, f"{NEVER_PICKED} on {device}.")
             for plugin in plugins
             if device not in plugin.priority
         ]
@@ -137,7 +137,7 @@ class Candidates(Generic[Contract]):
 
 def comes_after(priority: int) -> str:
     """Return why a plugin was not even asked."""
-    return f"it comes after, with priority {priority}."
+    return f"{COMES_AFTER}, with priority {priority}."
 
 
 def as_sentence(reason: str) -> str:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from fake_builder import FakeBuild
 from fake_classes import SPEC, FakeBackend, add_class
@@ -16,7 +17,7 @@ from quire.errors import BuildError, ConfigError, PluginError
 from quire.hooks import builds
 from quire.hooks.registry import Registry, load_plugins
 from quire.hooks.selection import require_attention, select_attention
-from quire.interfaces.plugin import AttentionPlugin
+from quire.interfaces.plugin import AttentionPlugin, Selection
 
 
 @pytest.fixture
@@ -222,3 +223,30 @@ def test_background_build_runs_the_command_of_what_allows_it_alone(
     while not told.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert told.read_text().strip() == "19"
+
+
+def test_what_auto_would_rather_have_used_is_told(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = FakeBuild(monkeypatch, "slow")
+    registry = registry_of(installed, slow.descriptor(), attention("plain"))
+    choice = Selection(
+        kind="attention",
+        requested="auto",
+        used="other",
+        why="priority 1 on cpu, the highest that can serve",
+        passed_over=[
+            ("slow", "not built; run `quire build slow`."),
+            ("plain", "it has no sinks."),
+        ],
+        unbuilt=["slow"],
+    )
+
+    builds.tell_what_is_missing(registry, choice, ["slow"])
+    late = [("slow", "it comes after, with priority 3.")]
+    builds.tell_what_is_missing(registry, attrs.evolve(choice, passed_over=late), [])
+
+    assert capsys.readouterr().err == (
+        "quire: attention 'other' is used, not 'slow': not built; run `quire build slow`. "
+        "It is being built for the next start.\n"
+    )
