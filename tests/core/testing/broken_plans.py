@@ -174,9 +174,16 @@ class LseWithoutSinks(GatherAttention):
 
 @broken("invariance-declared-falsely", "order of sums")
 class InvarianceDeclaredFalsely(GatherAttention):
-    """Sums the weights over what the longest sequence of the batch needs."""
+    """Rounds the last bit the other way where a sequence is not alone, as sums in another order."""
 
     batch_invariant = True
+
+    def attend(self, layer: AttentionLayer, *tensors: Any) -> None:
+        super().attend(layer, *tensors)
+        plan, out = tensors[4], tensors[5]
+        if len(plan.parts) > 1:
+            bits = out.view(torch.int32 if out.dtype is torch.float32 else torch.int16)
+            bits ^= (bits != 0).to(bits.dtype)
 
 
 @broken("nan-taken-for-zero", "the tail of the last block is not masked")
