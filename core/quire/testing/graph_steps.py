@@ -25,6 +25,23 @@ from quire.testing.attention_cases import (
 from quire.testing.attention_run import Subject, make_cache, write_past
 
 
+def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Return what replays a step on a GPU, and plays it again on a CPU; it returns what it did."""
+    out = step()
+    if device.type != "cuda":
+        return step
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
 class GraphStep:
     """The memory of a captured step of the case's sequences and padding rows.
 
@@ -89,19 +106,7 @@ class GraphStep:
             )
             return self._out
 
-        step()
-        if self._cache.device.type != "cuda":
-            return step
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return self._out
-
-        return replay
+        return captured(step, self._cache.device)
 
     def load(self, lengths: list[int]) -> Case:
         """Put a step into the memory: the case's sequences, cut to `lengths`; return its case.

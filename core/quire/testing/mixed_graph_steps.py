@@ -19,6 +19,7 @@ from quire.testing.attention_cases import (
     step_tensors,
 )
 from quire.testing.attention_run import Subject, make_cache, write_past
+from quire.testing.graph_steps import captured
 
 # Tokens and sequences beyond those of the largest step.
 PADDING = 5
@@ -86,19 +87,7 @@ class MixedGraphStep:
             )
             return self._out
 
-        if self._cache.device.type != "cuda":
-            return step
-        step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return self._out
-
-        return replay
+        return captured(step, self._cache.device)
 
     def load(self, chosen: list[int]) -> tuple[Case, Inputs]:
         """Put a step of these sequences of the case into the memory; return its case and inputs."""
