@@ -115,6 +115,14 @@ def _one_row_kernels(x: Tensor, weight: Tensor, *, gated: bool = False) -> Any:
     return kernels if kernels and kernels.serves(x, weight, gated=gated) else None
 
 
+def _product_kernels(x: Tensor, weight: Tensor, *, gated: bool = False) -> Any:
+    """Return the kernels that take this product faster than cuBLAS does, else None."""
+    if not x.is_cuda or not 1 < x.shape[0] <= 128:
+        return _one_row_kernels(x, weight, gated=gated)
+    kernels = _kernels("few_rows")
+    return kernels if kernels and kernels.serves(x, weight, gated=gated) else None
+
+
 def fuses_norm(x: Tensor) -> bool:
     """Whether a norm before a product costs no launch of its own: for one token on a GPU."""
     return x.is_cuda and x.shape[0] == 1
@@ -122,7 +130,7 @@ def fuses_norm(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b of `x` [num_tokens, in_features], W [out_features, in_features]."""
-    if kernels := _one_row_kernels(x, weight):
+    if kernels := _product_kernels(x, weight):
         out: Tensor = kernels.linear(x, weight, bias)
         return out
     return functional.linear(x, weight, bias)
@@ -152,9 +160,9 @@ def add_rms_norm_linear(
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     """Return silu_mul(linear(x, weight)), the rows of `weight` [2 * size, in_features] gate first.
 
-    One launch where `x` has one row.
+    One launch where `x` has few rows.
     """
-    if kernels := _one_row_kernels(x, weight, gated=True):
+    if kernels := _product_kernels(x, weight, gated=True):
         out: Tensor = kernels.linear_silu_mul(x, weight)
         return out
     return silu_mul(linear(x, weight))

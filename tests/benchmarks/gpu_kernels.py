@@ -84,6 +84,7 @@ def guarded(row: Callable[[], None]) -> None:
 def seconds(call: Call, copies: int = 1, *, repeats: int = 7) -> float:
     """Return the median time of a call in a replayed graph that makes many, by copy in turn."""
     num_calls = max(copies, 20)
+    torch.cuda.synchronize()  # what is drawn on another stream is there
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(min(copies, 3)):
