@@ -42,6 +42,8 @@ from quire.preparation import Prepared, kv_request
 STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 # A GPU is hardly busy with less; on a CPU larger steps are no faster, and keep others waiting.
 TOKENS_A_STEP = {"cpu": 2048, "cuda": 8192}
+# Steps of 16,384 tokens took 2% less time for 32,000 than those of 8,192, and more memory.
+MANY_TOKENS_A_STEP, LARGE_GPU_BYTES = 16384, 64 << 30
 
 
 @define(kw_only=True)
@@ -66,7 +68,7 @@ class Starter:
             self.device = setup.pick_device(prepared.config.device.device)
         if prepared.config.scheduler.max_num_batched_tokens is None:
             prepared.config = prepared.config.with_value(
-                "max_num_batched_tokens", TOKENS_A_STEP[self.device.type], source="default"
+                "max_num_batched_tokens", _tokens_a_step(self.device), source="default"
             )
         self.config = prepared.config
         if self.device.type == "cpu":
@@ -321,3 +323,10 @@ def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> set
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
     return size.num_blocks * sum(group.bytes_per_block for group in groups)
+
+
+def _tokens_a_step(device: torch.device) -> int:
+    """Return how many tokens a step has where the options do not say."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[1] >= LARGE_GPU_BYTES:
+        return MANY_TOKENS_A_STEP
+    return TOKENS_A_STEP[device.type]

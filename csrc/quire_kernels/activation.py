@@ -11,7 +11,8 @@ from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 from quire_kernels.rounding import rounded
 
-_BLOCK = 1024
+# Blocks and warps: of few rows, of more, and of as many as fill a GPU several times.
+_FEW, _SOME, _MANY = (1024, 4), (1024, 8), (4096, 16)
 
 
 @triton.jit
@@ -48,8 +49,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
-        grid = (num_rows, triton.cdiv(size, _BLOCK))
+        block, warps = _FEW if num_rows <= 128 else _SOME if num_rows < 1024 else _MANY
+        grid = (num_rows, triton.cdiv(size, block))
         _silu_mul_kernel[grid](
-            gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=_BLOCK, **options()
+            gate_up,
+            out,
+            gate_up.stride(0),
+            SIZE=size,
+            BLOCK=block,
+            num_warps=warps,
+            **options(),
         )
     return out

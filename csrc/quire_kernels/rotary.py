@@ -14,8 +14,9 @@ from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 from quire_kernels.rounding import rounded
 
-# Numbers of a tile; 16 bytes a thread in 16 bits where it has four warps.
-_TILE = 1024
+# Numbers of a tile, and of one where many tokens share the GPU: cosines serve more heads of it.
+_TILE, _LARGE_TILE = 1024, 2048
+_MANY_TOKENS = 128
 
 
 @triton.jit
@@ -114,7 +115,8 @@ def rotate_and_write(
     cos, sin = rotary or (None, None)
     q_weight, k_weight, eps = norm or (None, None, 0.0)
     block_d = triton.next_power_of_2(head_dim)
-    heads = max(1, _TILE // block_d)
+    is_many = num_tokens >= _MANY_TOKENS
+    heads = max(1, (_LARGE_TILE if is_many else _TILE) // block_d)
     grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))
     _rotate_and_write_kernel[grid](
         qkv, positions, slots, q, key_cache, value_cache, cos, sin,
@@ -126,7 +128,7 @@ def rotate_and_write(
         BLOCK_SIZE=block_size,
         HEADS=heads,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=4 if is_many and norm is None else 8,
         **options(),
     )  # fmt: skip
     return q

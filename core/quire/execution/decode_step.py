@@ -43,9 +43,11 @@ class DecodeStep(StaticStep):
         device_rows, tokens = self._upload(columns, [known_rows, known_tokens], slot)
         if len(known_rows):
             builder.last_tokens.index_copy_(0, device_rows.long(), tokens)
+        host_rows = rows.tolist()
+        self._sampled.take(self._rows(size), host_rows)
         return Loaded(
             ids=list(output.num_scheduled_tokens),
-            rows=rows.tolist(),
+            rows=host_rows,
             positions=lengths,
             query_lens=[1] * len(rows),
             seq_lens=lengths.tolist(),
@@ -61,6 +63,11 @@ class DecodeStep(StaticStep):
         """Enqueue inputs of padding alone, to warm up with and to capture."""
         values = torch.tensor(self._padding, dtype=torch.int32, device=self._inputs.device)
         self._inputs[: len(values) * size] = values.repeat_interleave(size)
+        self._sampled.take(self._rows(size), [])
+
+    def _rows(self, size: int) -> Tensor:
+        """Return the rows of a step's inputs."""
+        return self._inputs[2 * size : 3 * size]
 
     def batch(self, size: int) -> Batch:
         """Return the batch of a size; its tensors are always at the same place."""
@@ -86,6 +93,6 @@ class DecodeStep(StaticStep):
 
     def run(self, batch: Batch, ending: Ending) -> Tensor:
         """Enqueue the step; return logits, or int32 [2, size]: the tokens and their status."""
-        last_tokens = self._builder.last_tokens
-        torch.index_select(last_tokens, 0, batch.rows, out=batch.token_ids)
+        rows = self._sampled.rows[: len(batch.rows)]
+        torch.take(self._builder.last_tokens, rows, out=batch.token_ids)
         return self._ended(self._logits_of(batch), batch.rows, batch.seq_lens, ending)

@@ -55,9 +55,11 @@ class MixedStep(StaticStep):
         padded = self._padded(columns, size, output.num_tokens)
         slot = output.step_id % builder.num_buffers
         self._upload(padded, [], slot)
+        host_rows = step.rows[step.sampled].tolist()
+        self._sampled.take(self._samples(size)[0], host_rows)
         return Loaded(
             ids=[step.ids[i] for i in step.sampled],
-            rows=step.rows[step.sampled].tolist(),
+            rows=host_rows,
             positions=step.seq_lens[step.sampled],
             query_lens=step.query_lens.tolist(),
             seq_lens=step.seq_lens.tolist(),
@@ -79,6 +81,13 @@ class MixedStep(StaticStep):
         columns = self._padded([nothing] * len(self._widths(size)), size, 0)
         values = torch.from_numpy(np.concatenate(columns))
         self._inputs[: len(values)].copy_(values)
+        self._sampled.take(self._samples(size)[0], [])
+
+    def _samples(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return rows and positions of what a step samples."""
+        widths = self._widths(size)
+        views = self._inputs[: sum(widths)].split(widths)
+        return views[-2], views[-1]
 
     def batch(self, size: int) -> Batch:
         """Return the batch of a size; its tensors are always at the same place."""
@@ -109,7 +118,7 @@ class MixedStep(StaticStep):
         size = batch.token_ids.shape[0]
         widths = self._widths(size)
         views = self._inputs[: sum(widths)].split(widths)
-        known, sources, rows, positions = views[0], views[2], views[-2], views[-1]
+        known, sources = views[0], views[2]
         sampled = self._builder.last_tokens.index_select(0, sources.clamp(min=0))
         torch.where(sources >= 0, sampled, known, out=batch.token_ids)
-        return self._ended(self._logits_of(batch), rows, positions, ending)
+        return self._ended(self._logits_of(batch), *self._samples(size), ending)

@@ -45,6 +45,7 @@ class SamplingRows:
         # Rows that must not end yet: the position from which they may, and their stop tokens.
         self._may_stop_from: dict[int, tuple[int, list[int]]] = {}
         self._gathered: _Gathered | None = None
+        self.version = 0  # grows with each change
         self._flags: tuple[list[int], dict[str, bool]] = ([], {})
 
     def add(self, added: AddedSequence) -> None:
@@ -62,6 +63,7 @@ class SamplingRows:
             first = added.num_prompt_tokens + params.min_tokens
             self._may_stop_from[row] = (first, sorted(added.stop_token_ids))
         self._changed.append(row)
+        self.version += 1
         self._gathered = None
         self._flags = ([], {})
 
@@ -111,8 +113,25 @@ class SamplingRows:
 
     def gather(self, rows: Tensor, position: Tensor, **flags: Any) -> SamplingBatch:
         """Return the parameters of `rows`, int32 on the device, for draws at `position`."""
-        temperature, top_p, min_p = self._device_reals.index_select(1, rows).unbind()
-        top_k, seed, child = self._device_whole.index_select(1, rows).unbind()
+        return self.as_batch(*self.columns(rows), rows, position, **flags)
+
+    def empty_columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return memory for the columns of so many rows, and for int64 rows."""
+        reals = torch.zeros((3, count), dtype=torch.float32, device=self._device)
+        whole = torch.zeros((3, count), dtype=torch.int64, device=self._device)
+        return reals, whole, torch.zeros(count, dtype=torch.int64, device=self._device)
+
+    def columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `as_batch` takes: float32 and int64 [3, num_rows], of the device's rows."""
+        return self._device_reals.index_select(1, rows), self._device_whole.index_select(1, rows)
+
+    @staticmethod
+    def as_batch(
+        reals: Tensor, whole: Tensor, rows: Tensor, position: Tensor, **flags: Any
+    ) -> SamplingBatch:
+        """Return a batch whose parameters are these columns."""
+        temperature, top_p, min_p = reals.unbind()
+        top_k, seed, child = whole.unbind()
         return SamplingBatch(
             temperature=temperature,
             top_k=top_k,

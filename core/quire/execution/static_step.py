@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from quire.execution.sampling_rows import SamplingRows
 from quire.interfaces.attention import AttentionBackend
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import Model
-from quire.interfaces.sampling import Sampler
+from quire.interfaces.sampling import Sampler, SamplingBatch
 from quire.scheduling.output import SchedulerOutput
 
 
@@ -66,6 +67,35 @@ class StepTools:
     max_num_seqs: int
 
 
+class SampledRows:
+    """Parameters of the rows that a step samples, where captured steps read them."""
+
+    def __init__(self, sampling: SamplingRows, most: int) -> None:
+        self._sampling = sampling
+        self._reals, self._whole, self.rows = sampling.empty_columns(most)
+        self._holds: tuple[int, list[int]] | None = None
+
+    def take(self, rows: Tensor, host_rows: list[int]) -> None:
+        """Enqueue the parameters of `rows`, int32 on the device, unless they are here already.
+
+        `host_rows` are the first of them; behind them comes padding.
+        """
+        key = (self._sampling.version, [len(rows), *host_rows])
+        if key == self._holds:
+            return
+        self._holds = key
+        reals, whole = self._sampling.columns(rows)
+        self._reals[:, : len(rows)] = reals
+        self._whole[:, : len(rows)] = whole
+        self.rows[: len(rows)] = rows
+
+    def batch(self, rows: Tensor, position: Tensor, **flags: Any) -> SamplingBatch:
+        """Return what is here of so many rows."""
+        count = len(rows)
+        columns = self._reals[:, :count], self._whole[:, :count]
+        return self._sampling.as_batch(*columns, rows, position, **flags)
+
+
 class StaticStep(abc.ABC):
     """The inputs of steps of one kind, for any size up to a largest, and their run."""
 
@@ -81,6 +111,8 @@ class StaticStep(abc.ABC):
         groups = range(tools.builder.num_groups)
         self._tables = [tools.builder.tables.gather(g, everyone.int()) for g in groups]
         self._logits: Tensor | None = None
+        # The parameters and rows of what is sampled; mostly those of the step before.
+        self._sampled = SampledRows(tools.sampling, tools.max_num_seqs)
 
     @abc.abstractmethod
     def begin(self, output: SchedulerOutput, size: int) -> Loaded:
@@ -149,7 +181,7 @@ class StaticStep(abc.ABC):
         if ending is Ending.LOGITS:
             return self._keep(logits)
         filtered = ending is Ending.FILTERED
-        params = self._tools.sampling.gather(
+        params = self._sampled.batch(
             rows,
             positions.long(),
             all_greedy=ending is Ending.GREEDY,
@@ -161,5 +193,6 @@ class StaticStep(abc.ABC):
         sampled = self._tools.sampler.sample(logits, params)
         token_ids = sampled.token_ids[:, 0].int()
         last = self._tools.model.config.vocab_size - 1
-        self._builder.last_tokens.index_copy_(0, rows.long(), token_ids.clamp(0, last))
+        places = self._sampled.rows[: len(rows)]
+        self._builder.last_tokens.index_copy_(0, places, token_ids.clamp(0, last))
         return torch.stack((token_ids, sampled.status.int()))

@@ -79,9 +79,9 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
     """Return the numbers of tokens that are captured: few of the large ones, see `MAX_PADDING`."""
     sizes = [16, 32, 48, 64, 96, 128, 160, 192, 224, *range(256, 513, 64), *range(640, 1025, 128)]
-    sizes += [2048, 4096, 8192]
+    sizes += [2048, 4096, 8192, 16384]
     most = max(max_num_batched_tokens, 2)
-    return sorted({size for size in sizes if size < most} | {min(most, 8192)})
+    return sorted({size for size in sizes if size < most} | {min(most, 16384)})
 
 
 @define(kw_only=True)
