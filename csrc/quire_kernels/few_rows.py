@@ -12,11 +12,15 @@ up their sums in order, so that a product is the same number every time.
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from quire_kernels import costs
@@ -212,36 +216,61 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fal
     chosen = plan(rows, num_out, size, gated=gated)
     assert chosen is not None, f"no plan for {num_rows} rows, {num_out} outputs of {size}"
     out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
-    part, counts = out, out
+    part, counts = None, None
     if chosen.parts > 1:
         shape = (chosen.parts, 2 if gated else 1, num_out, num_rows)
         part = torch.empty(shape, dtype=torch.float32, device=x.device)
         counts = _counts(x.device, weight.data_ptr())
+    if x.is_cuda:
+        _compile_together(x.dtype, x.device, bias is not None)
     tiles = triton.cdiv(num_out, chosen.outputs) * triton.cdiv(num_rows, chosen.rows)
     _few_rows_kernel[(tiles, chosen.parts)](
-        x,
-        weight,
-        bias,
-        out,
-        part,
-        counts,
-        x.stride(0),
-        weight.stride(0),
-        num_rows,
-        num_out,
-        size,
-        ROWS=chosen.rows,
-        OUTPUTS=chosen.outputs,
-        BLOCK=chosen.block,
-        IS_SPLIT=chosen.parts > 1,
-        GATED=gated,
-        BIASED=bias is not None,
-        STAGES=chosen.stages,
-        PREFETCH=chosen.prefetch if options()["OVERLAPS"] else 0,
-        num_warps=chosen.warps,
-        **options(),
+        *(x, weight, bias, out, part, counts),
+        *(x.stride(0), weight.stride(0), num_rows, num_out, size),
+        **_constants(chosen, gated=gated, biased=bias is not None),
     )
     return out
+
+
+def _constants(plan: Plan, *, gated: bool, biased: bool) -> dict[str, Any]:
+    """Return what a kernel is compiled for."""
+    return {
+        "ROWS": plan.rows,
+        "OUTPUTS": plan.outputs,
+        "BLOCK": plan.block,
+        "IS_SPLIT": plan.parts > 1,
+        "GATED": gated,
+        "BIASED": biased,
+        "STAGES": plan.stages,
+        "PREFETCH": plan.prefetch if options()["OVERLAPS"] else 0,
+        "num_warps": plan.warps,
+        **options(),
+    }
+
+
+def _kernels() -> dict[tuple[Plan, bool], None]:
+    """Return all kernels that `plan` chooses from, each with whether it is gated."""
+    shapes = ((4096, 4096), (4096, 14336), (1024, 3072), (14336, 4096), (3072, 1024))
+    found: dict[tuple[Plan, bool], None] = {}
+    for rows, (num_out, size), gated in itertools.product((16, 32, 64, 128), shapes, (False, True)):
+        if chosen := plan(rows, num_out, size, gated=gated):
+            found[evolve(chosen, parts=min(chosen.parts, 2)), gated] = None
+    return found
+
+
+@functools.cache
+def _compile_together(dtype: torch.dtype, device: torch.device, biased: bool) -> None:
+    """Compile all kernels at once, in threads, the first time that one is asked for."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        for chosen, gated in _kernels():
+            is_split = chosen.parts > 1
+            _few_rows_kernel.warmup(
+                *(dtype, dtype, dtype if biased else None, dtype),
+                *((torch.float32, torch.int32) if is_split else (None, None)),
+                *(1024, 1024, 16, 1024, 1024),  # multiples of 16, as in each launch
+                **_constants(chosen, gated=gated, biased=biased),
+                grid=(1,),
+            )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
