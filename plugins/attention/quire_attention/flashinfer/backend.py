@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import define
 from torch import Tensor
 
 from quire.errors import BuildError, ConfigError, KernelError
@@ -32,18 +32,20 @@ LARGEST_GROUP = 64
 LN_2 = math.log(2)
 
 
-@frozen(kw_only=True)
+@define(kw_only=True)
 class FlashInferPlan:
     """What the layers of a step share: the planned parts, or rows for XQA before them.
 
     `batch` and `group` are what was planned for: a log-sum-exp, which XQA does not give, is
-    another kernel's work.
+    another kernel's work. `parts` is None until `prepare`, since the library's plans of two steps
+    would lie in the same memory; captured steps have theirs at once.
     """
 
     batch: Batch
     group: int
+    num_single: int
     slots: Tensor
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] | None = None
     xqa_rows: xqa.XqaRows | None = None
 
 
@@ -139,24 +141,37 @@ class FlashInferAttention(AttentionBackend):
         is_captured = batch.captured_for is not GraphSupport.NONE
         if is_captured:
             single = batch.seq_lens.shape[0]
-        parts, rows = [], None
+        rows = None
         if single and self._xqa is not None:
             rows = xqa.XqaRows(
                 block_table=tables.block_table[:single],
                 seq_lens=batch.seq_lens[:single],
                 is_padded=is_captured,
             )
-        elif single:
+        plan = FlashInferPlan(
+            batch=batch,
+            group=group,
+            num_single=single,
+            slots=tables.slot_mapping,
+            xqa_rows=rows,
+        )
+        if is_captured:
+            plan.parts = self._parts(plan)
+        return plan
+
+    def prepare(self, plan: FlashInferPlan) -> None:
+        """Let the library plan, which enqueues copies to its memory."""
+        if plan.parts is None:
+            plan.parts = self._parts(plan)
+
+    def _parts(self, plan: FlashInferPlan) -> tuple[Part, ...]:
+        batch, group, single = plan.batch, plan.group, plan.num_single
+        parts = []
+        if single and plan.xqa_rows is None:
             parts.append(self._decode.plan(batch, group, first=0, end=single))
         if single < batch.num_seqs:
             parts.append(self._prefill.plan(batch, group, first=single, end=batch.num_seqs))
-        return FlashInferPlan(
-            batch=batch,
-            group=group,
-            slots=tables.slot_mapping,
-            parts=tuple(parts),
-            xqa_rows=rows,
-        )
+        return tuple(parts)
 
     def write(
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: FlashInferPlan
@@ -210,6 +225,7 @@ class FlashInferAttention(AttentionBackend):
         q = q if q.stride(-1) == 1 else q.contiguous()
         whole = out if out.is_contiguous() else out.new_empty(out.shape)
         parts = plan.parts
+        assert parts is not None, "a step is prepared before its layers"
         if plan.xqa_rows is not None and lse is None:
             rows = slice(len(plan.xqa_rows.seq_lens))
             self._attend_unplanned(layer, plan.xqa_rows, q[rows], kv_cache, whole[rows])
