@@ -25,8 +25,9 @@ Check = Callable[[Any], bool]
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    spelled = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.6)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 def option_name(name: str) -> str:
@@ -117,17 +118,17 @@ def fraction_setting(default: float, meaning: str) -> Any:
     )
 
 
-def names_setting(meaning: str) -> Any:
+def names_setting(meaning: str, *, allowed: str = "names") -> Any:
     """Declare a list of names."""
 
-    metadata = {"meaning": meaning, "unit": "", "kind": tuple, "allowed": "names"}
+    metadata = {"meaning": meaning, "unit": "", "kind": tuple, "allowed": allowed}
 
     def validate(_instance: object, attribute: Attribute[Any], value: Any) -> None:
         for one in value if isinstance(value, tuple) else [value]:
             if not isinstance(one, str) or not one:
                 # The others may be secret: API keys are such a list.
                 name = option_name(attribute.name)
-                raise ConfigError(f"{name} has {_short(one)}; allowed: names.")
+                raise ConfigError(f"{name} has {_short(one)}; allowed: {allowed}.")
 
     def to_tuple(value: Any) -> Any:
         if isinstance(value, str):
@@ -251,7 +252,9 @@ class PluginOptions:
     attention_backend: str = text_setting(
         "auto", "attention backend by name, or prefill=NAME,decode=NAME: two on one KV cache"
     )
-    attention_option: tuple[str, ...] = names_setting("NAME.key=value for an attention backend")
+    attention_option: tuple[str, ...] = names_setting(
+        "NAME.key=value for an attention backend", allowed="NAME.key=value"
+    )
     skip_self_check: bool = flag_setting(
         False, "start without comparing the attention backend with float64 on a small case"
     )

@@ -59,8 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises: ConfigError for a name that cannot be checked, or a device that is not there.
     """
-    if (arguments.name is None) == (arguments.ops is None):
+    if arguments.name is None and arguments.ops is None:
         raise ConfigError("the following arguments are required: NAME, or --ops instead of it.")
+    if arguments.name is not None and arguments.ops is not None:
+        raise ConfigError(
+            f"the plugin {arguments.name!r} and --ops are both given; one is checked at a time, "
+            f"so leave one out."
+        )
     if arguments.ops is not None:
         kind, name, registry = "ops", arguments.ops, None
     else:

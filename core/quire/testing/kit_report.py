@@ -59,6 +59,10 @@ class Failure:
         return "\n".join(lines)
 
 
+def _cases(count: int) -> str:
+    return "case" if count == 1 else "cases"
+
+
 @frozen(kw_only=True)
 class CheckResult:
     """What became of one check: `passed`, `failed` or `skipped`, with the reason or diagnosis."""
@@ -72,7 +76,8 @@ class CheckResult:
     def __str__(self) -> str:
         if self.outcome == "skipped":
             return f"{self.name:<18} skipped: {self.detail}"
-        return f"{self.name:<18} {self.outcome}  {self.cases:>5} cases  {self.seconds:6.2f} s"
+        count = f"{self.cases:>5} {_cases(self.cases):<5}"
+        return f"{self.name:<18} {self.outcome}  {count}  {self.seconds:6.2f} s"
 
 
 @frozen(kw_only=True)
@@ -98,7 +103,7 @@ class Report:
         seconds = sum(check.seconds for check in self.checks)
         verdict = f"failed: {', '.join(failed)}" if failed else "passed"
         where = f"{self.profile} on {self.device}, seed {self.seed}"
-        return f"{self.name}: {verdict} ({where}; {cases} cases in {seconds:.1f} s)"
+        return f"{self.name}: {verdict} ({where}; {cases} {_cases(cases)} in {seconds:.1f} s)"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON has it."""

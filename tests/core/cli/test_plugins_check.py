@@ -117,7 +117,7 @@ def test_device_that_is_not_there_ends_with_2(
         (["twice"], "several kinds have a plugin 'twice': attention, sampler. Say which: --kind"),
         (["twice", "--kind", "models"], "--kind is 'models'; allowed: attention, quantization"),
         (["twice", "--kind", "model"], "unknown model implementation 'twice'"),
-        (["right", "--ops"], "required: NAME, or --ops instead of it."),
+        (["right", "--ops"], "the plugin 'right' and --ops are both given"),
         (["--ops", "no.such"], "--ops no.such: it cannot be imported: No module named 'no'."),
         (["elsewhere"], "it needs a GPU."),
         (["right", "--profile", "slow"], "argument --profile: invalid choice: 'slow'"),
