@@ -84,7 +84,8 @@ class KVCache:
             if not pairs:
                 continue
             index = torch.tensor(pairs, dtype=torch.int64).T.to(tensors[0].device)
-            for tensor in tensors:
+            # Not all devices copy numbers of 8 bits as such.
+            for tensor in (t.view(torch.uint8) if t.element_size() == 1 else t for t in tensors):
                 tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
 
 
