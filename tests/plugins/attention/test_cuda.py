@@ -85,6 +85,9 @@ REFUSED = {
     "scale of zero": {"scale": 0.0},
     "65 query heads a KV head": {"num_heads": 65, "num_kv_heads": 1},
     "an NVIDIA GPU, not on 'cpu'": {"device": "cpu"},
+    "quantized KV cache for heads of 96, only of (64, 128, 256)": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 96, "value_head_dim": 96},
+    },
 }
 
 
@@ -129,7 +132,10 @@ def test_only_hopper_gets_the_kernels_of_hopper() -> None:
 
 
 # Between them they include every header.
-COMPILED = {"sm_90a": ("prefill_hopper_128.cu", "plan.cu"), "sm_80": ("heads_64.cu",)}
+COMPILED = {
+    "sm_90a": ("prefill_hopper_128.cu", "plan.cu", "heads_128_quantized.cu"),
+    "sm_80": ("heads_64.cu", "heads_64_quantized.cu"),
+}
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="there is no nvcc here")
@@ -191,6 +197,16 @@ LONG: dict[str, dict[str, Any]] = {
     "window and sinks": {"sliding_window": 300, "sinks": True, "dtype": "float16"},
     "soft cap": {"logit_softcap": 20.0, "block_size": 48},
     "group of 7": {"num_heads": 7, "num_kv_heads": 1, "block_size": 128},
+    "fp8": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 128, "value_head_dim": 128, "num_heads": 8},
+    },
+    "fp8, window and sinks": {
+        **{"kv_dtype": "float8_e5m2", "dtype": "float16", "sliding_window": 300, "sinks": True},
+    },
+    "fp8, soft cap, heads of 256": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 256, "value_head_dim": 256},
+        **{"logit_softcap": 20.0, "num_heads": 40, "num_kv_heads": 2, "scale": 0.0625},
+    },
     "group of 24": {"num_heads": 48, "num_kv_heads": 2, "head_dim": 96, "value_head_dim": 96},
 }
 

@@ -24,9 +24,11 @@ from quire.interfaces.batch import Batch
 from quire_attention.cuda import library
 from quire_attention.cuda.library import Arguments
 from quire_attention.cuda.tiles import TileCut, TileLists
-from quire_kernels import ops
+from quire_kernels import head_token_kv
 
 DTYPES = ("bfloat16", "float16")
+# What a cache may hold beside the model's dtype, in the order of arguments.h.
+QUANTIZED = ("float8_e4m3fn", "float8_e5m2")
 # Keys come in units of so many tokens, each within one block.
 UNIT = 16
 # Rows of a tile of the sequences with several tokens, on the GPUs with the smallest.
@@ -64,6 +66,7 @@ class CudaAttention(AttentionBackend):
     """Serve causal attention with windows, soft caps and sinks, in bfloat16 and float16."""
 
     graph_support = GraphSupport.ANY
+    quantized_kv = QUANTIZED
     # Whether to use the kernels that only Hopper GPUs have, where there is one.
     with_hopper: ClassVar[bool] = True
 
@@ -78,7 +81,11 @@ class CudaAttention(AttentionBackend):
             "bidirectional attention": not spec.causal,
             "batch invariance": spec.batch_invariant,
             f"{spec.dtype}, only {' and '.join(DTYPES)}": spec.dtype not in DTYPES,
-            "KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
+            "KV cache in another dtype than the model's": not spec.has_quantized_kv
+            and spec.kv_dtype != spec.dtype,
+            f"quantized KV cache for heads of {spec.head_dim}, only of "
+            f"{library.QUANTIZED_HEAD_DIMS}": spec.has_quantized_kv
+            and spec.head_dim not in library.QUANTIZED_HEAD_DIMS,
             f"heads of {spec.head_dim}, only of {library.HEAD_DIMS}": not is_served_dim,
             "values of another width than keys": spec.value_head_dim != spec.head_dim,
             f"{group} query heads a KV head, at most {LEAST_TILE_ROWS}": group > LEAST_TILE_ROWS,
@@ -101,7 +108,7 @@ class CudaAttention(AttentionBackend):
         """
         width = spec.head_dim + spec.value_head_dim
         shape = (spec.num_kv_heads, spec.block_size, width)
-        return KVLayout(name="head-token-kv", block_shape=shape, dtype=spec.kv_dtype)
+        return KVLayout(name=head_token_kv.NAME, block_shape=shape, dtype=spec.kv_dtype)
 
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
@@ -122,7 +129,8 @@ class CudaAttention(AttentionBackend):
         self.group_size = spec.num_heads // spec.num_kv_heads
         capability = torch.cuda.get_device_capability(device)
         self._library = library.load(capability, with_hopper=self.with_hopper)
-        self.tile_rows = self._library.quire_attention_tile_rows(spec.head_dim)
+        self._kv_dtype = 1 + QUANTIZED.index(spec.kv_dtype) if spec.has_quantized_kv else 0
+        self.tile_rows = self._library.quire_attention_tile_rows(spec.head_dim, self._kv_dtype)
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._num_programs = min(num_sms, MAX_SMS)
         max_items = self.max_items(limits.max_num_seqs)
@@ -154,6 +162,7 @@ class CudaAttention(AttentionBackend):
             block_size=spec.block_size,
             window=spec.sliding_window or 0,
             dtype=DTYPES.index(spec.dtype),
+            kv_dtype=self._kv_dtype,
             few_chunk=FEW_CHUNK,
             chunk=CHUNK,
             num_sms=num_sms,
@@ -231,11 +240,7 @@ class CudaAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: CudaPlan
     ) -> None:
         """Store each token's key and value in its slot."""
-        slots = plan.slots.long()
-        blocks, offsets = slots // self.spec.block_size, slots % self.spec.block_size
-        keys, values = self._views(kv_cache)
-        keys.index_put_((blocks, offsets), k)
-        values.index_put_((blocks, offsets), v)
+        head_token_kv.write(layer, k, v, kv_cache, plan.slots)
 
     def rotate_and_write(
         self,
@@ -248,21 +253,9 @@ class CudaAttention(AttentionBackend):
         plan: CudaPlan,
     ) -> Tensor | None:
         """Normalise, rotate and write in one kernel."""
-        keys, values = self._views(kv_cache)
-        return ops.rotate_and_write(
-            qkv,
-            positions,
-            plan.slots,
-            keys,
-            values,
-            rotary=None if rotary is None else (rotary.cos, rotary.sin),
-            norm=None if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps),
+        return head_token_kv.rotate_and_write(
+            layer, qkv, positions, rotary, qk_norm, kv_cache, plan.slots
         )
-
-    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values as [num_blocks, block_size, num_kv_heads, dimensions]."""
-        tokens = kv_cache.transpose(1, 2)
-        return tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
 
     def attend(
         self,
@@ -289,6 +282,9 @@ class CudaAttention(AttentionBackend):
         )
         arguments.lse = None if lse is None else lse.data_ptr()
         arguments.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
+        if layer.k_scale is not None and layer.v_scale is not None:
+            arguments.k_scale = layer.k_scale.data_ptr()
+            arguments.v_scale = layer.v_scale.data_ptr()
         arguments.q_stride_token, arguments.q_stride_head = q.stride(0), q.stride(1)
         arguments.out_stride, arguments.block_stride = out.stride(0), kv_cache.stride(0)
         arguments.num_tokens, arguments.num_blocks = q.shape[0], kv_cache.shape[0]
