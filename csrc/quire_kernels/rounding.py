@@ -61,3 +61,24 @@ def widened(x, dtype: tl.constexpr):
     else:
         found = x.to(dtype)
     return found
+
+
+@triton.jit
+def narrowed(q):
+    """Return bfloat16 queries as float16 and what to multiply each row's scores by.
+
+    Numbers of 8 bits become float16 in one instruction, and bfloat16 in several. A power of two
+    makes a row's largest number about 2 ** 10: of what is smaller no more is lost than bfloat16
+    has lost of that one. Other queries stay as they are.
+    """
+    if q.dtype == tl.bfloat16:
+        wide = q.to(tl.float32)
+        most = tl.max(tl.abs(wide), 1)
+        exponent = tl.maximum((most.to(tl.int32, bitcast=True) >> 23) - 127, -100)
+        # The bits of 2 ** (10 - exponent), and of the power that undoes it.
+        shrink = ((127 + 10 - exponent) << 23).to(tl.float32, bitcast=True)
+        enlarge = ((127 - 10 + exponent) << 23).to(tl.float32, bitcast=True)
+        found = (wide * shrink[:, None]).to(tl.float16)
+    else:
+        found, enlarge = q, tl.full([q.shape[0]], 1.0, dtype=tl.float32)
+    return found, enlarge

@@ -21,6 +21,7 @@ from quire.testing.mixed_graph_steps import MixedGraphStep
 from quire_attention.cuda import library
 from quire_attention.cuda.backend import CudaAttention
 from quire_attention.cuda.tiles import TileCut, TileLists
+from quire_attention.cuda.wide import WideBlocks
 from quire_attention.triton.backend import TritonAttention
 
 HAS_GPU = torch.cuda.is_available()
@@ -133,7 +134,7 @@ def test_only_hopper_gets_the_kernels_of_hopper() -> None:
 
 # Between them they include every header.
 COMPILED = {
-    "sm_90a": ("prefill_hopper_128.cu", "plan.cu", "heads_128_quantized.cu"),
+    "sm_90a": ("prefill_hopper_128.cu", "plan.cu", "widen.cu", "heads_128_quantized.cu"),
     "sm_80": ("heads_64.cu", "heads_64_quantized.cu"),
 }
 
@@ -180,6 +181,49 @@ def test_lists_of_steps_in_flight_lie_apart_and_captured_ones_at_one_place(
     places = {tiles.data_ptr() for tiles in found}
     assert len(places) == (len(found) if captured_for is GraphSupport.NONE else 1)
     assert found[-1][:3].tolist() == [[2, 0], [0, 32], [0, 0]]
+
+
+WIDE = {"device": "cpu", "kv_dtype": "float8_e4m3fn"}
+
+
+def test_wide_blocks_are_those_that_the_prompts_of_a_step_see() -> None:
+    blocks = WideBlocks(served(**WIDE), LIMITS, 128)
+    batch = make_batch([(5, 6), (0, 33), (20, 48), (0, 16)], [[1] * 9] * 4, 16)
+
+    plan = blocks.plan(batch)
+
+    assert plan is not None
+    wanted = [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2], [3, 0]]
+    assert plan.blocks[: 1 + plan.num_blocks].tolist() == [[7, 0], *wanted]
+    assert plan.num_tiles == 3
+    assert blocks.table.shape[0] >= 4
+
+
+def test_wide_blocks_begin_where_the_window_of_the_first_query_does() -> None:
+    blocks = WideBlocks(served(**WIDE, sliding_window=20), LIMITS, 128)
+    batch = make_batch([(51, 70), (52, 70)], [[1] * 9] * 2, 16)
+
+    plan = blocks.plan(batch)
+
+    assert plan is not None
+    # The queries at 51 and 52 see from 32 and 33 on.
+    wanted = [[0, 2], [0, 3], [0, 4], [1, 2], [1, 3], [1, 4]]
+    assert plan.blocks[1 : 1 + plan.num_blocks].tolist() == wanted
+
+
+def test_wide_blocks_are_not_planned_for_a_capture_or_where_there_is_no_room() -> None:
+    blocks = WideBlocks(served(**WIDE), attrs.evolve(LIMITS, max_model_len=64), 128)
+    batch = make_batch([(0, 40)], [[1] * 9], 16)
+
+    captured = attrs.evolve(batch, captured_for=GraphSupport.ANY)
+    # As many blocks as tokens fit, and one more a sequence.
+    room = (64 + LIMITS.max_num_batched_tokens) // 16 + LIMITS.max_num_seqs
+    many = make_batch([(0, 16 * (room + 1))], [[1] * (room + 1)], 16)
+
+    assert len(blocks.memory) == room
+    assert blocks.plan(batch) is not None
+    assert blocks.plan(captured) is None
+    assert blocks.plan(many) is None
 
 
 def gpu_test(function: Any) -> Any:

@@ -46,12 +46,17 @@ struct Arguments {
     // The number of tiles of the sequences with several tokens, and another number; then
     // (sequence, first token) of each. A launch is for `most_tiles`.
     const int32_t* tiles;
+    // Blocks of a quantized cache that are made wide, and where: see widen.cu.
+    void* wide;
+    const int32_t* wide_blocks;
+    int32_t* wide_table;
     // Strides in elements.
     int64_t q_stride_token;
     int64_t q_stride_head;
     int64_t out_stride;
     int64_t block_stride;
     int64_t table_stride;
+    int64_t wide_stride;
     int64_t num_tokens;
     int64_t num_blocks;
     int32_t num_heads;
@@ -71,6 +76,7 @@ struct Arguments {
     int32_t num_extra;
     int32_t chunk;
     int32_t most_tiles;
+    int32_t most_wide;
     int32_t num_sms;
     float scale;
     // 0: none.

@@ -7,6 +7,7 @@
 namespace quire {
 
 cudaError_t plan(const Arguments& a, cudaStream_t stream);
+cudaError_t widen(const Arguments& a, cudaStream_t stream);
 template <int D>
 cudaError_t decode_dim(const Arguments& a, cudaStream_t stream);
 template <int D>
@@ -48,6 +49,10 @@ int quire_attention_tile_rows(int head_dim, int kv_dtype) {
 
 int quire_attention_plan(const Arguments* a, void* stream) {
     return quire::plan(*a, static_cast<cudaStream_t>(stream));
+}
+
+int quire_attention_widen(const Arguments* a, void* stream) {
+    return quire::widen(*a, static_cast<cudaStream_t>(stream));
 }
 
 int quire_attention_decode(const Arguments* a, void* stream) {

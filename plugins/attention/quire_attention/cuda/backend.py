@@ -24,6 +24,7 @@ from quire.interfaces.batch import Batch
 from quire_attention.cuda import library
 from quire_attention.cuda.library import Arguments
 from quire_attention.cuda.tiles import TileCut, TileLists
+from quire_attention.cuda.wide import WideBlocks, WidePlan
 from quire_kernels import head_token_kv
 
 DTYPES = ("bfloat16", "float16")
@@ -32,7 +33,7 @@ QUANTIZED = ("float8_e4m3fn", "float8_e5m2")
 # Keys come in units of so many tokens, each within one block.
 UNIT = 16
 # Rows of a tile of the sequences with several tokens, on the GPUs with the smallest.
-LEAST_TILE_ROWS = 64
+LEAST_TILE_ROWS, LARGEST_TILE_ROWS = 64, 128
 # Heads of a block of the decode kernel.
 HEADS_TOGETHER = 16
 ITEM_SIZE = 4
@@ -50,7 +51,7 @@ class CudaPlan:
 
     Of the first `num_single` rows those that have one token are served as such. `tiles` int32
     [1 + num_tiles or more, 2] are the (sequence, first token) of the others behind their number;
-    `most_tiles` is what the launch is made for.
+    `most_tiles` is what the launch is made for. `wide`, where it is there, serves them instead.
     """
 
     block_table: Tensor
@@ -60,6 +61,7 @@ class CudaPlan:
     num_single: int
     tiles: Tensor | None
     most_tiles: int
+    wide: WidePlan | None = None
 
 
 class CudaAttention(AttentionBackend):
@@ -118,7 +120,10 @@ class CudaAttention(AttentionBackend):
         plan = items * ITEM_SIZE + num_rows + 1 + num_rows * spec.num_heads
         partial = items * spec.num_heads * (spec.value_head_dim + 1)
         tiles = math.prod(TileCut.of(spec, LEAST_TILE_ROWS).entries(limits))
-        return 4 * (plan + partial + tiles)
+        wide = 0
+        if spec.has_quantized_kv and library.capability_here() == library.HOPPER:
+            wide = WideBlocks.num_bytes(spec, limits, LARGEST_TILE_ROWS)
+        return 4 * (plan + partial + tiles) + wide
 
     def __init__(
         self, spec: AttentionSpec, limits: BatchLimits, options: Mapping[str, Any]
@@ -145,6 +150,11 @@ class CudaAttention(AttentionBackend):
         self._partial = torch.empty(*shape, spec.value_head_dim, device=device)
         self._partial_lse = torch.empty(shape, device=device)
         self._tiles = TileLists(TileCut.of(spec, self.tile_rows), limits, device)
+        self._wide: WideBlocks | None = None
+        # Kernels that read wide blocks are worth it where they are others.
+        rows = self._library.quire_attention_tile_rows(spec.head_dim, 0)
+        if spec.has_quantized_kv and rows != self.tile_rows:
+            self._wide = WideBlocks(spec, limits, rows)
         self._arguments = self._constant_arguments(num_sms)
 
     def _constant_arguments(self, num_sms: int) -> Arguments:
@@ -182,7 +192,7 @@ class CudaAttention(AttentionBackend):
         """
         tables, lists = batch.groups[group], self._tiles
         single = batch.num_single_token_seqs
-        tiles, most_tiles = None, 0
+        tiles, most_tiles, wide = None, 0, None
         if batch.captured_for is GraphSupport.ANY:
             num_tokens, num_seqs = batch.token_ids.shape[0], batch.seq_lens.shape[0]
             single = min(num_seqs, num_tokens)
@@ -191,8 +201,10 @@ class CudaAttention(AttentionBackend):
         elif single == len(batch.query_lens):
             single = batch.seq_lens.shape[0]
         else:
-            cut = lists.cut.list_of(batch)
-            tiles, most_tiles = lists.upload(cut, batch), len(cut) - 1
+            wide = None if self._wide is None else self._wide.plan(batch)
+            if wide is None:
+                cut = lists.cut.list_of(batch)
+                tiles, most_tiles = lists.upload(cut, batch), len(cut) - 1
         return CudaPlan(
             block_table=tables.block_table,
             slots=tables.slot_mapping,
@@ -201,6 +213,7 @@ class CudaAttention(AttentionBackend):
             num_single=single,
             tiles=tiles,
             most_tiles=most_tiles,
+            wide=wide,
         )
 
     def prepare(self, plan: CudaPlan) -> None:
@@ -292,6 +305,23 @@ class CudaAttention(AttentionBackend):
             self._call(self._library.quire_attention_decode)
         if plan.tiles is not None:
             self._call(self._library.quire_attention_prefill)
+        if plan.wide is not None:
+            self._attend_wide(plan, plan.wide)
+
+    def _attend_wide(self, plan: CudaPlan, wide: WidePlan) -> None:
+        """Make the blocks that prompts see wide, and attend to those; arguments are set."""
+        assert self._wide is not None, "it planned"
+        arguments, memory, table = self._arguments, self._wide.memory, self._wide.table
+        arguments.wide, arguments.wide_table = memory.data_ptr(), table.data_ptr()
+        arguments.wide_stride = table.stride(0)
+        arguments.wide_blocks, arguments.most_wide = wide.blocks.data_ptr(), wide.num_blocks
+        self._call(self._library.quire_attention_widen)
+        arguments.cache, arguments.block_stride = memory.data_ptr(), memory.stride(0)
+        arguments.block_table, arguments.table_stride = table.data_ptr(), table.stride(0)
+        arguments.num_blocks, arguments.kv_dtype = len(memory), 0
+        arguments.tiles, arguments.most_tiles = wide.tiles.data_ptr(), wide.num_tiles
+        self._call(self._library.quire_attention_prefill)
+        arguments.kv_dtype = self._kv_dtype
 
 
 def _extra_items(num_rows: int, num_programs: int, spec: AttentionSpec) -> int:

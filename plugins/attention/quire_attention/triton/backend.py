@@ -64,8 +64,8 @@ class TritonPlan:
 class TritonAttention(AttentionBackend):
     """Serve causal attention with windows, soft caps and sinks, in the model's dtype.
 
-    Numbers of a quantized cache are made as wide as the model's before they are multiplied, which
-    loses nothing; scales are applied to scores and sums.
+    Numbers of a quantized cache are made float16, or float32 as the model's, before they are
+    multiplied, which loses nothing; scales are applied to scores and sums.
     """
 
     graph_support = GraphSupport.ANY
