@@ -15,7 +15,7 @@ from attrs import Factory, define
 from quire.config import KV_FORMATS, EngineConfig
 from quire.errors import ConfigError
 from quire.execution.checkpoint import Checkpoint
-from quire.execution.kv_format import kv_format_of
+from quire.execution.kv_format import is_scale, kv_format_of
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
 from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
 from quire.hooks.attention_choice import parts_asked_for
@@ -107,7 +107,7 @@ def _prepare(config: EngineConfig) -> Prepared:
         checkpoint=checkpoint,
         registry=registry,
         selections=[model_choice, quantization_choice],
-        warnings=[*model_config.warnings, *_warnings_of_scales(config)],
+        warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
     )
 
 
@@ -171,8 +171,15 @@ def _with_kv_format(config: EngineConfig, raw: dict[str, Any]) -> EngineConfig:
     return config if asked is None else config.with_value("kv_cache_dtype", asked, source="model")
 
 
-def _warnings_of_scales(config: EngineConfig) -> list[str]:
-    if config.cache.kv_cache_scales != "unit" or config.kv_dtype not in KV_FORMATS.values():
+def _warnings_of_scales(config: EngineConfig, checkpoint: Checkpoint) -> list[str]:
+    is_quantized = config.kv_dtype in KV_FORMATS.values()
+    is_chosen = config.cache.kv_cache_dtype != "auto"
+    if not is_quantized and not is_chosen and any(map(is_scale, checkpoint.tensors)):
+        return [
+            "the checkpoint has scales of an fp8 KV cache, which nobody reads: config.json does "
+            "not ask for one. --kv-cache-dtype fp8 uses them."
+        ]
+    if not is_quantized or config.cache.kv_cache_scales != "unit":
         return []
     return [
         "--kv-cache-scales unit: keys and values beyond the range of an fp8 number are clipped, "

@@ -295,8 +295,12 @@ def write_kv(
         )
     places, block_size = slots.long(), key_cache.shape[1]
     at = places // block_size, places % block_size
-    key_cache.index_put_(at, k.to(key_cache.dtype))
-    value_cache.index_put_(at, v.to(value_cache.dtype))
+    for x, cache in ((k, key_cache), (v, value_cache)):
+        stored = x.to(cache.dtype)
+        if stored.element_size() == 1:
+            # Not all devices index floats of 8 bits.
+            stored, cache = stored.view(torch.uint8), cache.view(torch.uint8)
+        cache.index_put_(at, stored)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

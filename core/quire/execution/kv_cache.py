@@ -16,6 +16,7 @@ from quire.errors import PluginError, QuireError
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits, KVLayout
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
+from quire.layers.quantized_cache import as_bytes
 from quire.scheduling.output import KVCacheGroup
 
 Answer = TypeVar("Answer")
@@ -84,8 +85,7 @@ class KVCache:
             if not pairs:
                 continue
             index = torch.tensor(pairs, dtype=torch.int64).T.to(tensors[0].device)
-            # Not all devices copy numbers of 8 bits as such.
-            for tensor in (t.view(torch.uint8) if t.element_size() == 1 else t for t in tensors):
+            for tensor in map(as_bytes, tensors):
                 tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from quire.errors import ConfigError
 
 REMEDY = "--kv-cache-dtype bfloat16 keeps the cache wide, and fp8 quantizes it"
+SCALES = ("k_scale", "v_scale", "kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 NOTHING = (None, "", "none", "None")
 
 
@@ -37,3 +38,8 @@ def kv_format_of(config: Any) -> str | None:
             listed = " or ".join(repr(one) for one in allowed if one is not None)
             raise ConfigError(f"kv_cache_scheme: {key} is {found!r}; served: {listed}. {REMEDY}.")
     return "fp8"
+
+
+def is_scale(name: str) -> bool:
+    """Answer whether a tensor of this name is a scale of keys or values."""
+    return name.endswith(tuple(f".{scale}" for scale in SCALES))

@@ -27,3 +27,8 @@ def as_stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return x.to(dtype)
     return dequantize(quantize(x, scale, dtype), scale, torch.float64)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """Return numbers of 8 bits as bytes, others as they are: not all devices index the former."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,24 @@ def test_one_scale_of_keys_and_values_serves_both(folder: Path) -> None:
     assert layer.k_scale.tolist() == layer.v_scale.tolist() != [1.0, 1.0]
 
 
-def test_scales_of_a_cache_that_is_not_quantized_are_no_error(folder: Path) -> None:
-    add_tensors(folder, {**scales_in(NAMES["ModelOpt"]), **scales_in(("q_scale", "v_scale"))})
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_scales_that_nobody_asks_for_are_warned_of(folder: Path, names: tuple[str, str]) -> None:
+    add_tensors(folder, {**scales_in(names), **scales_in(("q_scale", "attn.q_scale"))})
 
-    layers = layers_of(open_llm(folder, kv_cache_dtype="auto"))
+    with pytest.warns(UserWarning, match="has scales of an fp8 KV cache, which nobody reads"):
+        llm = open_llm(folder, kv_cache_dtype="auto")
 
-    assert {layer.k_scale for layer in layers} == {None}
+    assert {layer.k_scale for layer in layers_of(llm)} == {None}
+
+
+def test_scales_of_a_cache_that_is_wide_by_choice_are_passed_over(folder: Path) -> None:
+    add_tensors(folder, scales_in(NAMES["ModelOpt"]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm = open_llm(folder, kv_cache_dtype="float32")
+
+    assert {layer.k_scale for layer in layers_of(llm)} == {None}
 
 
 def test_checkpoint_that_asks_for_fp8_gets_it_by_itself(folder: Path) -> None:

@@ -16,7 +16,7 @@ from quire.interfaces.attention import (
     KVLayout,
 )
 from quire.interfaces.batch import Batch
-from quire.layers.quantized_cache import dequantize, quantize
+from quire.layers.quantized_cache import as_bytes, dequantize, quantize
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,7 +69,8 @@ class ReferenceAttention(AttentionBackend):
             k = quantize(k, layer.k_scale, kv_cache.dtype)
             v = quantize(v, layer.v_scale, kv_cache.dtype)
         flat = kv_cache.view(-1, *kv_cache.shape[2:])
-        flat[plan.slots] = torch.cat((k.to(kv_cache.dtype), v.to(kv_cache.dtype)), dim=-1)
+        kv = torch.cat((k.to(kv_cache.dtype), v.to(kv_cache.dtype)), dim=-1)
+        as_bytes(flat)[plan.slots] = as_bytes(kv)
 
     def attend(
         self,
@@ -104,7 +105,8 @@ class ReferenceAttention(AttentionBackend):
         self, layer: AttentionLayer, kv_cache: Tensor, blocks: Tensor, seq_len: int
     ) -> tuple[Tensor, Tensor]:
         num_blocks = -(-seq_len // self.spec.block_size)
-        tokens = kv_cache[blocks[:num_blocks].long()].flatten(0, 1)[:seq_len]
+        found = as_bytes(kv_cache)[blocks[:num_blocks].long()].view(kv_cache.dtype)
+        tokens = found.flatten(0, 1)[:seq_len]
         keys, values = tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
         if layer.k_scale is not None and layer.v_scale is not None:
             keys = dequantize(keys, layer.k_scale, torch.float32)

@@ -24,7 +24,7 @@ from quire.interfaces.attention import (
     KVLayout,
 )
 from quire.interfaces.batch import Batch
-from quire.layers.quantized_cache import dequantize, quantize
+from quire.layers.quantized_cache import as_bytes, dequantize, quantize
 
 
 @frozen(kw_only=True)
@@ -181,13 +181,14 @@ class SdpaAttention(AttentionBackend):
             k = quantize(k, layer.k_scale, kv_cache.dtype)
             v = quantize(v, layer.v_scale, kv_cache.dtype)
         flat = kv_cache.view(-1, *kv_cache.shape[2:])
-        kv = torch.cat((k, v), dim=-1)
-        if kv.element_size() == 1:
-            flat, kv = flat.view(torch.uint8), kv.view(torch.uint8)
-        flat.index_copy_(0, plan.slots, kv)
+        as_bytes(flat).index_copy_(0, plan.slots, as_bytes(torch.cat((k, v), dim=-1)))
 
     def _split(self, layer: AttentionLayer, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of gathered tokens [..., num_kv_heads, width], wide."""
+        """Return keys and values of gathered tokens [..., num_kv_heads, width], wide.
+
+        Tokens of a quantized cache come as bytes.
+        """
+        kv = kv.view(getattr(torch, self.spec.kv_dtype))
         keys, values = kv[..., : self.spec.head_dim], kv[..., self.spec.head_dim :]
         if layer.k_scale is None or layer.v_scale is None:
             return keys, values
@@ -226,11 +227,13 @@ class SdpaAttention(AttentionBackend):
     ) -> None:
         num_seqs = part.num_seqs
         if part.blocks is not None:
-            kv = kv_cache.index_select(0, part.blocks).view(num_seqs, -1, *kv_cache.shape[2:])
+            kv = as_bytes(kv_cache).index_select(0, part.blocks)
+            kv = kv.view(num_seqs, -1, *kv_cache.shape[2:])
             kv = kv[:, part.visible]
         else:
             assert part.slots is not None
-            kv = kv_cache.flatten(0, 1).index_select(0, part.slots).unflatten(0, (num_seqs, -1))
+            kv = as_bytes(kv_cache).flatten(0, 1).index_select(0, part.slots)
+            kv = kv.unflatten(0, (num_seqs, -1))
         keys, values = (x.transpose(1, 2) for x in self._split(layer, kv))
         heads = q.shape[1] if self._one_query_a_product else keys.shape[1]
         result = functional.scaled_dot_product_attention(
@@ -249,7 +252,7 @@ class SdpaAttention(AttentionBackend):
         """Return what a sequence attends to, [num_keys, num_kv_heads, dim] each."""
         if kv_cache is None or part.blocks is None:
             return k[part.tokens], v[part.tokens]
-        kv = kv_cache.index_select(0, part.blocks).flatten(0, 1)[part.visible]
+        kv = as_bytes(kv_cache).index_select(0, part.blocks).flatten(0, 1)[part.visible]
         return self._split(layer, kv)
 
     def _attend_alone(
