@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.cli.main import main
 from quire.errors import ConfigError
 
 PROMPTS = [
@@ -76,3 +77,13 @@ def test_backend_that_does_not_declare_the_cache_is_refused() -> None:
     assert "--attention-backend cpu cannot be used: it has no float8_e4m3fn KV cache: its" in str(
         caught.value
     )
+
+
+def test_explain_tells_the_bytes_and_where_scales_come_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["explain", "demo", "--kv-cache-dtype", "fp8", "--device", "cpu"]) == 0
+
+    # 6 layers, 2 KV heads of 64, a key and a value each.
+    line = "KV cache of float8_e4m3fn, 1,536 bytes a token; scales: one a head, calibrated at"
+    assert line in capsys.readouterr().out
