@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -13,7 +14,17 @@ from torch import Tensor
 
 from quire.errors import BuildError, KernelError
 from quire.interfaces.attention import AttentionBackend, GraphSupport
-from quire.testing.attention_cases import LIMITS, Case, Layer, make_batch, make_inputs, make_spec
+from quire.testing.attention_cases import (
+    LIMITS,
+    Case,
+    Layer,
+    make_batch,
+    make_inputs,
+    make_layer,
+    make_spec,
+    step_batch,
+    step_tensors,
+)
 from quire.testing.attention_run import Subject, run
 from quire.testing.dense import check_within_bound
 from quire.testing.kit import AttentionBackendTests, Profile
@@ -42,6 +53,12 @@ class CudaWithoutHopper(CudaAttention):
     with_hopper = False
 
 
+class CudaWithoutWideBlocks(CudaAttention):
+    """What captured steps use, and prompts that see too much, for quantized caches in all steps."""
+
+    with_wide_blocks = False
+
+
 class OnTheGpu(AttentionBackendTests):
     """The kit, with a compilation at most."""
 
@@ -56,6 +73,15 @@ class TestCuda(OnTheGpu):
 
 class TestCudaWithoutHopper(OnTheGpu):
     backend = CudaWithoutHopper
+
+
+class TestCudaWithoutWideBlocks(OnTheGpu):
+    backend = CudaWithoutWideBlocks
+    specs = tuple(
+        served(head_dim=dim, value_head_dim=dim, kv_dtype=name)
+        for dim in (64, 128, 256)
+        for name in ("float8_e4m3fn", "float8_e5m2")
+    )
 
 
 del OnTheGpu
@@ -224,6 +250,74 @@ def test_wide_blocks_are_not_planned_for_a_capture_or_where_there_is_no_room() -
     assert blocks.plan(batch) is not None
     assert blocks.plan(captured) is None
     assert blocks.plan(many) is None
+
+
+class RecordedLibrary:
+    """Stands in for the compiled kernels and keeps the arguments of each launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, dict[str, Any]]] = []
+
+    def quire_attention_tile_rows(self, head_dim: int, kv_dtype: int) -> int:
+        """Answer as the library for Hopper."""
+        return 64 if kv_dtype else 128
+
+    def __getattr__(self, name: str) -> Any:
+        def launch(reference: Any, stream: int) -> int:
+            fields = [field for field, _ in library.Arguments._fields_]
+            values = {field: getattr(reference._obj, field) for field in fields}
+            self.launches.append((name.removeprefix("quire_attention_"), values))
+            return 0
+
+        return launch
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedLibrary:
+    """Let the backend run without a GPU, up to its launches."""
+    found = RecordedLibrary()
+    sms, stream = SimpleNamespace(multi_processor_count=4), SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sms)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(library, "load", lambda capability, with_hopper: found)
+    return found
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_prompts_of_a_quantized_cache_are_served_as_wide_unless_captured(
+    recorded: RecordedLibrary, is_captured: bool
+) -> None:
+    spec = served(**WIDE)
+    case = Case(spec=spec, lengths=((1, 20), (30, 70), (9, 9)))
+    backend, batch = CudaAttention(spec, LIMITS, {}), step_batch(case)
+    if is_captured:
+        batch = attrs.evolve(batch, captured_for=GraphSupport.ANY)
+    cache = torch.zeros(20, 2, 16, 128).to(torch.float8_e4m3fn)
+    inputs = make_inputs(case)
+    q, k, v = step_tensors(case, inputs)
+
+    for _ in range(2):
+        plan = backend.plan(batch, 0)
+        backend.attend(make_layer(case, inputs), q, k, v, cache, plan, torch.empty_like(q))
+
+    names = ["decode", "prefill"] if is_captured else ["decode", "widen", "prefill"]
+    assert [name for name, _ in recorded.launches] == 2 * names
+    for name, values in recorded.launches:
+        wide = name == "prefill" and not is_captured
+        own = backend._wide.memory if wide else cache
+        table = backend._wide.table if wide else batch.groups[0].block_table
+        assert values["cache"] == own.data_ptr()
+        assert values["block_stride"] == own.stride(0)
+        assert values["num_blocks"] == len(own)
+        assert values["kv_dtype"] == (0 if wide else 1)
+        assert (values["block_table"], values["table_stride"]) == (
+            table.data_ptr(),
+            table.stride(0),
+        )
+    last = recorded.launches[-1][1]
+    # Tiles of 64 (token, head) rows, as many as there could be; or of 128, as many as there are.
+    assert last["most_tiles"] == (-(-40 // 32) + 3 if is_captured else 2)
 
 
 def gpu_test(function: Any) -> Any:

@@ -71,6 +71,8 @@ class CudaAttention(AttentionBackend):
     quantized_kv = QUANTIZED
     # Whether to use the kernels that only Hopper GPUs have, where there is one.
     with_hopper: ClassVar[bool] = True
+    # Whether blocks of a quantized cache are made wide for prompts, where that is faster.
+    with_wide_blocks: ClassVar[bool] = True
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -153,7 +155,7 @@ class CudaAttention(AttentionBackend):
         self._wide: WideBlocks | None = None
         # Kernels that read wide blocks are worth it where they are others.
         rows = self._library.quire_attention_tile_rows(spec.head_dim, 0)
-        if spec.has_quantized_kv and rows != self.tile_rows:
+        if self.with_wide_blocks and rows != self.tile_rows:
             self._wide = WideBlocks(spec, limits, rows)
         self._arguments = self._constant_arguments(num_sms)
 
