@@ -16,6 +16,13 @@ from quire.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as vLLM spells them too
+# The formats of a quantized KV cache, as vLLM spells them, and what PyTorch calls them.
+KV_FORMATS = {
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+KV_SCALES = ("auto", "calibrated", "unit")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -216,7 +223,15 @@ class CacheOptions:
         0.9, "share of the GPU's memory that the engine may use in all"
     )
     kv_cache_dtype: str = choice_setting(
-        "auto", DTYPES, "number format of the KV cache; auto: as dtype"
+        "auto",
+        (*DTYPES, *KV_FORMATS),
+        "number format of the KV cache; auto: as the checkpoint's quantization asks, else as dtype",
+    )
+    kv_cache_scales: str = choice_setting(
+        "auto",
+        KV_SCALES,
+        "scales of an fp8 KV cache; auto: the checkpoint's, else calibrated by a short run at the "
+        "start; unit: 1",
     )
     enable_prefix_caching: bool = flag_setting(
         True, "find the blocks of equal prompt beginnings again"
@@ -316,6 +331,12 @@ class EngineConfig:
     def source(self, name: str) -> str:
         """Return who set the option: `default`, `model` or `user`."""
         return self.sources.get(name, "default")
+
+    @property
+    def kv_dtype(self) -> str:
+        """Return what the KV cache holds, as PyTorch calls it; "auto" while dtype is not known."""
+        given = self.cache.kv_cache_dtype
+        return self.model.dtype if given == "auto" else KV_FORMATS.get(given, given)
 
     def value(self, name: str) -> Any:
         """Return the value of an option by its flat name."""

@@ -12,9 +12,10 @@ from typing import Any
 
 from attrs import Factory, define
 
-from quire.config import EngineConfig
+from quire.config import KV_FORMATS, EngineConfig
 from quire.errors import ConfigError
 from quire.execution.checkpoint import Checkpoint
+from quire.execution.kv_format import is_scale, kv_format_of
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
 from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
 from quire.hooks.attention_choice import parts_asked_for
@@ -29,7 +30,7 @@ from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import ModelPlugin, QuantizationPlugin, Selection
 from quire.phases import Phases
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -93,6 +94,8 @@ def _prepare(config: EngineConfig) -> Prepared:
     # What is drawn at random needs no file.
     checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
+    with _naming(path, "quantization_config"):
+        config = _with_kv_format(config, raw)
     _check_lengths(config, model_config)
     return Prepared(
         config=config,
@@ -104,7 +107,7 @@ def _prepare(config: EngineConfig) -> Prepared:
         checkpoint=checkpoint,
         registry=registry,
         selections=[model_choice, quantization_choice],
-        warnings=list(model_config.warnings),
+        warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
     )
 
 
@@ -160,6 +163,30 @@ def _with_dtype(
     return config.with_value("dtype", dtype, source="model")
 
 
+def _with_kv_format(config: EngineConfig, raw: dict[str, Any]) -> EngineConfig:
+    """Replace the KV cache's format `auto` where the checkpoint asks for one."""
+    if config.cache.kv_cache_dtype != "auto":
+        return config
+    asked = kv_format_of(raw.get("quantization_config"))
+    return config if asked is None else config.with_value("kv_cache_dtype", asked, source="model")
+
+
+def _warnings_of_scales(config: EngineConfig, checkpoint: Checkpoint) -> list[str]:
+    is_quantized = config.kv_dtype in KV_FORMATS.values()
+    is_chosen = config.cache.kv_cache_dtype != "auto"
+    if not is_quantized and not is_chosen and any(map(is_scale, checkpoint.tensors)):
+        return [
+            "the checkpoint has scales of an fp8 KV cache, which nobody reads: config.json does "
+            "not ask for one. --kv-cache-dtype fp8 uses them."
+        ]
+    if not is_quantized or config.cache.kv_cache_scales != "unit":
+        return []
+    return [
+        "--kv-cache-scales unit: keys and values beyond the range of an fp8 number are clipped, "
+        "and small ones lose precision; auto takes scales that fit."
+    ]
+
+
 def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
     wanted = config.model.max_model_len
     if isinstance(wanted, int) and wanted > model_config.longest_model_len:
@@ -171,8 +198,7 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
     if given is None:
         return
     # The layout is the backend's business; this is the least that any of them needs.
-    dtype = config.cache.kv_cache_dtype
-    element = DTYPE_BYTES[config.model.dtype if dtype == "auto" else dtype]
+    element = DTYPE_BYTES[config.kv_dtype]
     size_kv_cache(
         kv_request(
             config,

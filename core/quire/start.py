@@ -11,6 +11,7 @@ from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
 from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_scales import describe_source, set_scales, source_of_scales
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
@@ -48,7 +49,10 @@ MANY_TOKENS_A_STEP, LARGE_GPU_BYTES = 16384, 64 << 30
 
 @define(kw_only=True)
 class Layout:
-    """How the engine uses its device: what was chosen, and where the memory goes."""
+    """How the engine uses its device: what was chosen, and where the memory goes.
+
+    `kv_scales` says where those of a quantized KV cache come from, None where none is.
+    """
 
     groups: list[LayerGroup]
     selections: list[Selection]
@@ -56,6 +60,12 @@ class Layout:
     budget: MemoryBudget
     limits: BatchLimits
     self_check: list[str]
+    kv_scales: str | None
+
+    @property
+    def kv_scales_in_words(self) -> str | None:
+        """Where the scales of the KV cache come from."""
+        return describe_source(self.kv_scales)
 
 
 class Starter:
@@ -133,6 +143,9 @@ class Starter:
         self._build_plugins(layout.selections)
         with self.phases.timed("weights"):
             self._fill(model)
+        if layout.kv_scales is not None:
+            with self.phases.timed("kv scales"):
+                self._set_scales(model, layout, layout.kv_scales)
         if self.device.type == "cuda":
             with self.phases.timed("measurement"):
                 self._measure_on_gpu(model, layout)
@@ -164,6 +177,10 @@ class Starter:
         else:
             load_weights(model, self.prepared.checkpoint)
 
+    def _set_scales(self, model: Model, layout: Layout, source: str) -> None:
+        checkpoint = self.prepared.checkpoint
+        set_scales(model, layout.groups, checkpoint, layout.limits, source=source)
+
     def _plan(self, model: Model) -> Layout:
         backends, selections = self._choose_backends(model)
         groups = setup.group_layers(model, backends)
@@ -179,6 +196,9 @@ class Starter:
             budget=measured.with_blocks(_kv_bytes(groups, size)),
             limits=self._limits(size.max_model_len),
             self_check=foretell(groups, skip=self.config.plugins.skip_self_check),
+            kv_scales=source_of_scales(
+                groups, self.prepared.checkpoint, self.config.cache.kv_cache_scales
+            ),
         )
 
     def _build(self, device: str) -> Model:
@@ -214,7 +234,7 @@ class Starter:
         specs = setup.attention_specs(
             model,
             dtype=self._dtype,
-            kv_dtype=self.config.cache.kv_cache_dtype,
+            kv_dtype=self.config.kv_dtype,
             block_size=self.config.cache.block_size,
             device=self.device.type,
         )

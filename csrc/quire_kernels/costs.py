@@ -33,7 +33,17 @@ def of_product(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
 
 def of_rotation(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     """Count q, k and v of all tokens, read and written; of a cache nothing else is touched."""
-    return {"bytes": 2 * args["qkv_ptr"].nbytes, "flops": 0}
+    qkv, dims = args["qkv_ptr"], args["HEAD_DIM"]
+    cached = len(qkv) * 2 * args["NUM_KV_HEADS"] * dims
+    less = cached * (qkv.element_size() - args["key_ptr"].element_size())
+    return {"bytes": 2 * qkv.nbytes - less, "flops": 0}
+
+
+def of_write(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count keys and values of all tokens, read, and written in the cache's dtype."""
+    given = args["k_ptr"].numel() + args["v_ptr"].numel()
+    sizes = args["k_ptr"].element_size() + args["key_ptr"].element_size()
+    return {"bytes": given * sizes, "flops": 0}
 
 
 def of_attention(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
@@ -48,8 +58,8 @@ def of_attention(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
         num_tokens = int(items[:, 0].unique().numel())
     else:
         num_tokens, num_keys, num_pairs = _tiled(args)
-    size = args["q_ptr"].element_size()
-    num_bytes = (num_keys * heads // args["GROUP"] + num_tokens * heads) * dims * size
+    size, cached = args["q_ptr"].element_size(), args["cache_ptr"].element_size()
+    num_bytes = (num_keys * heads // args["GROUP"] * cached + num_tokens * heads * size) * dims
     return {"bytes": num_bytes, "flops": 2 * num_pairs * heads * dims}
 
 

@@ -236,6 +236,7 @@ def rotate_and_write(
     *,
     rotary: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Norm and rotate q and k heads, write keys and values to their slots, and return q.
 
@@ -245,15 +246,16 @@ def rotate_and_write(
     [num_tokens, num_heads, head_dim].
     `norm` is the weights of q and k [head_dim] and the epsilon of an RMSNorm of each head.
     `rotary` is the cosines and sines of a `quire.layers.rotary.RotaryTable`, float32
-    [max_len, rotary_dim / 2], which are rounded to the dtype of `qkv` first.
+    [max_len, rotary_dim / 2], which are rounded to the dtype of `qkv` first. `scales` are as those
+    of `write_kv`.
     """
     if qkv.is_cuda and (kernels := _kernels("rotary")):
         caches = (key_cache, value_cache)
         q: Tensor = kernels.rotate_and_write(
-            qkv, positions, slots, *caches, rotary=rotary, norm=norm
+            qkv, positions, slots, *caches, rotary=rotary, norm=norm, scales=scales
         )
         return q
-    _, block_size, num_kv_heads, head_dim = key_cache.shape
+    num_kv_heads, head_dim = key_cache.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     heads = qkv.unflatten(1, (-1, head_dim))
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -262,10 +264,43 @@ def rotate_and_write(
     if rotary is not None:
         cos, sin = (table[positions.long(), None].to(qkv.dtype) for table in rotary)
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-    place = slots.long() // block_size, slots.long() % block_size
-    key_cache.index_put_(place, k)
-    value_cache.index_put_(place, v)
+    write_kv(k, v, slots, key_cache, value_cache, scales=scales)
     return q
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Write keys and values to their slots.
+
+    `k` [num_tokens, num_kv_heads, head_dim], `v` [num_tokens, num_kv_heads, value_head_dim]; slots
+    and caches as in `rotate_and_write`. `scales` of keys and of values, float32 [num_kv_heads], for
+    caches of 8-bit floats: x is stored as the number nearest to x / scale, clipped to what the
+    dtype has; a NaN stays a NaN.
+    """
+    if k.is_cuda and (kernels := _kernels("rotary")):
+        kernels.write_kv(k, v, slots, key_cache, value_cache, scales=scales)
+        return
+    if scales is not None:
+        largest = torch.finfo(key_cache.dtype).max
+        k, v = (
+            (x.float() / scale[:, None]).clamp_(-largest, largest)
+            for x, scale in zip((k, v), scales, strict=True)
+        )
+    places, block_size = slots.long(), key_cache.shape[1]
+    at = places // block_size, places % block_size
+    for x, cache in ((k, key_cache), (v, value_cache)):
+        stored = x.to(cache.dtype)
+        if stored.element_size() == 1:
+            # Not all devices index floats of 8 bits.
+            stored, cache = stored.view(torch.uint8), cache.view(torch.uint8)
+        cache.index_put_(at, stored)
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -60,6 +60,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 4096},
     "float16": {"dtype": "float16"},
     "float32": {"dtype": "float32"},
+    "fp8": {"kv_dtype": "float8_e4m3fn"},
+    "fp8-e5m2": {"kv_dtype": "float8_e5m2", "block_size": 128},
+    "fp8-256": {"kv_dtype": "float8_e4m3fn", "head_dim": 256, "value_head_dim": 256},
     "float32-256": {"dtype": "float32", "head_dim": 256, "value_head_dim": 256},
 }
 HOT = ("llama", "block-128")
@@ -94,15 +97,17 @@ class Usage:
 
 
 class Layer:
-    """A layer, with sinks where the model has them."""
+    """A layer, with sinks where the model has them, and scales where the cache is quantized."""
 
-    def __init__(self, sinks: torch.Tensor | None) -> None:
-        self.sinks = sinks
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.sinks = torch.zeros(spec.num_heads) if spec.sinks else None
+        self.k_scale = torch.ones(spec.num_kv_heads) if spec.has_quantized_kv else None
+        self.v_scale = self.k_scale
 
 
 def make_spec(changes: dict[str, Any]) -> AttentionSpec:
     values = {**LLAMA, **changes}
-    return AttentionSpec(kv_dtype=values["dtype"], **values)
+    return AttentionSpec(**{"kv_dtype": values["dtype"], **values})
 
 
 def make_batch(query_lens: list[int]) -> Batch:
@@ -135,8 +140,8 @@ def launches_of(spec: AttentionSpec) -> list[tuple[Any, dict[str, Any]]]:
     try:
         backend = TritonAttention(spec, LIMITS, {})
         dtype = getattr(torch, spec.dtype)
-        cache = torch.empty(12, *backend.kv_layout(spec).block_shape, dtype=dtype)
-        layer: Any = Layer(torch.zeros(spec.num_heads) if spec.sinks else None)
+        layout, layer = backend.kv_layout(spec), Layer(spec)
+        cache = torch.empty(12, *layout.block_shape, dtype=getattr(torch, layout.dtype))
         for query_lens in ([1] * 9, [4], [100]):
             batch = make_batch(query_lens)
             plan = backend.plan(batch, 0)
@@ -157,12 +162,21 @@ def fused_write_of(spec: AttentionSpec) -> list[tuple[Any, dict[str, Any]]]:
     quire_kernels.rotary._rotate_and_write_kernel = Recorder(kernel, found)
     try:
         dtype, dim = getattr(torch, spec.dtype), spec.head_dim
-        cache = torch.empty(12, spec.block_size, spec.num_kv_heads, dim, dtype=dtype)
+        shape = (12, spec.block_size, spec.num_kv_heads, dim)
+        cache = torch.empty(shape, dtype=getattr(torch, spec.kv_dtype))
+        scale = Layer(spec).k_scale
         weight, table = torch.empty(dim, dtype=dtype), torch.empty(9, dim // 2)
         qkv = torch.empty(4, (spec.num_heads + 2 * spec.num_kv_heads) * dim, dtype=dtype)
         ids = torch.ones(4, dtype=torch.int32)
         quire_kernels.rotary.rotate_and_write(
-            qkv, ids, ids, cache, cache, rotary=(table, table), norm=(weight, weight, 1e-6)
+            qkv,
+            ids,
+            ids,
+            cache,
+            cache,
+            rotary=(table, table),
+            norm=(weight, weight, 1e-6),
+            scales=None if scale is None else (scale, scale),
         )
     finally:
         quire_kernels.rotary._rotate_and_write_kernel = kernel
@@ -174,6 +188,8 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }
 
 

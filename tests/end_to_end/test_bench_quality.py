@@ -41,6 +41,24 @@ def test_int8_is_within_one_percent_of_the_model_in_its_own_dtype(
     assert report["workload"]["file"] == str(chat)
 
 
+@pytest.mark.parametrize(
+    ("name", "stored"), [("fp8", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")]
+)
+def test_fp8_cache_is_within_one_percent_of_the_model_with_its_own(
+    chat: Path, capsys: pytest.CaptureFixture[str], name: str, stored: str
+) -> None:
+    code = main(["bench", "quality", "demo", "--kv-cache-dtype", name, "--json",
+                 "--chat", str(chat), *SMALL])  # fmt: skip
+
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    plain, own = json.loads(captured.out)["rows"]
+    assert (plain["kv_cache"], own["kv_cache"]) == ("bfloat16", stored)
+    assert abs(own["perplexity"] / plain["perplexity"] - 1) < 0.01
+    assert own["agreement"] > 0.97
+    assert 0 < own["kl_divergence"] < 0.01
+
+
 def test_text_without_a_baseline_has_a_row_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,7 +68,7 @@ def test_text_without_a_baseline_has_a_row_alone(
     assert main(["bench", "quality", "demo", "--text", str(path), "--window", "16", *SMALL]) == 0
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split()[:3] == ["quantization", "tokens", "perplexity"]
+    assert lines[-2].split()[:4] == ["quantization", "kv", "cache", "tokens"]
     assert lines[-1].split()[0] == "none"
     assert lines[-1].split()[-2:] == ["-", "-"]
 

@@ -115,14 +115,16 @@ def test_5000_requests_give_the_tokens_of_a_plain_engine(folder: Path) -> None:
     assert different == []
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_replayed_steps_in_bfloat16_give_the_tokens_of_eager_ones(
-    folder: Path, temperature: float
+    folder: Path, temperature: float, kv_cache_dtype: str
 ) -> None:
     params = {"temperature": temperature, "seed": 3}
     found = []
     for options in ({}, {"enforce_eager": True}):
-        engine = make_engine(folder, dtype="bfloat16", **options)
+        options = {"kv_cache_dtype": kv_cache_dtype, "dtype": "bfloat16", **options}
+        engine = make_engine(folder, **options)
         one = tiny_llama.request(1, tiny_llama.prompt(1, 9), max_tokens=60, **params)
         found.append(tiny_llama.run_all(engine, [one])[0])
 

@@ -29,7 +29,15 @@ def test_norm_moves_its_rows(adds: bool, rows_moved: int) -> None:
     assert costs.of_norm(None, None, args)["bytes"] == rows_moved * 3 * 8 * 4 + 8 * 4
 
 
-def test_attention_of_single_tokens_reads_the_keys_of_its_items() -> None:
+CACHES = pytest.mark.parametrize(
+    ("stored", "size"), [(torch.bfloat16, 2), (torch.float8_e4m3fn, 1)], ids=["bfloat16", "fp8"]
+)
+
+
+@CACHES
+def test_attention_of_single_tokens_reads_the_keys_of_its_items(
+    stored: torch.dtype, size: int
+) -> None:
     args = {
         **{"SINGLE": True, "NUM_HEADS": 8, "GROUP": 4, "HEAD_DIM": 16, "VALUE_DIM": 16},
         "items_ptr": ints(
@@ -37,11 +45,27 @@ def test_attention_of_single_tokens_reads_the_keys_of_its_items() -> None:
         ),
         "num_items_ptr": ints([3]),
         "q_ptr": torch.zeros(2, 8, 16, dtype=torch.bfloat16),
+        "cache_ptr": torch.zeros(1, dtype=stored),
     }
 
     found = costs.of_attention(None, None, args)
 
-    assert found == {"bytes": (107 * 2 + 2 * 8) * 32 * 2, "flops": 2 * 107 * 8 * 32}
+    num_bytes = (107 * 2 * size + 2 * 8 * 2) * 32
+    assert found == {"bytes": num_bytes, "flops": 2 * 107 * 8 * 32}
+
+
+@CACHES
+def test_writes_move_keys_and_values_in_the_width_of_the_cache(
+    stored: torch.dtype, size: int
+) -> None:
+    cache = torch.zeros(1, dtype=stored)
+    heads = torch.zeros(5, 3, 16, dtype=torch.bfloat16)
+    qkv = torch.zeros(5, (4 + 2 * 3) * 16, dtype=torch.bfloat16)
+    written = {"k_ptr": heads, "v_ptr": heads, "key_ptr": cache}
+    rotated = {"qkv_ptr": qkv, "key_ptr": cache, "NUM_KV_HEADS": 3, "HEAD_DIM": 16}
+
+    assert costs.of_write(None, None, written)["bytes"] == 2 * 5 * 48 * (2 + size)
+    assert costs.of_rotation(None, None, rotated)["bytes"] == 5 * 16 * (2 * 10 + 2 * 4 + size * 6)
 
 
 sequences = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30)), min_size=1, max_size=4)
@@ -68,6 +92,7 @@ def test_attention_of_tiles_counts_the_pairs_that_are_seen(
         "starts_ptr": ints(starts),
         "seq_lens_ptr": ints([query_len + past for query_len, past in spans]),
         "q_ptr": torch.zeros(1, 4, 8),
+        "cache_ptr": torch.zeros(1),
         "WINDOW": window,
     }
 

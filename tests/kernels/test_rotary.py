@@ -1,4 +1,4 @@
-"""`rotate_and_write`, the PyTorch body and the Triton kernel, against its steps in float64."""
+"""`rotate_and_write` and `write_kv`, PyTorch bodies and Triton kernels, against their steps."""
 
 from __future__ import annotations
 
@@ -162,6 +162,85 @@ def test_kernel_rounds_where_the_separate_steps_do(
     same = (q.cpu() == plain).double().mean(), (found.cpu() == cache).double().sum()
     assert same[0] > 0.98
     assert same[1] > 0.98 * cache.isnan().logical_not().sum()
+
+
+FLOATS_OF_8_BITS = pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+
+
+def tricky(num_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return numbers of all sizes, NaN, infinities and zeros; tokens differ by powers of ten."""
+    sizes = 10.0 ** torch.linspace(-6, 4, num_tokens, device=DEVICE)
+    found = (draw(num_tokens, heads, dim, dtype=torch.float32) * sizes[:, None, None]).to(dtype)
+    found[0, 0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    return found
+
+
+def stored_by_pytorch(x: Tensor, scale: Tensor, stored: torch.dtype) -> Tensor:
+    largest = torch.finfo(stored).max
+    return (x.cpu().float() / scale.cpu()[:, None]).clamp(-largest, largest).to(stored)
+
+
+def same_numbers(found: Tensor, wanted: Tensor) -> bool:
+    return torch.equal(found.cpu().double().nan_to_num(7e7), wanted.double().nan_to_num(7e7))
+
+
+@FLOATS_OF_8_BITS
+@pytest.mark.parametrize("write", [ops.write_kv, kernel.write_kv])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_written_tokens_are_the_nearest_numbers_and_clipped(
+    write: Callable[..., None], dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    k, v = tricky(9, 3, 20, dtype), tricky(9, 3, 24, dtype).flip(0)
+    scales = tuple(torch.tensor(x, device=DEVICE) for x in ([0.02, 1.0, 0.3], [3.0, 0.001, 0.07]))
+    cache = torch.full((4, 3, 4, 44), float("nan"), device=DEVICE, dtype=stored)
+    tokens = cache.transpose(1, 2)
+    slots = torch.tensor([5, 2, 15, 8, 9, 0, 12, 3, 6], dtype=torch.int32, device=DEVICE)
+
+    write(k, v, slots, tokens[..., :20], tokens[..., 20:], scales=scales)
+
+    rows = tokens.flatten(0, 1).cpu()[slots.cpu().long()]
+    assert same_numbers(rows[..., :20], stored_by_pytorch(k, scales[0], stored))
+    assert same_numbers(rows[..., 20:], stored_by_pytorch(v, scales[1], stored))
+    others = [slot for slot in range(16) if slot not in slots.tolist()]
+    assert tokens.flatten(0, 1).cpu()[others].double().isnan().all()
+
+
+@FLOATS_OF_8_BITS
+@BODIES
+def test_rotated_keys_and_values_are_stored_by_the_scales_of_their_heads(
+    body: Callable[..., Tensor], stored: torch.dtype
+) -> None:
+    case = Case(heads=(6, 3), dims=(20, 8), has_norm=True, dtype=torch.bfloat16, num_tokens=9)
+    scales = tuple(torch.tensor(x, device=DEVICE) for x in ([0.02, 1.0, 0.3], [3.0, 0.001, 0.07]))
+    given_ = {"rotary": case.rotary, "norm": case.norm}
+    places = (case.qkv, case.positions, case.slots)
+    wide = case.cache().transpose(1, 2)
+    q = body(*places, wide[..., :20], wide[..., 20:], **given_)
+    narrow = case.cache().to(stored).transpose(1, 2)
+
+    found = body(*places, narrow[..., :20], narrow[..., 20:], scales=scales, **given_)
+
+    assert torch.equal(found, q)
+    slots = case.slots.cpu().long()
+    rows, wanted = (x.flatten(0, 1).cpu()[slots] for x in (narrow, wide))
+    assert same_numbers(rows[..., :20], stored_by_pytorch(wanted[..., :20], scales[0], stored))
+    assert same_numbers(rows[..., 20:], stored_by_pytorch(wanted[..., 20:], scales[1], stored))
+
+
+@pytest.mark.parametrize("write", [ops.write_kv, kernel.write_kv])
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_written_tokens_without_scales_are_the_given_bits(
+    write: Callable[..., None], num_tokens: int
+) -> None:
+    k, v = (tricky(5, 3, 16, torch.bfloat16)[:num_tokens] for _ in range(2))
+    cache = torch.zeros(4, 3, 4, 32, device=DEVICE, dtype=torch.bfloat16)
+    tokens = cache.transpose(1, 2)
+    slots = torch.tensor([5, 2, 15, 8, 9][:num_tokens], dtype=torch.int32, device=DEVICE)
+
+    write(k, v, slots, tokens[..., :16], tokens[..., 16:])
+
+    rows = tokens.flatten(0, 1)[slots.long()]
+    assert torch.equal(rows.view(torch.int16), torch.cat((k, v), dim=-1).view(torch.int16))
 
 
 def test_nothing_is_done_for_no_tokens() -> None:

@@ -113,7 +113,7 @@ def _measured(one: Contender, inputs: Inputs, truth: Truth, device: torch.device
     copies = workload.make_copies(rotated_bytes(device))
     times = measure(workload.attend, copies, device)
     window = spec.sliding_window
-    element = inputs.k[0].element_size()
+    element = getattr(torch, spec.kv_dtype).itemsize
     width = spec.num_kv_heads * (spec.head_dim + spec.value_head_dim) * element
     pair = 2 * spec.num_heads * (spec.head_dim + spec.value_head_dim)
     return {

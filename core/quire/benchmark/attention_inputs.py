@@ -18,6 +18,8 @@ from quire.interfaces.batch import Batch
 WRITTEN_AT_ONCE = 8192
 # Steps of a few kilobytes have no more copies, and may find theirs in a cache.
 MOST_COPIES = 256
+# Of normal numbers few are larger.
+LARGEST_DRAWN = 8.0
 
 
 @frozen
@@ -31,18 +33,19 @@ class Layer:
     alibi_slopes: Tensor | None = None
 
 
-LAYER = Layer()
-
-
 @define(kw_only=True)
 class Inputs:
-    """Queries of the step end to end; keys and values of each sequence from its first token."""
+    """Queries of the step end to end; keys and values of each sequence from its first token.
+
+    `layer` has scales where the cache is quantized, another one a head.
+    """
 
     shape: Shape
     spec: AttentionSpec
     q: Tensor
     k: list[Tensor]
     v: list[Tensor]
+    layer: Layer
 
     @classmethod
     def draw(cls, shape: Shape, spec: AttentionSpec, seed: int) -> Inputs:
@@ -60,6 +63,7 @@ class Inputs:
             q=normal(shape.num_tokens, spec.num_heads, spec.head_dim),
             k=[normal(n, spec.num_kv_heads, spec.head_dim) for _, n in shape.rows],
             v=[normal(n, spec.num_kv_heads, spec.value_head_dim) for _, n in shape.rows],
+            layer=_layer(spec),
         )
 
     def limits(self) -> BatchLimits:
@@ -69,6 +73,16 @@ class Inputs:
             max_num_batched_tokens=max(self.shape.num_tokens, WRITTEN_AT_ONCE),
             max_model_len=self.shape.longest,
         )
+
+
+def _layer(spec: AttentionSpec) -> Layer:
+    if not spec.has_quantized_kv:
+        return Layer()
+    largest = torch.finfo(getattr(torch, spec.kv_dtype)).max
+    steps = torch.linspace(0.5, 1.0, spec.num_kv_heads, device=spec.device)
+    return Layer(
+        k_scale=steps * LARGEST_DRAWN / largest, v_scale=steps.flip(0) * LARGEST_DRAWN / largest
+    )
 
 
 class Workload:
@@ -129,7 +143,7 @@ class Workload:
         batch.plans = [plan]
         self.backend.prepare(plan)
         k, v = self._step_tensors(spans)
-        self.backend.write(LAYER, k, v, self._caches[0], plan)
+        self.backend.write(self.inputs.layer, k, v, self._caches[0], plan)
         if k.is_cuda:
             # A plan may write its staging again only when the last step with it has ended.
             torch.cuda.synchronize(k.device)
@@ -158,5 +172,5 @@ class Workload:
         i = turn % len(self._caches)
         out = self._out[i]
         arguments = (self._k, self._v, self._caches[i], self._plan, out)
-        self.backend.attend(LAYER, self._q[i], *arguments)
+        self.backend.attend(self.inputs.layer, self._q[i], *arguments)
         return out

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.benchmark.attention_inputs import Inputs
 from quire.layers.dense_attention import dense_attention
+from quire.layers.quantized_cache import as_stored
 
 # Scores in memory at a time: 2 GiB in float64 on a GPU, 128 MiB on a CPU.
 MOST_SCORES = {"cpu": 2**24, "cuda": 2**28}
@@ -67,11 +68,19 @@ class Truth:
         self._looked += 1
 
 
+def _stored(inputs: Inputs, number: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values of a sequence as the cache gives them back."""
+    dtype, layer = getattr(torch, inputs.spec.kv_dtype), inputs.layer
+    k, v = inputs.k[number], inputs.v[number]
+    return as_stored(k, layer.k_scale, dtype), as_stored(v, layer.v_scale, dtype)
+
+
 def _pieces(inputs: Inputs, dtype: torch.dtype, order: Tensor | None) -> Iterator[Tensor]:
     """Yield the outputs of all sequences, in order."""
     spec, first = inputs.spec, 0
     most = MOST_SCORES[torch.device(spec.device).type]
-    for (query_len, length), k, v in zip(inputs.shape.rows, inputs.k, inputs.v, strict=True):
+    for number, (query_len, length) in enumerate(inputs.shape.rows):
+        k, v = _stored(inputs, number)
         q = inputs.q[first : first + query_len]
         first += query_len
         if order is not None:

@@ -133,6 +133,7 @@ def measure(
             {
                 "model": one.frontend.config.model.model,
                 "quantization": one.frontend.prepared.quantization.name,
+                "kv_cache": one.frontend.prepared.config.kv_dtype,
                 **tally.figures(has_baseline=one is llm and other is not None),
             }
             for one, tally in zip(llms, tallies, strict=True)

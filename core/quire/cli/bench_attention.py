@@ -28,7 +28,7 @@ Exit status 1: a backend failed or is wrong, or none could be measured.
 ALL = "all"
 # Options of an engine that say something here too.
 TAKEN = (
-    *("dtype", "block_size", "device", "num_threads", "seed"),
+    *("dtype", "kv_cache_dtype", "block_size", "device", "num_threads", "seed"),
     *("attention_option", "disable_plugin"),
 )
 
@@ -120,7 +120,7 @@ def _spec(arguments: argparse.Namespace, config: EngineConfig, device: str) -> A
         value_head_dim=arguments.head_dim,
         scale=arguments.head_dim**-0.5,
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=dtype if config.kv_dtype == "auto" else config.kv_dtype,
         block_size=config.cache.block_size,
         device=device,
         sliding_window=arguments.window,

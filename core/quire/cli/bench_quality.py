@@ -16,8 +16,8 @@ from quire.frontend import Frontend
 
 SUMMARY = "perplexity on a text or on dialogues, and the distance to the unquantized model"
 EPILOG = """\
-Every token but the first of a passage is guessed. With --quantization NAME the same model in its
-own dtype is loaded beside, unless --baseline names another one.
+Every token but the first of a passage is guessed. With --quantization NAME or --kv-cache-dtype the
+same model in its own dtype is loaded beside, unless --baseline names another one.
 """
 # `auto`: no more of the context than fits beside the baseline, which takes as much.
 ENGINE_DEFAULTS = {
@@ -88,7 +88,8 @@ def _chat_of(arguments: argparse.Namespace) -> Path | None:
 
 def _baseline(given: Mapping[str, Any], model: str | None) -> Frontend | None:
     """Open what the model is compared with; None where there is nothing to compare."""
-    if model is None and given.get("quantization") in (None, "none"):
+    is_plain = all(given.get(name) in (None, "none", "auto") for name in QUANTIZING)
+    if model is None and is_plain:
         return None
     kept = {name: value for name, value in given.items() if name not in QUANTIZING}
     return Frontend(EngineConfig.from_options({**kept, "model": model or given["model"]}))
@@ -99,10 +100,11 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines = [f"{report['benchmark']}: {report['model']}"]
     for name in ("machine", "choices", "settings", "workload"):
         lines.append(f"{name:<11}" + ", ".join(f"{k} {v}" for k, v in report[name].items()))
-    lines += ["", f"{'quantization':<16}" + "".join(f"{name:>15}" for name in FIGURES)]
+    head = f"{'quantization':<16}{'kv cache':<16}"
+    lines += ["", head + "".join(f"{name:>15}" for name in FIGURES)]
     for row in report["rows"]:
         cells = "".join(f"{_shown(name, row[name]):>15}" for name in FIGURES)
-        lines.append(f"{row['quantization']:<16}{cells}")
+        lines.append(f"{row['quantization']:<16}{row['kv_cache']:<16}{cells}")
     return "\n".join(lines)
 
 

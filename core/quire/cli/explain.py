@@ -56,6 +56,10 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "items": dict(layout.budget.items()),
             "num_kv_blocks": layout.kv_size.num_blocks,
             "block_size": frontend.config.cache.block_size,
+            "kv_dtypes": sorted({group.layout.dtype for group in layout.groups}),
+            "kv_bytes_per_token": sum(group.bytes_per_block for group in layout.groups)
+            // frontend.config.cache.block_size,
+            "kv_scales": layout.kv_scales_in_words,
         },
         "warnings": frontend.warnings,
         "phases_s": phases.seconds,
@@ -103,6 +107,9 @@ def _as_text(found: dict[str, Any]) -> str:
     lines += [f"  {name:<18} {describe_bytes(size)}" for name, size in memory["items"].items()]
     blocks, size = memory["num_kv_blocks"], memory["block_size"]
     lines.append(f"  {blocks} KV blocks of {size} tokens, block 0 for padding")
+    kinds, a_token = ", ".join(memory["kv_dtypes"]), memory["kv_bytes_per_token"]
+    scales = f"; scales: {memory['kv_scales']}" if memory["kv_scales"] else ""
+    lines.append(f"  KV cache of {kinds}, {a_token:,} bytes a token{scales}")
     lines += ["", "warnings", *(f"  {w}" for w in found["warnings"])] if found["warnings"] else []
     lines += ["", f"this took: {Phases(found['phases_s'])}"]
     return "\n".join(lines)

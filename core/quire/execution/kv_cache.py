@@ -16,6 +16,7 @@ from quire.errors import PluginError, QuireError
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits, KVLayout
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
+from quire.layers.quantized_cache import as_bytes
 from quire.scheduling.output import KVCacheGroup
 
 Answer = TypeVar("Answer")
@@ -84,7 +85,7 @@ class KVCache:
             if not pairs:
                 continue
             index = torch.tensor(pairs, dtype=torch.int64).T.to(tensors[0].device)
-            for tensor in tensors:
+            for tensor in map(as_bytes, tensors):
                 tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
 
 

@@ -19,7 +19,7 @@ from quire.execution.kv_cache import LayerGroup
 from quire.execution.self_check_case import fused_steps_of, lengths_of, pieces_of, steps_of
 from quire.execution.self_check_heads import Drawn, Heads, RawSequences, Sequences
 from quire.execution.synthetic_batch import Span, batch_of, block_tables
-from quire.interfaces.attention import AttentionSpec, BatchLimits
+from quire.interfaces.attention import QUANTIZED_KV_DTYPES, AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch
 from quire.layers.attention import normalise_and_rotate
 from quire.layers.dense_attention import dense_attention
@@ -38,7 +38,7 @@ def why_skipped(spec: AttentionSpec) -> str | None:
         return "the check has no latent attention"
     if not spec.causal:
         return "the check has no encoders"
-    if spec.kv_dtype not in PLAIN_DTYPES:
+    if spec.kv_dtype not in (*PLAIN_DTYPES, *QUANTIZED_KV_DTYPES):
         return f"the check has no {spec.kv_dtype} KV cache"
     return None
 
@@ -99,7 +99,7 @@ class _Check:
             self._judge(step, self._attended(step))
 
     def _drawn(self, lengths: Sequence[int]) -> Drawn:
-        return Sequences(self.spec, lengths)
+        return Sequences(self.layer, self.spec, lengths)
 
     def _write(self, spans: Sequence[Span]) -> tuple[Any, Heads]:
         """Plan for a batch and write its keys and values; return the plan and q, k, v."""

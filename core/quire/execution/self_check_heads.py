@@ -12,6 +12,7 @@ from quire.execution.self_check_case import windowed_sequence
 from quire.execution.synthetic_batch import Span
 from quire.interfaces.attention import AttentionSpec
 from quire.layers.attention import Attention, QKNorm, normalise_and_rotate
+from quire.layers.quantized_cache import as_stored
 from quire.layers.rotary import RotaryTable
 
 # Tokens that are drawn; longer sequences repeat them.
@@ -42,8 +43,8 @@ class Drawn(Protocol):
 class Sequences:
     """Heads that `write` and `attend` are given as they are."""
 
-    def __init__(self, spec: AttentionSpec, lengths: Sequence[int]) -> None:
-        self._spec = spec
+    def __init__(self, layer: Attention, spec: AttentionSpec, lengths: Sequence[int]) -> None:
+        self._layer, self._spec = layer, spec
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, spec.dtype)
 
@@ -93,10 +94,10 @@ class Sequences:
         return self._queries[places % POOL]
 
     def exact(self, span: Span) -> Heads:
-        """Return what is seen, keys and values as the cache's dtype has them."""
-        seen, kv_dtype = _seen(span, self._spec), getattr(torch, self._spec.kv_dtype)
+        """Return what is seen, keys and values as the cache has them."""
+        seen = _seen(span, self._spec)
         k, v = self._keys[span.sequence][seen], self._values[span.sequence][seen]
-        return self._q(span), k.to(kv_dtype), v.to(kv_dtype)
+        return self._q(span), *_as_stored(self._layer, self._spec, k, v)
 
     plain = exact
 
@@ -105,7 +106,7 @@ class RawSequences:
     """Heads that are still to be normed and rotated, by the layer's own weights and angles."""
 
     def __init__(self, layer: Attention, spec: AttentionSpec, lengths: Sequence[int]) -> None:
-        self._spec = spec
+        self._layer, self._spec = layer, spec
         generator = torch.Generator().manual_seed(3)
         dtype, split = getattr(torch, spec.dtype), spec.num_heads + spec.num_kv_heads
         shape = (split + spec.num_kv_heads, spec.head_dim)
@@ -123,19 +124,27 @@ class RawSequences:
         return torch.cat(parts).flatten(1)
 
     def exact(self, span: Span) -> Heads:
-        """Return heads that were normed and rotated in float64."""
+        """Return heads that were normed and rotated in float64, and never stored."""
         return self._heads(span, self._exact[span.sequence])
 
     def plain(self, span: Span) -> Heads:
         """Return heads as the core's own steps make them."""
         q, k, v = self._heads(span, self._plain[span.sequence])
-        kv_dtype = getattr(torch, self._spec.kv_dtype)
-        return q, k.to(kv_dtype), v.to(kv_dtype)
+        return q, *_as_stored(self._layer, self._spec, k, v)
 
     def _heads(self, span: Span, qk: Tensor) -> Heads:
         seen, num_heads = _seen(span, self._spec), self._spec.num_heads
         v = self._raw[span.sequence][seen, qk.shape[1] :]
         return qk[span.first : span.last, :num_heads], qk[seen, num_heads:], v
+
+
+def _as_stored(
+    layer: Attention, spec: AttentionSpec, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values as the cache gives them back."""
+    dtype, scales = getattr(torch, spec.kv_dtype), (layer.k_scale, layer.v_scale)
+    on_cpu = [None if scale is None else scale.cpu() for scale in scales]
+    return as_stored(k, on_cpu[0], dtype), as_stored(v, on_cpu[1], dtype)
 
 
 def _seen(span: Span, spec: AttentionSpec) -> slice:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.execution.checkpoint import Checkpoint, TensorInfo, listed, wrong_kind
+from quire.execution.kv_scales import scale_names
 from quire.execution.mapped_files import MappedFiles
 from quire.execution.staged_files import StagedFiles
 from quire.interfaces.model import Model
+from quire.layers.attention import Attention
 from quire.layers.embedding import Head
 from quire.layers.places import Place, places
 
@@ -97,12 +99,14 @@ def finish_tied_heads(model: Model) -> None:
 def _ignored_names(model: Model, checkpoint: Checkpoint) -> set[str]:
     patterns = list(model.weight_names.ignored)
     tied = [m for m in model.modules() if isinstance(m, Head) and m.is_tied]
+    # They are read when the backends of the KV cache are known.
+    scales = scale_names(m for m in model.modules() if isinstance(m, Attention))
     # A tied head's own tensor, where a file has one, is the embedding again.
     patterns += [re.escape(head.spec.name) + r"\..*" for head in tied]
     return {
         name
         for name in checkpoint.tensors
-        if any(re.fullmatch(pattern, name) for pattern in patterns)
+        if name in scales or any(re.fullmatch(pattern, name) for pattern in patterns)
     }
 
 

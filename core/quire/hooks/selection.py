@@ -15,7 +15,7 @@ from quire.hooks.builds import build_before_use
 from quire.hooks.candidates import Candidates, as_sentence, comes_after
 from quire.hooks.kinds import KINDS
 from quire.hooks.registry import Registry
-from quire.interfaces.attention import AttentionBackend, AttentionSpec
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, why_refused
 from quire.interfaces.plugin import (
     AttentionPlugin,
     Descriptor,
@@ -44,7 +44,7 @@ def select_attention(
         registry=registry,
         kind="attention",
         contract=AttentionBackend,
-        ask=lambda backend: backend.why_unsupported(spec),
+        ask=lambda backend: why_refused(backend, spec),
     )
     if requested != AUTO:
         plugin = registry.attention(requested)
@@ -68,7 +68,7 @@ def answer_attention(
         registry=registry,
         kind="attention",
         contract=AttentionBackend,
-        ask=lambda backend: backend.why_unsupported(spec),
+        ask=lambda backend: why_refused(backend, spec),
     )
     found, reason = candidates.answer(plugin, may_build=may_build)
     if found is not None:

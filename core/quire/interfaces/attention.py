@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from quire.interfaces.batch import Batch
 
 
+# A number of such a cache stands for itself times its head's scale.
+QUANTIZED_KV_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+
+
 class GraphSupport(enum.StrEnum):
     """Which batches a backend can run inside a CUDA graph: `Batch.captured_for` says how.
 
@@ -43,7 +47,8 @@ class AttentionSpec:
 
     Heads are this rank's. `scale` multiplies the scores. `sliding_window` is the number of latest
     tokens that a token sees, itself included. `logit_softcap` c means c * tanh(score / c).
-    Dtypes and device are spelled as in torch, without `torch.`.
+    Dtypes and device are spelled as in torch, without `torch.`. `kv_dtype` is what the cache holds:
+    with one of `QUANTIZED_KV_DTYPES` layers have scales, and a backend has to declare it.
     """
 
     num_heads: int
@@ -62,6 +67,11 @@ class AttentionSpec:
     latent: LatentSpec | None = None
     causal: bool = True
     batch_invariant: bool = False
+
+    @property
+    def has_quantized_kv(self) -> bool:
+        """Whether the cache holds numbers that have to be multiplied by scales."""
+        return self.kv_dtype in QUANTIZED_KV_DTYPES
 
 
 @frozen(kw_only=True)
@@ -92,8 +102,10 @@ class KVLayout:
 class AttentionLayer(Protocol):
     """What `write` and `attend` may read of the layer they work for.
 
-    `k_scale` and `v_scale` are float32 scalars or [num_kv_heads] for a quantized cache, `sinks`
-    and `alibi_slopes` are float32 [num_heads]; each is None where the spec does not ask for it.
+    `k_scale` and `v_scale` are float32 [num_kv_heads] for a quantized cache: a key x is stored as
+    the number nearest to x / k_scale[head], which is float32, of the cache's dtype; what is beyond
+    its largest finite number becomes that one, a NaN stays a NaN. `sinks` and `alibi_slopes` are
+    float32 [num_heads]. Each is None where the spec does not ask for it.
     """
 
     @property
@@ -114,10 +126,13 @@ class AttentionBackend(abc.ABC):
     `plan` may only enqueue work on the current stream and never reads the device; `prepare` is
     its device part, captured at the head of a CUDA graph; its tensors keep their addresses.
     `write`, `attend` and `rotate_and_write` never wait for the device.
+
+    `quantized_kv` are those of `QUANTIZED_KV_DTYPES` that it writes and reads with scales.
     """
 
     graph_support: ClassVar[GraphSupport] = GraphSupport.NONE
     batch_invariant: ClassVar[bool] = False
+    quantized_kv: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abc.abstractmethod
@@ -196,3 +211,14 @@ class AttentionBackend(abc.ABC):
         None. The core does the three steps itself where None comes back.
         """
         return None
+
+
+def why_refused(backend: type[AttentionBackend], spec: AttentionSpec) -> str | None:
+    """Return None if a backend can serve the spec, else why not, in a sentence.
+
+    Its own `why_unsupported` is not asked about a quantized cache that it does not declare: a
+    backend that is older than such caches would read stored numbers for true ones.
+    """
+    if spec.has_quantized_kv and spec.kv_dtype not in backend.quantized_kv:
+        return f"it has no {spec.kv_dtype} KV cache: its `quantized_kv` does not name it"
+    return backend.why_unsupported(spec)

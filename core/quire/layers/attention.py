@@ -48,13 +48,22 @@ class QKNorm:
 class Attention(nn.Module):
     """Normalise, rotate, write and attend. The runner binds backend and KV cache before use.
 
-    `index` is the layer's number; `sinks` float32 [num_heads] where the model has them.
+    `index` is the layer's number, `name` the module's in the checkpoint, `sinks` float32
+    [num_heads] where the model has them. The start sets the scales of a quantized cache.
     """
 
     backend: AttentionBackend
 
-    def __init__(self, options: AttentionOptions, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        options: AttentionOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        name: str = "",
+    ) -> None:
         super().__init__()
+        self.name = name
         self.options = options
         self.index = options.layer_index
         self.num_heads, self.num_kv_heads = options.num_heads, options.num_kv_heads

@@ -106,7 +106,7 @@ class LayerBuilder:
                 f"{name}: num_attention_heads {options.num_heads} is not a multiple of "
                 f"num_key_value_heads {options.num_kv_heads}."
             )
-        return Attention(options, self.dtype, self.device)
+        return Attention(options, self.dtype, self.device, name=name)
 
     def experts(self, name: str, num_experts: int, hidden_size: int, size: int) -> nn.Module:
         """Refuse: no plugin of this version serves mixtures of experts."""

@@ -16,6 +16,7 @@ from quire.interfaces.attention import (
     BatchLimits,
     GraphSupport,
     KVLayout,
+    why_refused,
 )
 from quire.interfaces.batch import Batch, GroupBatch
 from quire.layers.attention import normalise_and_rotate
@@ -50,7 +51,7 @@ class CombinedAttention(AttentionBackend):
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
         """Answer for both, and for the layout that they must share."""
         for part, kind in (("prefill", cls.prefill_class), ("decode", cls.decode_class)):
-            reason = kind.why_unsupported(spec)
+            reason = why_refused(kind, spec)
             if reason is not None:
                 return f"{part}: {reason}"
         prefill, decode = cls.prefill_class.kv_layout(spec), cls.decode_class.kv_layout(spec)
@@ -179,6 +180,7 @@ def combine(
             "decode_class": decode,
             "graph_support": graphs,
             "batch_invariant": prefill.batch_invariant and decode.batch_invariant,
+            "quantized_kv": tuple(x for x in prefill.quantized_kv if x in decode.quantized_kv),
         },
     )
 

@@ -65,6 +65,8 @@ def _spec_in_words(spec: AttentionSpec) -> list[str]:
     if spec.value_head_dim != spec.head_dim:
         words.append(f"values of {spec.value_head_dim}")
     words += [spec.dtype, f"scale {spec.scale:.4g}"]
+    if spec.has_quantized_kv:
+        words.append(f"cache of {spec.kv_dtype}")
     if spec.sliding_window is not None:
         words.append(f"window {spec.sliding_window}")
     if spec.logit_softcap is not None:
@@ -75,13 +77,18 @@ def _spec_in_words(spec: AttentionSpec) -> list[str]:
 
 @define(kw_only=True)
 class Inputs:
-    """Queries of the step, keys and values of all tokens, by sequence, and what a layer holds."""
+    """Queries of the step, keys and values of all tokens, by sequence, and what a layer holds.
+
+    Keys and values are those that are written; a quantized cache holds others.
+    """
 
     q: list[Tensor]
     k: list[Tensor]
     v: list[Tensor]
     sinks: Tensor | None
     alibi: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 @define(kw_only=True)
@@ -126,6 +133,8 @@ def make_inputs(case: Case) -> Inputs:
         sinks=torch.randn(spec.num_heads, generator=generator) if spec.sinks else None,
         alibi=torch.rand(spec.num_heads, generator=generator) if spec.alibi else None,
     )
+    if spec.has_quantized_kv:
+        inputs.k_scale, inputs.v_scale = draw_scales(spec, generator)
     for i in range(1, len(case.lengths)):
         shared = num_shared(case, i) * spec.block_size
         inputs.k[i][:shared] = inputs.k[0][:shared]
@@ -133,12 +142,22 @@ def make_inputs(case: Case) -> Inputs:
     return inputs
 
 
+def draw_scales(spec: AttentionSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return scales of keys and of values, another one a head; the smallest clip some numbers."""
+    largest = torch.finfo(getattr(torch, spec.kv_dtype)).max
+    drawn = torch.rand(2, spec.num_kv_heads, generator=generator)
+    k_scale, v_scale = (2.0**drawn * 4 ** (2 * drawn) * 1.5 / largest).unbind()
+    return k_scale, v_scale
+
+
 def make_layer(case: Case, inputs: Inputs) -> Layer:
     """Return the layer of the inputs, on the device of the case."""
     device = case.spec.device
     sinks = None if inputs.sinks is None else inputs.sinks.to(device)
     slopes = None if inputs.alibi is None else inputs.alibi.to(device)
-    return Layer(sinks=sinks, alibi_slopes=slopes)
+    k_scale = None if inputs.k_scale is None else inputs.k_scale.to(device)
+    v_scale = None if inputs.v_scale is None else inputs.v_scale.to(device)
+    return Layer(sinks=sinks, alibi_slopes=slopes, k_scale=k_scale, v_scale=v_scale)
 
 
 def num_shared(case: Case, i: int) -> int:

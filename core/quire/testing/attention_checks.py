@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from quire.interfaces.attention import AttentionBackend, GraphSupport
-from quire.testing.attention_cases import Case, Inputs, Layer, make_batch, make_inputs
+from quire.testing.attention_cases import Case, Inputs, make_batch, make_inputs, make_layer
 from quire.testing.attention_run import Subject, make_cache, run
 from quire.testing.attention_strategies import Choices
 from quire.testing.bound import bits
@@ -84,7 +84,7 @@ def check_slots(subject: Subject, case: Case) -> Failure | None:
         backend.prepare(plan)
         before = bits(cache.clone()).flatten(1)
         k, v = inputs.k[0].to(spec.device), inputs.v[0].to(spec.device)
-        backend.write(Layer(), k, v, cache, plan)
+        backend.write(make_layer(case, inputs), k, v, cache, plan)
         changed = bits(cache).flatten(1) != before
         changed[0] = False
         where = f"writing slot {offset} of block 2"
@@ -125,7 +125,7 @@ def offers_log_sum(choices: Choices) -> str | None:
 
 
 def check_rows_apart(subject: Subject, case: Case) -> Failure | None:
-    """A NaN in one sequence reaches no other one."""
+    """A NaN in one sequence reaches no other one, and stays to be seen in its own."""
     case = attrs.evolve(case, shared_blocks=0)
     inputs = make_inputs(case)
     clean = run(subject.backend, case, inputs, options=subject.options).out
@@ -137,6 +137,9 @@ def check_rows_apart(subject: Subject, case: Case) -> Failure | None:
         if i != victim and not torch.equal(bits(out), bits(clean[i])):
             what = f"sequence {i} changes where keys and values of sequence {victim} are NaN"
             return Failure(what=what, case=case, guess="sequences are summed or masked together")
+    if case.spec.has_quantized_kv and not bool(found[victim].isnan().all()):
+        what = f"sequence {victim}, whose keys and values are NaN, gives numbers"
+        return Failure(what=what, case=case, guess="a NaN is clipped where the cache is written")
     return None
 
 

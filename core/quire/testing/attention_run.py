@@ -62,7 +62,10 @@ def make_cache(backend: type[AttentionBackend], case: Case) -> Tensor:
     layout, (_, num_blocks) = backend.kv_layout(case.spec), make_tables(case)
     dtype = getattr(torch, layout.dtype)
     shape = (num_blocks, *layout.block_shape)
-    return torch.full(shape, case.poison_value, dtype=dtype, device=case.spec.device)
+    poison = case.poison_value
+    if case.spec.has_quantized_kv:
+        poison = min(poison, torch.finfo(dtype).max)
+    return torch.full(shape, poison, dtype=dtype, device=case.spec.device)
 
 
 def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Tensor) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 import attrs
 from hypothesis import strategies as st
 
-from quire.interfaces.attention import AttentionBackend, AttentionSpec
+from quire.interfaces.attention import (
+    QUANTIZED_KV_DTYPES,
+    AttentionBackend,
+    AttentionSpec,
+    why_refused,
+)
 from quire.testing.attention_cases import Case, make_spec
 from quire.testing.attention_run import Subject
 
@@ -35,7 +40,7 @@ def choices_of(subject: Subject, device: str) -> Choices | str:
     backend, reason = subject.backend, "it was not asked"
     for dtype, dim, size in itertools.product(DTYPES, HEAD_DIMS, BLOCK_SIZES):
         plain = _spec(dtype=dtype, head_dim=dim, value_head_dim=dim, block_size=size, device=device)
-        found = backend.why_unsupported(plain)
+        found = why_refused(backend, plain)
         if found is None:
             changes = _served(backend, plain)
             options = subject.options
@@ -52,6 +57,8 @@ def _served(backend: type[AttentionBackend], plain: AttentionSpec) -> dict[str, 
     """Return the changes of each kind that the backend accepts, the plainest first."""
     asked: dict[str, list[dict[str, Any]]] = {
         "dtype": [{"dtype": name, "kv_dtype": name} for name in DTYPES],
+        # Behind the dtype, which says what an unquantized cache holds.
+        "quantized_kv": [{}, {}, *({"kv_dtype": name} for name in QUANTIZED_KV_DTYPES)],
         "heads": [{"num_heads": kv * group, "num_kv_heads": kv} for kv, group in HEADS],
         "head_dim": [
             {"head_dim": dim, "value_head_dim": dim, "scale": dim**-0.5} for dim in HEAD_DIMS
@@ -65,7 +72,7 @@ def _served(backend: type[AttentionBackend], plain: AttentionSpec) -> dict[str, 
         "alibi": [{}, {}, {"alibi": True}],
     }
     return {
-        name: [c for c in changes if backend.why_unsupported(attrs.evolve(plain, **c)) is None]
+        name: [c for c in changes if why_refused(backend, attrs.evolve(plain, **c)) is None]
         for name, changes in asked.items()
     }
 
@@ -82,7 +89,7 @@ def specs(draw: st.DrawFn, choices: Choices, small: bool = False) -> AttentionSp
         changes.update(draw(st.sampled_from(served or [{}])))
     spec = attrs.evolve(choices.plain, **changes)
     # What it serves one by one it need not serve together.
-    return spec if choices.backend.why_unsupported(spec) is None else choices.plain
+    return spec if why_refused(choices.backend, spec) is None else choices.plain
 
 
 @st.composite

@@ -12,6 +12,7 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
+from quire.layers.quantized_cache import dequantize, quantize
 from quire.testing.attention_cases import Case, Inputs, first_visible, make_tables
 from quire.testing.bound import bound
 
@@ -28,6 +29,8 @@ class Mistake:
     `heads`: how a query's head finds its KV head: "divide", "modulo" or "first". `blocks`: how a
     position finds its block: "table", "in a row" from the first one, or "next row" of the table.
     `tail`: the rest of the last block is seen. `cap_first`: the cap is taken before the scale.
+    `kv_scales`: how stored numbers become keys and values: by their "own" scales, by those
+    "squared", "none", those of the "next head", or those of the "other" of the two.
     """
 
     words: str = ""
@@ -41,6 +44,7 @@ class Mistake:
     without_softcap: bool = False
     without_sinks: bool = False
     cap_first: bool = False
+    kv_scales: str = "own"
 
     @property
     def reads_elsewhere(self) -> bool:
@@ -86,7 +90,28 @@ def keys_and_values(case: Case, inputs: Inputs, i: int, mistake: Mistake) -> tup
         positions = torch.arange(length)
         slots = torch.tensor(table)[positions // size] * size + positions % size
         k, v = memory.k[slots], memory.v[slots]
+    k, v = stored_values(case, inputs, k, v, mistake)
     return (v, k) if mistake.swapped else (k, v)
+
+
+def stored_values(
+    case: Case, inputs: Inputs, k: Tensor, v: Tensor, mistake: Mistake = RIGHT
+) -> tuple[Tensor, Tensor]:
+    """Return what the cache stands for once `k` and `v` [..., num_kv_heads, dim] are written."""
+    k_scale, v_scale = inputs.k_scale, inputs.v_scale
+    if k_scale is None or v_scale is None:
+        return k, v
+    used = {
+        "own": (k_scale, v_scale),
+        "squared": (k_scale**2, v_scale**2),
+        "none": (torch.ones_like(k_scale), torch.ones_like(v_scale)),
+        "next head": (k_scale.roll(-1), v_scale.roll(-1)),
+        "other": (v_scale, k_scale),
+    }[mistake.kv_scales]
+    dtype = getattr(torch, case.spec.kv_dtype)
+    pairs = zip((k, v), (k_scale, v_scale), used, strict=True)
+    k, v = (dequantize(quantize(x, own, dtype), by, torch.float64) for x, own, by in pairs)
+    return k, v
 
 
 def _per_head(x: Tensor, case: Case, mistake: Mistake) -> Tensor:

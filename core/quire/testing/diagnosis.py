@@ -35,6 +35,10 @@ MISTAKES = [
     Mistake(words="the soft cap is taken before the scale", cap_first=True),
     Mistake(words="the sinks are ignored", without_sinks=True),
     Mistake(words="values and keys are swapped", swapped=True),
+    Mistake(words="the scales of the quantized cache are ignored", kv_scales="none"),
+    Mistake(words="the scales of the quantized cache are applied twice", kv_scales="squared"),
+    Mistake(words="the cache is read with another head's scales", kv_scales="next head"),
+    Mistake(words="keys are read with the values' scales, or the reverse", kv_scales="other"),
     Mistake(words="the tail of the last block is not masked", tail=True),
     Mistake(words="blocks are read in a row, not by the block table", blocks="in a row"),
     Mistake(words="another sequence's row of the block table is read", blocks="next row"),
@@ -128,6 +132,8 @@ def _applies(case: Case, mistake: Mistake) -> bool:
         mistake.heads == "modulo" and spec.num_heads == spec.num_kv_heads,
         mistake.blocks == "next row" and len(case.lengths) == 1,
         mistake.reads_elsewhere and spec.alibi,
+        mistake.kv_scales != "own" and not spec.has_quantized_kv,
+        mistake.kv_scales == "next head" and spec.num_kv_heads == 1,
     ]
     return not any(impossible)
 

@@ -98,23 +98,44 @@ def check_fused_write(subject: Subject, case: Case) -> Failure | None:
     caches = [make_cache(subject.backend, attrs.evolve(case, poison="zero")) for _ in range(2)]
     plan = backend.plan(batch, 0)
     backend.prepare(plan)
-    rounded = exact.to(dtype)
-    backend.write(Layer(), rounded[:, spec.num_heads :], heads[:, split:], caches[0], plan)
-    q = backend.rotate_and_write(Layer(), qkv, batch.positions, rotary, norm, caches[1], plan)
+    rounded, layer = exact.to(dtype), make_layer(case, make_inputs(case))
+    backend.write(layer, rounded[:, spec.num_heads :], heads[:, split:], caches[0], plan)
+    q = backend.rotate_and_write(layer, qkv, batch.positions, rotary, norm, caches[1], plan)
     if q is None:
         return None
     unit = torch.finfo(dtype).eps
     allowed = unit * exact.abs().max().item() + 2 * (plain.double() - exact).abs().max().item()
-    errors = {
-        "q": (q.double() - exact[:, : spec.num_heads]).abs().max().item(),
+    errors = {"q": ((q.double() - exact[:, : spec.num_heads]).abs().max().item(), allowed)}
+    if spec.has_quantized_kv:
+        errors["the cache"] = _error_of_quantized(caches[1], caches[0], allowed, layer)
+    else:
         # The right keys were rounded on their way into the cache.
-        "the cache": (caches[1].double() - caches[0].double()).abs().max().item() / 2,
-    }
-    for name, error in errors.items():
-        if not error <= allowed:
-            what = f"rotate_and_write: {name} is off by {error:.3g}, bound {allowed:.3g}"
+        errors["the cache"] = (_largest_difference(*caches) / 2, allowed)
+    for name, (error, most) in errors.items():
+        if not error <= most:
+            what = f"rotate_and_write: {name} is off by {error:.3g}, bound {most:.3g}"
             return Failure(what=what, case=case)
     return None
+
+
+def _largest_difference(x: Tensor, y: Tensor) -> float:
+    return (x.double() - y.double()).abs().max().item()
+
+
+def _error_of_quantized(
+    found: Tensor, right: Tensor, allowed: float, layer: Layer
+) -> tuple[float, float]:
+    """Return how far stored numbers are off beyond one step of their dtype, and how far they may.
+
+    A key that was rounded another way before may fall to the other side of the middle between two
+    stored numbers.
+    """
+    assert layer.k_scale is not None, "the cache is quantized"
+    numbers = torch.finfo(found.dtype)
+    found, right = found.double(), right.double()
+    step = numbers.eps * torch.maximum(found.abs(), right.abs()) + numbers.smallest_normal
+    beyond = ((found - right).abs() - step).max().item()
+    return beyond, 2 * allowed / layer.k_scale.min().item()
 
 
 def _norm_and_rotary(case: Case, generator: torch.Generator) -> tuple[QKNorm, RotaryTable]:
@@ -142,7 +163,7 @@ def _exact(
 
 def check_encoder(subject: Subject, case: Case) -> Failure | None:
     """Without causality all keys are seen; without a cache the step's own are all there are."""
-    spec = attrs.evolve(case.spec, causal=False, sliding_window=None)
+    spec = attrs.evolve(case.spec, causal=False, sliding_window=None, kv_dtype=case.spec.dtype)
     if subject.backend.why_unsupported(spec) is not None:
         return None
     lengths = sorted({(n, n) for _, n in case.lengths}, key=lambda pair: pair[0] > 1)

@@ -51,11 +51,6 @@ def read_groups(config: Mapping[str, Any], formats: tuple[str, ...]) -> Compress
     Raises: ConfigError for another format, or what is malformed.
     """
     _check_format(config.get("format"), formats)
-    if config.get("kv_cache_scheme") is not None:
-        raise ConfigError(
-            f"{WHERE}: kv_cache_scheme asks for scales of the KV cache, which are not read yet; "
-            "take a checkpoint without them."
-        )
     sparsity = config.get("sparsity_config") or {"format": "dense"}
     if config.get("transform_config") or sparsity.get("format") != "dense":
         raise ConfigError(

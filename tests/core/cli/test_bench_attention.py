@@ -50,6 +50,21 @@ def test_named_backends_are_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
+def test_quantized_cache_is_judged_by_what_it_stores_and_counts_its_bytes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reports = []
+    for name in ("auto", "fp8"):
+        assert bench("--backends", "sdpa,reference", "--kv-cache-dtype", name, "--json") == 0
+        reports.append(json.loads(capsys.readouterr().out))
+
+    wide, narrow = reports
+    assert narrow["spec"]["kv_dtype"] == "float8_e4m3fn"
+    assert {row["verdict"] for row in narrow["rows"]} == {"right"}
+    pairs = zip(wide["rows"], narrow["rows"], strict=True)
+    assert all(row["kv_bytes"] == 4 * own["kv_bytes"] for row, own in pairs)
+
+
 def test_picture_is_written(tmp_path: Path) -> None:
     path = tmp_path / "attention.svg"
 

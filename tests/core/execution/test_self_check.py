@@ -289,7 +289,7 @@ def test_every_group_is_checked() -> None:
     [
         ({"latent": LatentSpec(kv_lora_rank=8, rope_head_dim=4, nope_head_dim=4)}, "latent att"),
         ({"causal": False}, "encoders"),
-        ({"kv_dtype": "float8_e4m3fn"}, "float8_e4m3fn KV cache"),
+        ({"kv_dtype": "int8"}, "int8 KV cache"),
     ],
 )
 def test_what_is_not_checked_is_told(change: dict[str, Any], reason: str) -> None:

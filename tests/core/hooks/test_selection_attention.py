@@ -294,3 +294,32 @@ def test_attention_of_a_plugin_that_exits_on_import_is_the_plugins_error(
 
     with pytest.raises(PluginError, match="cannot load 'nowhere:Nothing' for 'mine': SystemExit"):
         select_attention(registry, "mine", SPEC)
+
+
+@pytest.mark.parametrize("requested", ["mine", "auto"])
+def test_attention_that_does_not_declare_a_quantized_cache_is_not_asked(
+    installed: Installed, make: Make, requested: str
+) -> None:
+    """A backend that is older than such caches would say yes."""
+    registry = registry_of(installed, make("mine", priority={"cpu": 1}))
+    spec = attrs.evolve(SPEC, kv_dtype="float8_e4m3fn")
+
+    with pytest.raises(ConfigError) as caught:
+        select_attention(registry, requested, spec)
+
+    assert "it has no float8_e4m3fn KV cache: its `quantized_kv` does not name it" in str(
+        caught.value
+    )
+
+
+def test_attention_that_declares_a_quantized_cache_is_asked(
+    installed: Installed, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeBackend, "quantized_kv", ("float8_e5m2",))
+    registry = registry_of(installed, make("mine"))
+
+    _, _, selection = select_attention(registry, "mine", attrs.evolve(SPEC, kv_dtype="float8_e5m2"))
+
+    assert selection.used == "mine"
+    with pytest.raises(ConfigError, match="no float8_e4m3fn KV cache"):
+        select_attention(registry, "mine", attrs.evolve(SPEC, kv_dtype="float8_e4m3fn"))

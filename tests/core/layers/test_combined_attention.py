@@ -133,3 +133,16 @@ def test_reasons_say_whose_they_are() -> None:
     reason = combine(ReferenceAttention, GatherAttention).why_unsupported(SPEC)
     assert reason is not None
     assert reason.startswith("the two share no KV cache: prefill keeps 'token-head-kv' ([4, 2, 32]")
+
+
+def test_quantized_caches_are_those_of_both() -> None:
+    class OneKind(ReferenceAttention):
+        quantized_kv = ("float8_e5m2",)
+
+    both = combine(OneKind, SdpaAttention)
+
+    assert both.quantized_kv == ("float8_e5m2",)
+    assert combine(GatherAttention, SdpaAttention).quantized_kv == ()
+    reason = both.why_unsupported(make_spec(kv_dtype="float8_e4m3fn"))
+    assert reason is not None
+    assert reason.startswith("prefill: it has no float8_e4m3fn KV cache")

@@ -8,6 +8,7 @@ import broken_plans  # noqa: F401 - it adds its own to BROKEN
 import pytest
 from attrs import evolve
 from broken_backends import BROKEN, GUESSES
+from broken_caches import QuantizedGather
 from gather_attention import GatherAttention
 
 from quire.testing.kit import PROFILES, Report, check_attention
@@ -28,6 +29,12 @@ def test_right_backend_passes() -> None:
         *("batch invariance", "rotate_and_write", "encoder"),
         *("graph of any step", "thousands of keys"),
     }
+
+
+def test_right_backend_with_a_quantized_cache_passes() -> None:
+    report = check_attention(QuantizedGather, profile=PATIENT)
+
+    assert report.passed, failure_of(report)
 
 
 def test_there_are_enough_broken_backends() -> None:

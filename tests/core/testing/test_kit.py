@@ -99,6 +99,8 @@ def test_each_known_mistake_explains_itself_alone(mistake) -> None:
     if mistake.words == "there is no causal mask":
         # Within a window nothing else looks like it.
         case = attrs.evolve(case, spec=attrs.evolve(case.spec, sliding_window=None))
+    if mistake.kv_scales != "own":
+        case = attrs.evolve(case, spec=attrs.evolve(case.spec, kv_dtype="float8_e4m3fn"))
     inputs = make_inputs(case)
     wrong = attention(case, inputs, torch.float64, mistake)
 

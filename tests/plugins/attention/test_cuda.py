@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -13,7 +14,17 @@ from torch import Tensor
 
 from quire.errors import BuildError, KernelError
 from quire.interfaces.attention import AttentionBackend, GraphSupport
-from quire.testing.attention_cases import LIMITS, Case, Layer, make_batch, make_inputs, make_spec
+from quire.testing.attention_cases import (
+    LIMITS,
+    Case,
+    Layer,
+    make_batch,
+    make_inputs,
+    make_layer,
+    make_spec,
+    step_batch,
+    step_tensors,
+)
 from quire.testing.attention_run import Subject, run
 from quire.testing.dense import check_within_bound
 from quire.testing.kit import AttentionBackendTests, Profile
@@ -21,6 +32,7 @@ from quire.testing.mixed_graph_steps import MixedGraphStep
 from quire_attention.cuda import library
 from quire_attention.cuda.backend import CudaAttention
 from quire_attention.cuda.tiles import TileCut, TileLists
+from quire_attention.cuda.wide import WideBlocks
 from quire_attention.triton.backend import TritonAttention
 
 HAS_GPU = torch.cuda.is_available()
@@ -41,6 +53,12 @@ class CudaWithoutHopper(CudaAttention):
     with_hopper = False
 
 
+class CudaWithoutWideBlocks(CudaAttention):
+    """What captured steps use, and prompts that see too much, for quantized caches in all steps."""
+
+    with_wide_blocks = False
+
+
 class OnTheGpu(AttentionBackendTests):
     """The kit, with a compilation at most."""
 
@@ -55,6 +73,15 @@ class TestCuda(OnTheGpu):
 
 class TestCudaWithoutHopper(OnTheGpu):
     backend = CudaWithoutHopper
+
+
+class TestCudaWithoutWideBlocks(OnTheGpu):
+    backend = CudaWithoutWideBlocks
+    specs = tuple(
+        served(head_dim=dim, value_head_dim=dim, kv_dtype=name)
+        for dim in (64, 128, 256)
+        for name in ("float8_e4m3fn", "float8_e5m2")
+    )
 
 
 del OnTheGpu
@@ -85,6 +112,9 @@ REFUSED = {
     "scale of zero": {"scale": 0.0},
     "65 query heads a KV head": {"num_heads": 65, "num_kv_heads": 1},
     "an NVIDIA GPU, not on 'cpu'": {"device": "cpu"},
+    "quantized KV cache for heads of 96, only of (64, 128, 256)": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 96, "value_head_dim": 96},
+    },
 }
 
 
@@ -129,7 +159,10 @@ def test_only_hopper_gets_the_kernels_of_hopper() -> None:
 
 
 # Between them they include every header.
-COMPILED = {"sm_90a": ("prefill_hopper_128.cu", "plan.cu"), "sm_80": ("heads_64.cu",)}
+COMPILED = {
+    "sm_90a": ("prefill_hopper_128.cu", "plan.cu", "widen.cu", "heads_128_quantized.cu"),
+    "sm_80": ("heads_64.cu", "heads_64_quantized.cu"),
+}
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="there is no nvcc here")
@@ -176,6 +209,117 @@ def test_lists_of_steps_in_flight_lie_apart_and_captured_ones_at_one_place(
     assert found[-1][:3].tolist() == [[2, 0], [0, 32], [0, 0]]
 
 
+WIDE = {"device": "cpu", "kv_dtype": "float8_e4m3fn"}
+
+
+def test_wide_blocks_are_those_that_the_prompts_of_a_step_see() -> None:
+    blocks = WideBlocks(served(**WIDE), LIMITS, 128)
+    batch = make_batch([(5, 6), (0, 33), (20, 48), (0, 16)], [[1] * 9] * 4, 16)
+
+    plan = blocks.plan(batch)
+
+    assert plan is not None
+    wanted = [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2], [3, 0]]
+    assert plan.blocks[: 1 + plan.num_blocks].tolist() == [[7, 0], *wanted]
+    assert plan.num_tiles == 3
+    assert blocks.table.shape[0] >= 4
+
+
+def test_wide_blocks_begin_where_the_window_of_the_first_query_does() -> None:
+    blocks = WideBlocks(served(**WIDE, sliding_window=20), LIMITS, 128)
+    batch = make_batch([(51, 70), (52, 70)], [[1] * 9] * 2, 16)
+
+    plan = blocks.plan(batch)
+
+    assert plan is not None
+    # The queries at 51 and 52 see from 32 and 33 on.
+    wanted = [[0, 2], [0, 3], [0, 4], [1, 2], [1, 3], [1, 4]]
+    assert plan.blocks[1 : 1 + plan.num_blocks].tolist() == wanted
+
+
+def test_wide_blocks_are_not_planned_for_a_capture_or_where_there_is_no_room() -> None:
+    blocks = WideBlocks(served(**WIDE), attrs.evolve(LIMITS, max_model_len=64), 128)
+    batch = make_batch([(0, 40)], [[1] * 9], 16)
+
+    captured = attrs.evolve(batch, captured_for=GraphSupport.ANY)
+    # As many blocks as tokens fit, and one more a sequence.
+    room = (64 + LIMITS.max_num_batched_tokens) // 16 + LIMITS.max_num_seqs
+    many = make_batch([(0, 16 * (room + 1))], [[1] * (room + 1)], 16)
+
+    assert len(blocks.memory) == room
+    assert blocks.plan(batch) is not None
+    assert blocks.plan(captured) is None
+    assert blocks.plan(many) is None
+
+
+class RecordedLibrary:
+    """Stands in for the compiled kernels and keeps the arguments of each launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, dict[str, Any]]] = []
+
+    def quire_attention_tile_rows(self, head_dim: int, kv_dtype: int) -> int:
+        """Answer as the library for Hopper."""
+        return 64 if kv_dtype else 128
+
+    def __getattr__(self, name: str) -> Any:
+        def launch(reference: Any, stream: int) -> int:
+            fields = [field for field, _ in library.Arguments._fields_]
+            values = {field: getattr(reference._obj, field) for field in fields}
+            self.launches.append((name.removeprefix("quire_attention_"), values))
+            return 0
+
+        return launch
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedLibrary:
+    """Let the backend run without a GPU, up to its launches."""
+    found = RecordedLibrary()
+    sms, stream = SimpleNamespace(multi_processor_count=4), SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sms)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(library, "load", lambda capability, with_hopper: found)
+    return found
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_prompts_of_a_quantized_cache_are_served_as_wide_unless_captured(
+    recorded: RecordedLibrary, is_captured: bool
+) -> None:
+    spec = served(**WIDE)
+    case = Case(spec=spec, lengths=((1, 20), (30, 70), (9, 9)))
+    backend, batch = CudaAttention(spec, LIMITS, {}), step_batch(case)
+    if is_captured:
+        batch = attrs.evolve(batch, captured_for=GraphSupport.ANY)
+    cache = torch.zeros(20, 2, 16, 128).to(torch.float8_e4m3fn)
+    inputs = make_inputs(case)
+    q, k, v = step_tensors(case, inputs)
+
+    for _ in range(2):
+        plan = backend.plan(batch, 0)
+        backend.attend(make_layer(case, inputs), q, k, v, cache, plan, torch.empty_like(q))
+
+    names = ["decode", "prefill"] if is_captured else ["decode", "widen", "prefill"]
+    assert [name for name, _ in recorded.launches] == 2 * names
+    for name, values in recorded.launches:
+        wide = name == "prefill" and not is_captured
+        own = backend._wide.memory if wide else cache
+        table = backend._wide.table if wide else batch.groups[0].block_table
+        assert values["cache"] == own.data_ptr()
+        assert values["block_stride"] == own.stride(0)
+        assert values["num_blocks"] == len(own)
+        assert values["kv_dtype"] == (0 if wide else 1)
+        assert (values["block_table"], values["table_stride"]) == (
+            table.data_ptr(),
+            table.stride(0),
+        )
+    last = recorded.launches[-1][1]
+    # Tiles of 64 (token, head) rows, as many as there could be; or of 128, as many as there are.
+    assert last["most_tiles"] == (-(-40 // 32) + 3 if is_captured else 2)
+
+
 def gpu_test(function: Any) -> Any:
     """Mark a test that needs a GPU."""
     for mark in GPU:
@@ -191,6 +335,16 @@ LONG: dict[str, dict[str, Any]] = {
     "window and sinks": {"sliding_window": 300, "sinks": True, "dtype": "float16"},
     "soft cap": {"logit_softcap": 20.0, "block_size": 48},
     "group of 7": {"num_heads": 7, "num_kv_heads": 1, "block_size": 128},
+    "fp8": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 128, "value_head_dim": 128, "num_heads": 8},
+    },
+    "fp8, window and sinks": {
+        **{"kv_dtype": "float8_e5m2", "dtype": "float16", "sliding_window": 300, "sinks": True},
+    },
+    "fp8, soft cap, heads of 256": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 256, "value_head_dim": 256},
+        **{"logit_softcap": 20.0, "num_heads": 40, "num_kv_heads": 2, "scale": 0.0625},
+    },
     "group of 24": {"num_heads": 48, "num_kv_heads": 2, "head_dim": 96, "value_head_dim": 96},
 }
 

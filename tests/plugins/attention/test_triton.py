@@ -88,6 +88,15 @@ SPECS = {
         **{"head_dim": 256, "value_head_dim": 256, "scale": 0.06, "block_size": 16},
         **{"dtype": "bfloat16", "sliding_window": 40},
     },
+    "fp8": {"kv_dtype": "float8_e4m3fn", "dtype": "bfloat16", "head_dim": 64, "block_size": 16},
+    "fp8-odd-dims": {
+        **{"kv_dtype": "float8_e4m3fn", "head_dim": 20, "value_head_dim": 24, "block_size": 2},
+        **{"logit_softcap": 3.0, "sinks": True, "num_heads": 6, "num_kv_heads": 3},
+    },
+    "fp8-e5m2": {
+        **{"kv_dtype": "float8_e5m2", "dtype": "float16", "sliding_window": 20},
+        **{"num_heads": 7, "num_kv_heads": 1, "block_size": 32},
+    },
 }
 EACH_SPEC = pytest.mark.parametrize("name", SPECS)
 CUTS = pytest.mark.parametrize("backend", [TritonAttention, ManySplits, SmallTiles, Crowd])

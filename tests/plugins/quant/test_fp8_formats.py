@@ -64,12 +64,10 @@ def head(name: str = "lm_head", *, is_head: bool = True) -> EmbeddingSpec:
         (hugging_face(modules_to_not_convert="lm_head"), "modules_to_not_convert is 'lm_head'"),
         ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 0}, "activation_scale_ub is 0"),
         ({**MODELOPT, "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'; fp8 reads 'FP8'"),
-        ({**MODELOPT, "kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8'"),
         (
             compressed(CHANNEL, TOKEN, format="pack-quantized"),
             "format is 'pack-quantized'; this method reads 'float-quantized'",
         ),
-        (compressed(CHANNEL, TOKEN, kv_cache_scheme={}), "kv_cache_scheme"),
         (compressed(CHANNEL, TOKEN, transform_config={"a": 1}), "transform_config and"),
         (compressed(CHANNEL, TOKEN, sparsity_config={"format": "sparse-24"}), "sparsity_config"),
         (compressed(CHANNEL, TOKEN, config_groups={}), "config_groups is {}"),

@@ -9,6 +9,11 @@ namespace quire {
 constexpr int BFLOAT16 = 0;
 constexpr int FLOAT16 = 1;
 
+// What a cache holds: numbers of `dtype`, or floats of 8 bits that scales belong to.
+constexpr int KV_AS_DTYPE = 0;
+constexpr int KV_E4M3 = 1;
+constexpr int KV_E5M2 = 2;
+
 // An entry of the split plan: row, first key, key after the last, number of the row's splits.
 constexpr int ITEM_SIZE = 4;
 
@@ -22,6 +27,9 @@ struct Arguments {
     // lse [num_tokens, num_heads] or null; sinks [num_heads] or null.
     float* lse;
     const float* sinks;
+    // Scales of keys and values of a quantized cache [num_kv_heads], else null.
+    const float* k_scale;
+    const float* v_scale;
     const int32_t* block_table;
     const int32_t* seq_lens;
     // Where each sequence's tokens begin, [num_seqs + 1].
@@ -38,12 +46,17 @@ struct Arguments {
     // The number of tiles of the sequences with several tokens, and another number; then
     // (sequence, first token) of each. A launch is for `most_tiles`.
     const int32_t* tiles;
+    // Blocks of a quantized cache that are made wide, and where: see widen.cu.
+    void* wide;
+    const int32_t* wide_blocks;
+    int32_t* wide_table;
     // Strides in elements.
     int64_t q_stride_token;
     int64_t q_stride_head;
     int64_t out_stride;
     int64_t block_stride;
     int64_t table_stride;
+    int64_t wide_stride;
     int64_t num_tokens;
     int64_t num_blocks;
     int32_t num_heads;
@@ -53,6 +66,7 @@ struct Arguments {
     // Latest tokens that a token sees; 0: all of them.
     int32_t window;
     int32_t dtype;
+    int32_t kv_dtype;
     // Rows of the split plan, and the most items of a launch.
     int32_t num_rows;
     int32_t max_items;
@@ -62,6 +76,7 @@ struct Arguments {
     int32_t num_extra;
     int32_t chunk;
     int32_t most_tiles;
+    int32_t most_wide;
     int32_t num_sms;
     float scale;
     // 0: none.

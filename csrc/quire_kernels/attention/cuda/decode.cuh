@@ -19,14 +19,14 @@ constexpr bool HAS_LARGE_MEMORY = true;
 constexpr bool HAS_LARGE_MEMORY = false;
 #endif
 
-template <int D>
+template <typename C, int D>
 struct DecodeShape {
     static constexpr int WARPS = D <= 128 || HAS_LARGE_MEMORY ? 4 : 2;
     static constexpr int THREADS = WARPS * 32;
     // At most 96 KiB, so that two blocks share an SM of Hopper, or 192: what is under way has to
     // cover the memory's latency.
-    static constexpr int STAGES = D <= 64 ? 6 : D == 96 ? 4 : 3;
-    static constexpr int RING_BYTES = STAGES * UNIT_BYTES<D>;
+    static constexpr int STAGES = (D <= 64 ? 6 : D == 96 ? 4 : 3) * (2 / C::BYTES);
+    static constexpr int RING_BYTES = STAGES * UNIT_BYTES<C, D>;
     // A row's sums of a warp, apart by 8 words so that rows lie in other banks.
     static constexpr int PITCH = D + 8;
     static constexpr int SUMS_BYTES = WARPS * 16 * (PITCH + 2) * 4;
@@ -63,9 +63,9 @@ struct UnitBlocks {
 };
 
 // Sums of the warps of a block in shared memory.
-template <int D>
+template <typename C, int D>
 struct WarpSums {
-    using Shape = DecodeShape<D>;
+    using Shape = DecodeShape<C, D>;
     float *out, *base, *total;
 
     __device__ __forceinline__ explicit WarpSums(void* shared)
@@ -74,7 +74,7 @@ struct WarpSums {
           total(base + Shape::WARPS * 16) {}
 
     template <typename T>
-    __device__ __forceinline__ void store(const WarpRows<T, D>& rows) {
+    __device__ __forceinline__ void store(const WarpRows<T, C, D>& rows) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -84,17 +84,27 @@ struct WarpSums {
                 base[row] = rows.peak[h] * rows.scale.factor;
                 total[row] = sum;
             }
-            float* place = out + row * Shape::PITCH + 2 * (lane & 3);
+            if constexpr (C::IS_QUANTIZED) {
+                float* place = out + row * Shape::PITCH + 4 * (lane & 3);
 #pragma unroll
-            for (int i = 0; i < D / 8; ++i) {
-                *reinterpret_cast<float2*>(place + 8 * i) =
-                    make_float2(rows.out[i][2 * h], rows.out[i][2 * h + 1]);
+                for (int i = 0; i < D / 16; ++i) {
+                    *reinterpret_cast<float4*>(place + 16 * i) = rows.four_sums(i, h);
+                }
+            } else {
+                float* place = out + row * Shape::PITCH + 2 * (lane & 3);
+#pragma unroll
+                for (int i = 0; i < D / 8; ++i) {
+                    *reinterpret_cast<float2*>(place + 8 * i) =
+                        make_float2(rows.out[i][2 * h], rows.out[i][2 * h + 1]);
+                }
             }
         }
     }
 
-    // How much each warp's sums of a row count; returns the exponent of the row's sum.
-    __device__ __forceinline__ float weights(int row, float sink, float (&weight)[Shape::WARPS]) {
+    // How much each warp's sums of a row count, times what a value's number stands for; returns the
+    // exponent of the row's sum.
+    __device__ __forceinline__ float weights(int row, float sink, float value_scale,
+                                             float (&weight)[Shape::WARPS]) {
         float most = sink;
 #pragma unroll
         for (int w = 0; w < Shape::WARPS; ++w) most = fmaxf(most, base[w * 16 + row]);
@@ -104,7 +114,7 @@ struct WarpSums {
             weight[w] = power_of_two(base[w * 16 + row] - most);
             sum += weight[w] * total[w * 16 + row];
         }
-        const float inverse = sum > 0.0f || isnan(sum) ? 1.0f / sum : 0.0f;
+        const float inverse = sum > 0.0f || isnan(sum) ? value_scale / sum : 0.0f;
 #pragma unroll
         for (int w = 0; w < Shape::WARPS; ++w) weight[w] *= inverse;
         return most + log2f(sum);
@@ -113,13 +123,13 @@ struct WarpSums {
 
 // Weigh the splits of a row by their sums: a warp a head. What other blocks stored is read from
 // the L2 cache, for the L1 cache may hold what lay there before.
-template <typename T, int D>
+template <typename T, typename C, int D>
 __device__ __forceinline__ void merge_splits(const Arguments& a, int row, int first, int num_splits,
                                              int first_head, int num_rows) {
     constexpr int OWN = D / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int head = first_head + warp; head < first_head + num_rows;
-         head += DecodeShape<D>::WARPS) {
+         head += DecodeShape<C, D>::WARPS) {
         float most = LOWEST, sum = 0.0f;
         for (int i = lane; i < num_splits; i += 32) {
             const float own = __ldcg(a.partial_lse + int64_t(first + i) * a.num_heads + head);
@@ -155,10 +165,10 @@ __device__ __forceinline__ void merge_splits(const Arguments& a, int row, int fi
 }
 
 // Grid (num_kv_heads * head groups, most items). The last block of a row to arrive merges it.
-template <typename T, int D>
-__global__ void __launch_bounds__(DecodeShape<D>::THREADS)
+template <typename T, typename C, int D>
+__global__ void __launch_bounds__(DecodeShape<C, D>::THREADS)
     attend_splits(const __grid_constant__ Arguments a) {
-    using Shape = DecodeShape<D>;
+    using Shape = DecodeShape<C, D>;
     extern __shared__ __align__(128) uint8_t shared[];
     let_next_begin();
     wait_for_previous();
@@ -175,7 +185,7 @@ __global__ void __launch_bounds__(DecodeShape<D>::THREADS)
     const int num_rows = min(group - part * 16, 16);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    WarpRows<T, D> rows(a);
+    WarpRows<T, C, D> rows(a, kv_head);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = lane / 4 + 8 * h;
@@ -195,8 +205,8 @@ __global__ void __launch_bounds__(DecodeShape<D>::THREADS)
                       STRIDE);
     const auto copy = [&](int unit, int slot) {
         if (unit < num_units) {
-            copy_unit<D>(ring + slot * UNIT_BYTES<D>, a, blocks.of(unit), kv_head,
-                         own_begin + unit * STRIDE, low, end);
+            copy_unit<C, D>(ring + slot * UNIT_BYTES<C, D>, a, blocks.of(unit), kv_head,
+                            own_begin + unit * STRIDE, low, end);
         }
         copies_commit();
     };
@@ -208,15 +218,17 @@ __global__ void __launch_bounds__(DecodeShape<D>::THREADS)
         __syncwarp();
         copy(unit + Shape::STAGES - 1, free_slot);
         const int key = own_begin + unit * STRIDE;
-        rows.template attend<1>(ring + slot * UNIT_BYTES<D>, key, key < low || key + UNIT > end);
+        rows.template attend<1>(ring + slot * UNIT_BYTES<C, D>, key,
+                                key < low || key + UNIT > end);
         free_slot = slot;
         slot = slot + 1 == Shape::STAGES ? 0 : slot + 1;
     }
     copies_wait<0>();
     __syncthreads();
-    WarpSums<D> sums(shared);
+    WarpSums<C, D> sums(shared);
     sums.store(rows);
     __syncthreads();
+    const float value_scale = C::IS_QUANTIZED ? a.v_scale[kv_head] : 1.0f;
 
     for (int row = warp; row < num_rows; row += Shape::WARPS) {
         const int head = first_head + row;
@@ -224,7 +236,7 @@ __global__ void __launch_bounds__(DecodeShape<D>::THREADS)
         const bool has_sink = a.sinks && begin <= low;
         float weight[Shape::WARPS];
         const float sink = has_sink ? fmaxf(a.sinks[head] * LOG2_E, LOWEST) : 4 * LOWEST;
-        const float lse = sums.weights(row, sink, weight);
+        const float lse = sums.weights(row, sink, value_scale, weight);
         const int64_t place = int64_t(item) * a.num_heads + head;
         if (lane == 0 && num_splits > 1) a.partial_lse[place] = lse;
         if (lane == 0 && num_splits == 1 && a.lse) {
@@ -255,13 +267,13 @@ __global__ void __launch_bounds__(DecodeShape<D>::THREADS)
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    merge_splits<T, D>(a, sequence, a.first_items[sequence], num_splits, first_head, num_rows);
+    merge_splits<T, C, D>(a, sequence, a.first_items[sequence], num_splits, first_head, num_rows);
 }
 
-template <typename T, int D>
+template <typename T, typename C, int D>
 cudaError_t launch_splits(const Arguments& a, cudaStream_t stream) {
-    using Shape = DecodeShape<D>;
-    const auto kernel = attend_splits<T, D>;
+    using Shape = DecodeShape<C, D>;
+    const auto kernel = attend_splits<T, C, D>;
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::SHARED_BYTES);
     if (error != cudaSuccess) return error;
@@ -272,8 +284,18 @@ cudaError_t launch_splits(const Arguments& a, cudaStream_t stream) {
 
 template <int D>
 cudaError_t decode_dim(const Arguments& a, cudaStream_t stream) {
-    return a.dtype == BFLOAT16 ? launch_splits<__nv_bfloat16, D>(a, stream)
-                               : launch_splits<__half, D>(a, stream);
+    return a.dtype == BFLOAT16 ? launch_splits<__nv_bfloat16, Wide<__nv_bfloat16>, D>(a, stream)
+                               : launch_splits<__half, Wide<__half>, D>(a, stream);
+}
+
+template <int D>
+cudaError_t decode_quantized_dim(const Arguments& a, cudaStream_t stream) {
+    if (a.dtype == BFLOAT16) {
+        return a.kv_dtype == KV_E4M3 ? launch_splits<__nv_bfloat16, E4M3, D>(a, stream)
+                                     : launch_splits<__nv_bfloat16, E5M2, D>(a, stream);
+    }
+    return a.kv_dtype == KV_E4M3 ? launch_splits<__half, E4M3, D>(a, stream)
+                                 : launch_splits<__half, E5M2, D>(a, stream);
 }
 
 }  // namespace quire

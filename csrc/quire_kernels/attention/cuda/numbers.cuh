@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -27,6 +28,27 @@ template <>
 __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t both);
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t both) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t both) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&both));
+}
+
+// Four floats of 8 bits as two words of two floats of 16, which hold all of them.
+template <__nv_fp8_interpretation_t KIND>
+__device__ __forceinline__ uint2 widened(uint32_t four) {
+    const __half2_raw low = __nv_cvt_fp8x2_to_halfraw2(four & 0xFFFF, KIND);
+    const __half2_raw high = __nv_cvt_fp8x2_to_halfraw2(four >> 16, KIND);
+    return make_uint2(low.x | uint32_t(low.y) << 16, high.x | uint32_t(high.y) << 16);
 }
 
 __device__ __forceinline__ float power_of_two(float x) {

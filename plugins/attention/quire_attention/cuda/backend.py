@@ -24,13 +24,16 @@ from quire.interfaces.batch import Batch
 from quire_attention.cuda import library
 from quire_attention.cuda.library import Arguments
 from quire_attention.cuda.tiles import TileCut, TileLists
-from quire_kernels import ops
+from quire_attention.cuda.wide import WideBlocks, WidePlan
+from quire_kernels import head_token_kv
 
 DTYPES = ("bfloat16", "float16")
+# What a cache may hold beside the model's dtype, in the order of arguments.h.
+QUANTIZED = ("float8_e4m3fn", "float8_e5m2")
 # Keys come in units of so many tokens, each within one block.
 UNIT = 16
 # Rows of a tile of the sequences with several tokens, on the GPUs with the smallest.
-LEAST_TILE_ROWS = 64
+LEAST_TILE_ROWS, LARGEST_TILE_ROWS = 64, 128
 # Heads of a block of the decode kernel.
 HEADS_TOGETHER = 16
 ITEM_SIZE = 4
@@ -48,7 +51,7 @@ class CudaPlan:
 
     Of the first `num_single` rows those that have one token are served as such. `tiles` int32
     [1 + num_tiles or more, 2] are the (sequence, first token) of the others behind their number;
-    `most_tiles` is what the launch is made for.
+    `most_tiles` is what the launch is made for. `wide`, where it is there, serves them instead.
     """
 
     block_table: Tensor
@@ -58,14 +61,18 @@ class CudaPlan:
     num_single: int
     tiles: Tensor | None
     most_tiles: int
+    wide: WidePlan | None = None
 
 
 class CudaAttention(AttentionBackend):
     """Serve causal attention with windows, soft caps and sinks, in bfloat16 and float16."""
 
     graph_support = GraphSupport.ANY
+    quantized_kv = QUANTIZED
     # Whether to use the kernels that only Hopper GPUs have, where there is one.
     with_hopper: ClassVar[bool] = True
+    # Whether blocks of a quantized cache are made wide for prompts, where that is faster.
+    with_wide_blocks: ClassVar[bool] = True
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -78,7 +85,11 @@ class CudaAttention(AttentionBackend):
             "bidirectional attention": not spec.causal,
             "batch invariance": spec.batch_invariant,
             f"{spec.dtype}, only {' and '.join(DTYPES)}": spec.dtype not in DTYPES,
-            "KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
+            "KV cache in another dtype than the model's": not spec.has_quantized_kv
+            and spec.kv_dtype != spec.dtype,
+            f"quantized KV cache for heads of {spec.head_dim}, only of "
+            f"{library.QUANTIZED_HEAD_DIMS}": spec.has_quantized_kv
+            and spec.head_dim not in library.QUANTIZED_HEAD_DIMS,
             f"heads of {spec.head_dim}, only of {library.HEAD_DIMS}": not is_served_dim,
             "values of another width than keys": spec.value_head_dim != spec.head_dim,
             f"{group} query heads a KV head, at most {LEAST_TILE_ROWS}": group > LEAST_TILE_ROWS,
@@ -101,7 +112,7 @@ class CudaAttention(AttentionBackend):
         """
         width = spec.head_dim + spec.value_head_dim
         shape = (spec.num_kv_heads, spec.block_size, width)
-        return KVLayout(name="head-token-kv", block_shape=shape, dtype=spec.kv_dtype)
+        return KVLayout(name=head_token_kv.NAME, block_shape=shape, dtype=spec.kv_dtype)
 
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
@@ -111,7 +122,10 @@ class CudaAttention(AttentionBackend):
         plan = items * ITEM_SIZE + num_rows + 1 + num_rows * spec.num_heads
         partial = items * spec.num_heads * (spec.value_head_dim + 1)
         tiles = math.prod(TileCut.of(spec, LEAST_TILE_ROWS).entries(limits))
-        return 4 * (plan + partial + tiles)
+        wide = 0
+        if spec.has_quantized_kv and library.capability_here() == library.HOPPER:
+            wide = WideBlocks.num_bytes(spec, limits, LARGEST_TILE_ROWS)
+        return 4 * (plan + partial + tiles) + wide
 
     def __init__(
         self, spec: AttentionSpec, limits: BatchLimits, options: Mapping[str, Any]
@@ -122,7 +136,8 @@ class CudaAttention(AttentionBackend):
         self.group_size = spec.num_heads // spec.num_kv_heads
         capability = torch.cuda.get_device_capability(device)
         self._library = library.load(capability, with_hopper=self.with_hopper)
-        self.tile_rows = self._library.quire_attention_tile_rows(spec.head_dim)
+        self._kv_dtype = 1 + QUANTIZED.index(spec.kv_dtype) if spec.has_quantized_kv else 0
+        self.tile_rows = self._library.quire_attention_tile_rows(spec.head_dim, self._kv_dtype)
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._num_programs = min(num_sms, MAX_SMS)
         max_items = self.max_items(limits.max_num_seqs)
@@ -137,6 +152,11 @@ class CudaAttention(AttentionBackend):
         self._partial = torch.empty(*shape, spec.value_head_dim, device=device)
         self._partial_lse = torch.empty(shape, device=device)
         self._tiles = TileLists(TileCut.of(spec, self.tile_rows), limits, device)
+        self._wide: WideBlocks | None = None
+        # Kernels that read wide blocks are worth it where they are others.
+        rows = self._library.quire_attention_tile_rows(spec.head_dim, 0)
+        if self.with_wide_blocks and rows != self.tile_rows:
+            self._wide = WideBlocks(spec, limits, rows)
         self._arguments = self._constant_arguments(num_sms)
 
     def _constant_arguments(self, num_sms: int) -> Arguments:
@@ -154,6 +174,7 @@ class CudaAttention(AttentionBackend):
             block_size=spec.block_size,
             window=spec.sliding_window or 0,
             dtype=DTYPES.index(spec.dtype),
+            kv_dtype=self._kv_dtype,
             few_chunk=FEW_CHUNK,
             chunk=CHUNK,
             num_sms=num_sms,
@@ -173,7 +194,7 @@ class CudaAttention(AttentionBackend):
         """
         tables, lists = batch.groups[group], self._tiles
         single = batch.num_single_token_seqs
-        tiles, most_tiles = None, 0
+        tiles, most_tiles, wide = None, 0, None
         if batch.captured_for is GraphSupport.ANY:
             num_tokens, num_seqs = batch.token_ids.shape[0], batch.seq_lens.shape[0]
             single = min(num_seqs, num_tokens)
@@ -182,8 +203,10 @@ class CudaAttention(AttentionBackend):
         elif single == len(batch.query_lens):
             single = batch.seq_lens.shape[0]
         else:
-            cut = lists.cut.list_of(batch)
-            tiles, most_tiles = lists.upload(cut, batch), len(cut) - 1
+            wide = None if self._wide is None else self._wide.plan(batch)
+            if wide is None:
+                cut = lists.cut.list_of(batch)
+                tiles, most_tiles = lists.upload(cut, batch), len(cut) - 1
         return CudaPlan(
             block_table=tables.block_table,
             slots=tables.slot_mapping,
@@ -192,6 +215,7 @@ class CudaAttention(AttentionBackend):
             num_single=single,
             tiles=tiles,
             most_tiles=most_tiles,
+            wide=wide,
         )
 
     def prepare(self, plan: CudaPlan) -> None:
@@ -231,11 +255,7 @@ class CudaAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: CudaPlan
     ) -> None:
         """Store each token's key and value in its slot."""
-        slots = plan.slots.long()
-        blocks, offsets = slots // self.spec.block_size, slots % self.spec.block_size
-        keys, values = self._views(kv_cache)
-        keys.index_put_((blocks, offsets), k)
-        values.index_put_((blocks, offsets), v)
+        head_token_kv.write(layer, k, v, kv_cache, plan.slots)
 
     def rotate_and_write(
         self,
@@ -248,21 +268,9 @@ class CudaAttention(AttentionBackend):
         plan: CudaPlan,
     ) -> Tensor | None:
         """Normalise, rotate and write in one kernel."""
-        keys, values = self._views(kv_cache)
-        return ops.rotate_and_write(
-            qkv,
-            positions,
-            plan.slots,
-            keys,
-            values,
-            rotary=None if rotary is None else (rotary.cos, rotary.sin),
-            norm=None if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps),
+        return head_token_kv.rotate_and_write(
+            layer, qkv, positions, rotary, qk_norm, kv_cache, plan.slots
         )
-
-    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values as [num_blocks, block_size, num_kv_heads, dimensions]."""
-        tokens = kv_cache.transpose(1, 2)
-        return tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
 
     def attend(
         self,
@@ -289,6 +297,9 @@ class CudaAttention(AttentionBackend):
         )
         arguments.lse = None if lse is None else lse.data_ptr()
         arguments.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
+        if layer.k_scale is not None and layer.v_scale is not None:
+            arguments.k_scale = layer.k_scale.data_ptr()
+            arguments.v_scale = layer.v_scale.data_ptr()
         arguments.q_stride_token, arguments.q_stride_head = q.stride(0), q.stride(1)
         arguments.out_stride, arguments.block_stride = out.stride(0), kv_cache.stride(0)
         arguments.num_tokens, arguments.num_blocks = q.shape[0], kv_cache.shape[0]
@@ -296,6 +307,23 @@ class CudaAttention(AttentionBackend):
             self._call(self._library.quire_attention_decode)
         if plan.tiles is not None:
             self._call(self._library.quire_attention_prefill)
+        if plan.wide is not None:
+            self._attend_wide(plan, plan.wide)
+
+    def _attend_wide(self, plan: CudaPlan, wide: WidePlan) -> None:
+        """Make the blocks that prompts see wide, and attend to those; arguments are set."""
+        assert self._wide is not None, "it planned"
+        arguments, memory, table = self._arguments, self._wide.memory, self._wide.table
+        arguments.wide, arguments.wide_table = memory.data_ptr(), table.data_ptr()
+        arguments.wide_stride = table.stride(0)
+        arguments.wide_blocks, arguments.most_wide = wide.blocks.data_ptr(), wide.num_blocks
+        self._call(self._library.quire_attention_widen)
+        arguments.cache, arguments.block_stride = memory.data_ptr(), memory.stride(0)
+        arguments.block_table, arguments.table_stride = table.data_ptr(), table.stride(0)
+        arguments.num_blocks, arguments.kv_dtype = len(memory), 0
+        arguments.tiles, arguments.most_tiles = wide.tiles.data_ptr(), wide.num_tiles
+        self._call(self._library.quire_attention_prefill)
+        arguments.kv_dtype = self._kv_dtype
 
 
 def _extra_items(num_rows: int, num_programs: int, spec: AttentionSpec) -> int:

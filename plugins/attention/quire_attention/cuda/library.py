@@ -18,13 +18,14 @@ LEAST_CAPABILITY = (8, 0)
 # Its products of warpgroups exist for no other GPU, older or newer.
 HOPPER = (9, 0)
 HOPPER_HEAD_DIMS = (64, 128, 256)
+QUANTIZED_HEAD_DIMS = (64, 128, 256)
 
-_POINTERS = """q cache out lse sinks block_table seq_lens starts items first_items arrived partial
-    partial_lse tiles"""
-_LONGS = """q_stride_token q_stride_head out_stride block_stride table_stride num_tokens
+_POINTERS = """q cache out lse sinks k_scale v_scale block_table seq_lens starts items first_items
+    arrived partial partial_lse tiles wide wide_blocks wide_table"""
+_LONGS = """q_stride_token q_stride_head out_stride block_stride table_stride wide_stride num_tokens
     num_blocks"""
-_INTEGERS = """num_heads num_kv_heads head_dim block_size window dtype num_rows max_items few_extra
-    few_chunk num_extra chunk most_tiles num_sms"""
+_INTEGERS = """num_heads num_kv_heads head_dim block_size window dtype kv_dtype num_rows max_items
+    few_extra few_chunk num_extra chunk most_tiles most_wide num_sms"""
 
 
 class Arguments(ctypes.Structure):
@@ -48,7 +49,8 @@ def library_for(capability: tuple[int, int], *, with_hopper: bool = True) -> nat
     number = f"{capability[0]}{capability[1]}" + "a" * is_hopper
     dims = [f"heads_{dim}.cu" for dim in HEAD_DIMS]
     hopper = [f"prefill_hopper_{dim}.cu" for dim in HOPPER_HEAD_DIMS] if is_hopper else []
-    names = ["plan.cu", "entry_points.cu", *dims, *hopper]
+    quantized = [f"heads_{dim}_quantized.cu" for dim in QUANTIZED_HEAD_DIMS]
+    names = ["plan.cu", "widen.cu", "entry_points.cu", *dims, *quantized, *hopper]
     target = f"-gencode=arch=compute_{number},code=sm_{number}"
     return native.NativeLibrary(
         name="cuda-attention",
@@ -92,7 +94,7 @@ def build(progress: Callable[[str], None]) -> str:
 def load(capability: tuple[int, int], *, with_hopper: bool = True) -> ctypes.CDLL:
     """Return the library of a GPU, built first where it has to be. Raises: BuildError."""
     loaded = library_for(capability, with_hopper=with_hopper).load()
-    for name in ("plan", "decode", "prefill"):
+    for name in ("plan", "widen", "decode", "prefill"):
         entry = getattr(loaded, f"quire_attention_{name}")
         entry.argtypes = (ctypes.POINTER(Arguments), ctypes.c_void_p)
     loaded.quire_attention_error.restype = ctypes.c_char_p

@@ -22,9 +22,9 @@ from quire.interfaces.attention import (
 from quire.interfaces.batch import Batch
 from quire_attention.flashinfer import library, xqa
 from quire_attention.flashinfer.library import VARIANTS, Variant
-from quire_attention.flashinfer.paged import PagedAttention, PageMemory, Part, keys_and_values
+from quire_attention.flashinfer.paged import PagedAttention, PageMemory, Part
 from quire_attention.flashinfer.pages import partial_bytes, schedule_bytes
-from quire_kernels import ops
+from quire_kernels import head_token_kv
 
 # For the memory budget, which is made before the device is asked: no GPU today has more.
 MAX_SMS = 192
@@ -87,7 +87,7 @@ class FlashInferAttention(AttentionBackend):
         The layout of `triton` and `cuda`; the kernels take its strides.
         """
         shape = (spec.num_kv_heads, spec.block_size, spec.head_dim + spec.value_head_dim)
-        return KVLayout(name="head-token-kv", block_shape=shape, dtype=spec.kv_dtype)
+        return KVLayout(name=head_token_kv.NAME, block_shape=shape, dtype=spec.kv_dtype)
 
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
@@ -177,11 +177,7 @@ class FlashInferAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: FlashInferPlan
     ) -> None:
         """Store each token's key and value in its slot."""
-        slots = plan.slots.long()
-        places = (slots // self.spec.block_size, slots % self.spec.block_size)
-        keys, values = keys_and_values(kv_cache, self.spec)
-        keys.index_put_(places, k)
-        values.index_put_(places, v)
+        head_token_kv.write(layer, k, v, kv_cache, plan.slots)
 
     def rotate_and_write(
         self,
@@ -194,15 +190,8 @@ class FlashInferAttention(AttentionBackend):
         plan: FlashInferPlan,
     ) -> Tensor | None:
         """Normalise, rotate and write in one kernel."""
-        keys, values = keys_and_values(kv_cache, self.spec)
-        return ops.rotate_and_write(
-            qkv,
-            positions,
-            plan.slots,
-            keys,
-            values,
-            rotary=None if rotary is None else (rotary.cos, rotary.sin),
-            norm=None if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps),
+        return head_token_kv.rotate_and_write(
+            layer, qkv, positions, rotary, qk_norm, kv_cache, plan.slots
         )
 
     def attend(

@@ -11,6 +11,7 @@ from torch import Tensor
 from quire.interfaces.attention import AttentionSpec, BatchLimits, GraphSupport
 from quire.interfaces.batch import Batch
 from quire_attention.flashinfer.pages import PageLists, most_pages, page_lists, schedule_bytes
+from quire_kernels.head_token_kv import keys_and_values
 
 # The library's numbers of masks and layouts.
 NOT_CAUSAL, CAUSAL = 0, 1
@@ -84,12 +85,6 @@ class PageMemory:
             self._pages,
             self._memory[last : last + num_rows],
         )
-
-
-def keys_and_values(kv_cache: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Return both as [num_blocks, block_size, num_kv_heads, dimensions], strided."""
-    tokens = kv_cache.transpose(1, 2)
-    return tokens[..., : spec.head_dim], tokens[..., spec.head_dim :]
 
 
 def _flat(block_table: Tensor) -> Tensor:
@@ -193,7 +188,7 @@ class PagedAttention:
             self._schedule,
             part.info,
             q,
-            *keys_and_values(kv_cache, self.spec),
+            *keys_and_values(kv_cache, self.spec.head_dim),
             query_starts,
             kv_starts,
             pages,

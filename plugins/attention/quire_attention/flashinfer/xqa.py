@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quire.errors import BuildError
 from quire.interfaces.attention import AttentionLayer, AttentionSpec, BatchLimits
-from quire_attention.flashinfer.paged import keys_and_values
+from quire_kernels.head_token_kv import keys_and_values
 
 BLOCK_SIZES = (16, 32, 64, 128)
 LARGEST_GROUP = 32
@@ -66,7 +66,7 @@ class XqaAttention:
         sinks = layer.sinks
         self._xqa(
             q.contiguous().unsqueeze(1),
-            *keys_and_values(kv_cache, spec),
+            *keys_and_values(kv_cache, spec.head_dim),
             rows.block_table.contiguous(),
             seq_lens.unsqueeze(1),
             found.unsqueeze(1),

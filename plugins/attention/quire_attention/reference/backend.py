@@ -8,8 +8,17 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from quire.interfaces.attention import AttentionBackend, AttentionLayer, AttentionSpec, KVLayout
+from quire.interfaces.attention import (
+    QUANTIZED_KV_DTYPES,
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    KVLayout,
+)
 from quire.interfaces.batch import Batch
+from quire.layers.quantized_cache import as_bytes, dequantize, quantize
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @frozen(kw_only=True)
@@ -24,13 +33,14 @@ class ReferenceAttention(AttentionBackend):
     """Serve every spec but latent attention; the judge of all other backends."""
 
     batch_invariant = True
+    quantized_kv = QUANTIZED_KV_DTYPES
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
-        """Serve all but latent attention and quantized caches."""
+        """Serve all but latent attention and caches of unknown numbers."""
         if spec.latent is not None:
             return "it has no latent attention"
-        if spec.kv_dtype not in ("float32", "bfloat16", "float16"):
+        if spec.kv_dtype not in (*DTYPES, *cls.quantized_kv):
             return f"it has no {spec.kv_dtype} KV cache"
         return None
 
@@ -55,8 +65,12 @@ class ReferenceAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: ReferencePlan
     ) -> None:
         """Store each token's key and value in its slot."""
+        if layer.k_scale is not None and layer.v_scale is not None:
+            k = quantize(k, layer.k_scale, kv_cache.dtype)
+            v = quantize(v, layer.v_scale, kv_cache.dtype)
         flat = kv_cache.view(-1, *kv_cache.shape[2:])
-        flat[plan.slots] = torch.cat((k, v), dim=-1).to(kv_cache.dtype)
+        kv = torch.cat((k.to(kv_cache.dtype), v.to(kv_cache.dtype)), dim=-1)
+        as_bytes(flat)[plan.slots] = as_bytes(kv)
 
     def attend(
         self,
@@ -75,7 +89,7 @@ class ReferenceAttention(AttentionBackend):
             if kv_cache is None:
                 keys, values = k[tokens], v[tokens]
             else:
-                keys, values = self._gathered(kv_cache, blocks, seq_len)
+                keys, values = self._gathered(layer, kv_cache, blocks, seq_len)
             seen = slice(self._first_visible(query_len, seq_len), seq_len)
             result, log_sum = self._attended(layer, q[tokens], keys[seen], values[seen])
             out[tokens] = result.to(out.dtype)
@@ -87,10 +101,17 @@ class ReferenceAttention(AttentionBackend):
         window = self.spec.sliding_window
         return 0 if window is None else max(0, seq_len - query_len - window + 1)
 
-    def _gathered(self, kv_cache: Tensor, blocks: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def _gathered(
+        self, layer: AttentionLayer, kv_cache: Tensor, blocks: Tensor, seq_len: int
+    ) -> tuple[Tensor, Tensor]:
         num_blocks = -(-seq_len // self.spec.block_size)
-        tokens = kv_cache[blocks[:num_blocks].long()].flatten(0, 1)[:seq_len]
-        return tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
+        found = as_bytes(kv_cache)[blocks[:num_blocks].long()].view(kv_cache.dtype)
+        tokens = found.flatten(0, 1)[:seq_len]
+        keys, values = tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
+        if layer.k_scale is not None and layer.v_scale is not None:
+            keys = dequantize(keys, layer.k_scale, torch.float32)
+            values = dequantize(values, layer.v_scale, torch.float32)
+        return keys, values
 
     def _attended(self, layer: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return [queries, heads, value_head_dim] and the log-sum-exp [queries, heads]."""

@@ -16,6 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 from quire.interfaces.attention import (
+    QUANTIZED_KV_DTYPES,
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
@@ -23,6 +24,7 @@ from quire.interfaces.attention import (
     KVLayout,
 )
 from quire.interfaces.batch import Batch
+from quire.layers.quantized_cache import as_bytes, dequantize, quantize
 
 
 @frozen(kw_only=True)
@@ -45,8 +47,8 @@ class Alone:
     """A sequence with several tokens, this step's `tokens` of the batch.
 
     `visible` are the tokens to attend of those in `blocks`, or of the step's where `blocks` is
-    None because all keys are in this step. `mask` [1, 1, queries, keys] is added to the scores;
-    None: plainly causal, or not at all.
+    None because all keys are in this step as they were written. `mask` [1, 1, queries, keys] is
+    added to the scores; None: plainly causal, or not at all.
     """
 
     tokens: slice
@@ -65,7 +67,12 @@ class SdpaPlan:
 
 
 class SdpaAttention(AttentionBackend):
-    """Serve causal and bidirectional attention with windows; no soft cap, sinks or ALiBi."""
+    """Serve causal and bidirectional attention with windows; no soft cap, sinks or ALiBi.
+
+    A quantized cache is made wide where it is gathered.
+    """
+
+    quantized_kv = QUANTIZED_KV_DTYPES
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -76,7 +83,8 @@ class SdpaAttention(AttentionBackend):
             "attention sinks": spec.sinks,
             "ALiBi": spec.alibi,
             "batch invariance": spec.batch_invariant,
-            "a KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
+            "a KV cache in another dtype than the model's": not spec.has_quantized_kv
+            and spec.kv_dtype != spec.dtype,
         }
         missing = [name for name, needed in reasons.items() if needed]
         return f"it has no {', no '.join(missing)}" if missing else None
@@ -142,7 +150,8 @@ class SdpaAttention(AttentionBackend):
         if spec.sliding_window is not None:
             begin = max(0, past - spec.sliding_window + 1)
         blocks, visible = None, slice(0, seq_len)
-        if past:
+        # What is stored is not what was written, in a quantized cache.
+        if past or spec.has_quantized_kv:
             blocks, visible = _cut(table, begin, seq_len, spec.block_size)
         mask = None
         windowed = spec.sliding_window is not None and spec.sliding_window < seq_len
@@ -168,8 +177,26 @@ class SdpaAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: SdpaPlan
     ) -> None:
         """Store each token's key and value in its slot."""
+        if layer.k_scale is not None and layer.v_scale is not None:
+            k = quantize(k, layer.k_scale, kv_cache.dtype)
+            v = quantize(v, layer.v_scale, kv_cache.dtype)
         flat = kv_cache.view(-1, *kv_cache.shape[2:])
-        flat.index_copy_(0, plan.slots, torch.cat((k, v), dim=-1))
+        as_bytes(flat).index_copy_(0, plan.slots, as_bytes(torch.cat((k, v), dim=-1)))
+
+    def _split(self, layer: AttentionLayer, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of gathered tokens [..., num_kv_heads, width], wide.
+
+        Tokens of a quantized cache come as bytes.
+        """
+        kv = kv.view(getattr(torch, self.spec.kv_dtype))
+        keys, values = kv[..., : self.spec.head_dim], kv[..., self.spec.head_dim :]
+        if layer.k_scale is None or layer.v_scale is None:
+            return keys, values
+        dtype = getattr(torch, self.spec.dtype)
+        return (
+            dequantize(keys, layer.k_scale, dtype),
+            dequantize(values, layer.v_scale, dtype),
+        )
 
     def attend(
         self,
@@ -186,42 +213,51 @@ class SdpaAttention(AttentionBackend):
         if lse is not None:
             raise NotImplementedError("sdpa does not give the log-sum-exp; use reference")
         if plan.together is not None and kv_cache is not None:
-            self._attend_together(q, kv_cache, plan.together, out)
+            self._attend_together(layer, q, kv_cache, plan.together, out)
         elif plan.together is not None:
             # Without a cache a sequence of one token sees itself alone.
             own = v[: plan.together.num_seqs]
             out[: len(own)] = own.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         for part in plan.alone:
-            self._attend_alone(q, k, v, kv_cache, part, out)
+            keys, values = self._keys_and_values(layer, k, v, kv_cache, part)
+            self._attend_alone(q, keys, values, part, out)
 
-    def _attend_together(self, q: Tensor, kv_cache: Tensor, part: Together, out: Tensor) -> None:
-        num_seqs, head_dim = part.num_seqs, self.spec.head_dim
+    def _attend_together(
+        self, layer: AttentionLayer, q: Tensor, kv_cache: Tensor, part: Together, out: Tensor
+    ) -> None:
+        num_seqs = part.num_seqs
         if part.blocks is not None:
-            kv = kv_cache.index_select(0, part.blocks).view(num_seqs, -1, *kv_cache.shape[2:])
+            kv = as_bytes(kv_cache).index_select(0, part.blocks)
+            kv = kv.view(num_seqs, -1, *kv_cache.shape[2:])
             kv = kv[:, part.visible]
         else:
             assert part.slots is not None
-            kv = kv_cache.flatten(0, 1).index_select(0, part.slots).unflatten(0, (num_seqs, -1))
-        kv = kv.transpose(1, 2)
-        heads = q.shape[1] if self._one_query_a_product else kv.shape[1]
+            kv = as_bytes(kv_cache).flatten(0, 1).index_select(0, part.slots)
+            kv = kv.unflatten(0, (num_seqs, -1))
+        keys, values = (x.transpose(1, 2) for x in self._split(layer, kv))
+        heads = q.shape[1] if self._one_query_a_product else keys.shape[1]
         result = functional.scaled_dot_product_attention(
             q[:num_seqs].unflatten(1, (heads, -1)),
-            kv[..., :head_dim],
-            kv[..., head_dim:],
+            keys,
+            values,
             attn_mask=part.mask,
             scale=self.spec.scale,
-            enable_gqa=heads != kv.shape[1],
+            enable_gqa=heads != keys.shape[1],
         )
         out[:num_seqs] = result.flatten(1, 2)
 
+    def _keys_and_values(
+        self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor | None, part: Alone
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a sequence attends to, [num_keys, num_kv_heads, dim] each."""
+        if kv_cache is None or part.blocks is None:
+            return k[part.tokens], v[part.tokens]
+        kv = as_bytes(kv_cache).index_select(0, part.blocks).flatten(0, 1)[part.visible]
+        return self._split(layer, kv)
+
     def _attend_alone(
-        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor | None, part: Alone, out: Tensor
+        self, q: Tensor, keys: Tensor, values: Tensor, part: Alone, out: Tensor
     ) -> None:
-        if part.blocks is None or kv_cache is None:
-            keys, values = k[part.tokens], v[part.tokens]
-        else:
-            kv = kv_cache.index_select(0, part.blocks).flatten(0, 1)[part.visible]
-            keys, values = kv[..., : self.spec.head_dim], kv[..., self.spec.head_dim :]
         result = functional.scaled_dot_product_attention(
             q[part.tokens].transpose(0, 1).unsqueeze(0),
             keys.transpose(0, 1).unsqueeze(0),

@@ -12,6 +12,7 @@ from triton import knobs
 
 from quire.errors import KernelError
 from quire.interfaces.attention import (
+    QUANTIZED_KV_DTYPES,
     AttentionBackend,
     AttentionLayer,
     AttentionSpec,
@@ -29,7 +30,7 @@ from quire_attention.triton.tuning import (
     power_of_two,
     tuning_for,
 )
-from quire_kernels import ops, overlap
+from quire_kernels import head_token_kv, overlap
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
@@ -61,9 +62,14 @@ class TritonPlan:
 
 
 class TritonAttention(AttentionBackend):
-    """Serve causal attention with windows, soft caps and sinks, in the model's dtype."""
+    """Serve causal attention with windows, soft caps and sinks, in the model's dtype.
+
+    Numbers of a quantized cache are made float16, or float32 as the model's, before they are
+    multiplied, which loses nothing; scales are applied to scores and sums.
+    """
 
     graph_support = GraphSupport.ANY
+    quantized_kv = QUANTIZED_KV_DTYPES
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -74,7 +80,8 @@ class TritonAttention(AttentionBackend):
             "bidirectional attention": not spec.causal,
             "batch invariance": spec.batch_invariant,
             f"{spec.dtype}": spec.dtype not in DTYPES,
-            "KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
+            "KV cache in another dtype than the model's": not spec.has_quantized_kv
+            and spec.kv_dtype != spec.dtype,
             f"heads beyond {MAX_HEAD_DIM} dimensions": max(spec.head_dim, spec.value_head_dim)
             > MAX_HEAD_DIM,
             "scale of zero or less": spec.scale <= 0,
@@ -83,6 +90,8 @@ class TritonAttention(AttentionBackend):
         missing = [name for name, needed in reasons.items() if needed]
         if missing:
             return f"it has no {', no '.join(missing)}"
+        if spec.kv_dtype == "float8_e4m3fn" and not _converts_e4m3(spec.device):
+            return "it has no float8_e4m3fn KV cache before compute capability 8.9; take fp8_e5m2"
         if spec.device == "cpu" and not knobs.runtime.interpret:
             return (
                 "on a CPU it runs in Triton's interpreter only, which TRITON_INTERPRET=1 asks for"
@@ -97,7 +106,7 @@ class TritonAttention(AttentionBackend):
         """
         width = spec.head_dim + spec.value_head_dim
         shape = (spec.num_kv_heads, spec.block_size, width)
-        return KVLayout(name="head-token-kv", block_shape=shape, dtype=spec.kv_dtype)
+        return KVLayout(name=head_token_kv.NAME, block_shape=shape, dtype=spec.kv_dtype)
 
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
@@ -203,11 +212,7 @@ class TritonAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: TritonPlan
     ) -> None:
         """Store each token's key and value in its slot."""
-        slots = plan.slots.long()
-        blocks, offsets = slots // self.spec.block_size, slots % self.spec.block_size
-        keys, values = self._views(kv_cache)
-        keys.index_put_((blocks, offsets), k)
-        values.index_put_((blocks, offsets), v)
+        head_token_kv.write(layer, k, v, kv_cache, plan.slots)
 
     def rotate_and_write(
         self,
@@ -222,21 +227,9 @@ class TritonAttention(AttentionBackend):
         """Normalise, rotate and write in one kernel, where values are as wide as keys."""
         if self.spec.value_head_dim != self.spec.head_dim:
             return None
-        keys, values = self._views(kv_cache)
-        return ops.rotate_and_write(
-            qkv,
-            positions,
-            plan.slots,
-            keys,
-            values,
-            rotary=None if rotary is None else (rotary.cos, rotary.sin),
-            norm=None if qk_norm is None else (qk_norm.q, qk_norm.k, qk_norm.eps),
+        return head_token_kv.rotate_and_write(
+            layer, qkv, positions, rotary, qk_norm, kv_cache, plan.slots
         )
-
-    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values as [num_blocks, block_size, num_kv_heads, dimensions]."""
-        tokens = kv_cache.transpose(1, 2)
-        return tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
 
     def attend(
         self,
@@ -307,6 +300,8 @@ class TritonAttention(AttentionBackend):
             out,
             lse,
             layer.sinks,
+            layer.k_scale,
+            layer.v_scale,
             plan.block_table,
             plan.seq_lens,
             plan.starts,
@@ -357,6 +352,12 @@ def _fitted_tuning(spec: AttentionSpec) -> Tuning:
         # Not told by every version of PyTorch; then as on an H100, which Triton will check.
         shared_bytes=getattr(found, "shared_memory_per_block_optin", 232448),
     )
+
+
+def _converts_e4m3(device: str) -> bool:
+    """Answer whether a device has the instructions; one that cannot be asked is taken to."""
+    is_asked = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return not is_asked or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _num_sms(device: torch.device) -> int:

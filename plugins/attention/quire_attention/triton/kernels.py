@@ -11,7 +11,7 @@ import triton.language as tl
 
 from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, wait_for_previous
-from quire_kernels.rounding import INTERPRETED, rounded
+from quire_kernels.rounding import INTERPRETED, narrowed, rounded, widened
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -77,7 +77,7 @@ def offsets_in(
 
 @triton.jit
 def over_keys(
-    acc, peak, total, q, positions, table, cache, stride_block, begin, end, low, high,
+    acc, peak, total, q, positions, table, cache, row_scale, stride_block, begin, end, low, high,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
@@ -85,8 +85,9 @@ def over_keys(
     """Take the tiles of keys in [begin, end) into the running softmax.
 
     `acc` [BLOCK_M, BLOCK_V], `peak` (largest score, times log2 e) and `total` [BLOCK_M].
-    `cache` points at the head's first token. MASKED: keys outside [low, high) are not read, and
-    each row sees what its position and WINDOW allow; else all rows see all keys of the tiles.
+    `cache` points at the head's first token. `row_scale` [BLOCK_M], or None, multiplies scores.
+    MASKED: keys outside [low, high) are not read, and each row sees what its position and WINDOW
+    allow; else all rows see all keys of the tiles.
     """
     columns = tl.arange(0, BLOCK_N)
     dims, value_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -108,7 +109,10 @@ def over_keys(
             k = tl.load(k_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         else:
             k = tl.load(k_pointers)
+        k = widened(k, q.dtype)
         scores = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32))
+        if row_scale is not None:
+            scores *= row_scale[:, None]
         # 2 ** (scores * factor) is the exponential of a score.
         factor: tl.constexpr = (SCALE if SOFTCAP is None else SOFTCAP) * LOG2_E
         if SOFTCAP is not None:
@@ -130,7 +134,7 @@ def over_keys(
             v = tl.load(v_pointers, mask=(value_dims < VALUE_DIM)[None, :], other=0.0)
         else:
             v = tl.load(v_pointers)
-        acc = product(rounded(weights, v.dtype), v, acc)
+        acc = product(rounded(weights, q.dtype), widened(v, q.dtype), acc)
         peak = new_peak
     return acc, peak, total
 
@@ -141,8 +145,8 @@ def over_keys(
     launch_metadata=costs.of_attention,
 )
 def attend(
-    q_ptr, cache_ptr, out_ptr, lse_ptr, sinks_ptr, table_ptr, seq_lens_ptr, starts_ptr,
-    items_ptr, num_items_ptr, partial_ptr, partial_lse_ptr,
+    q_ptr, cache_ptr, out_ptr, lse_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, table_ptr,
+    seq_lens_ptr, starts_ptr, items_ptr, num_items_ptr, partial_ptr, partial_lse_ptr,
     q_stride, q_stride_head, out_stride, stride_block, table_stride,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -213,6 +217,10 @@ def attend(
 
     table = table_ptr + sequence.to(tl.int64) * table_stride
     cache = cache_ptr + kv_head * (BLOCK_SIZE * (HEAD_DIM + VALUE_DIM))
+    row_scale = None
+    if k_scale_ptr is not None:
+        q, row_scale = narrowed(q)
+        row_scale *= tl.load(k_scale_ptr + kv_head)
     plain_to = begin
     if not SINGLE:
         plain_from = begin
@@ -221,27 +229,29 @@ def attend(
             edge = tl.cdiv(tl.maximum(high - WINDOW, 0), BLOCK_N) * BLOCK_N
             plain_from = tl.minimum(edge, tl.cdiv(high, BLOCK_N) * BLOCK_N)
             acc, peak, total = over_keys(
-                acc, peak, total, q, positions, table, cache, stride_block, begin, plain_from, low,
-                high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-                BLOCK_V, MASKED=True,
+                acc, peak, total, q, positions, table, cache, row_scale, stride_block, begin,
+                plain_from, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM,
+                BLOCK_N, BLOCK_D, BLOCK_V, MASKED=True,
             )  # fmt: skip
         plain_to = tl.maximum((position + 1) // BLOCK_N * BLOCK_N, plain_from)
         acc, peak, total = over_keys(
-            acc, peak, total, q, positions, table, cache, stride_block, plain_from, plain_to, low,
-            high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-            BLOCK_V, MASKED=False,
+            acc, peak, total, q, positions, table, cache, row_scale, stride_block, plain_from,
+            plain_to, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM,
+            BLOCK_N, BLOCK_D, BLOCK_V, MASKED=False,
         )  # fmt: skip
     # One token is bound by memory, where masks are free: all its tiles in one loop, for the
     # pipeline of copies starts anew in each loop.
     acc, peak, total = over_keys(
-        acc, peak, total, q, positions, table, cache, stride_block, plain_to, high, low,
-        high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
+        acc, peak, total, q, positions, table, cache, row_scale, stride_block, plain_to, high,
+        low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
         BLOCK_V, MASKED=True,
     )  # fmt: skip
 
     # A padding row has seen nothing, and is zero.
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
+    if v_scale_ptr is not None:
+        acc *= tl.load(v_scale_ptr + kv_head)
     lse = peak + tl.log2(total)
     value_dims = tl.arange(0, BLOCK_V)
     out_mask = is_row[:, None] & (value_dims < VALUE_DIM)[None, :]

@@ -100,8 +100,6 @@ def _read_modelopt(config: Mapping[str, Any]) -> Format:
     if not isinstance(inner, Mapping):
         raise ConfigError(f"{where}: quantization is {inner!r}, not an object.")
     _expect(inner, where, "quant_algo", MODELOPT_ALGORITHMS)
-    _expect(inner, where, "kv_cache_quant_algo", (None, "", "none", "None"))
-    _expect(inner, where, "kv_cache_scheme", (None,))
     excluded = names_in(inner, "exclude_modules", "ignore")
     scheme = Scheme(weight="tensor", inputs="static")
     return Format(
