@@ -163,6 +163,8 @@ class Starter:
         """Compile what was asked for and is not built; begin to, beside, what was passed over."""
         registry = self.prepared.registry
         names = [(s.kind, name) for s in selections for name in parts_asked_for(s.used).values()]
+        if self.device.type == "cuda":
+            names.append(("quantization", self.prepared.quantization.name))
         for kind, name in names:
             if not registry.entry(kind, name).is_built():
                 with self.phases.timed("native build"):

@@ -1,18 +1,42 @@
 """What a launch of a kernel reads, writes and computes, for profiles: never asked in a normal run.
 
 Each function is a kernel's `launch_metadata`: it gets the grid, the compiled kernel's metadata and
-the arguments by name, and returns "bytes" that have to move at least, and "flops".
+the arguments by name, and returns "bytes" that have to move at least, and "flops". Kernels that
+Triton has not compiled `tell` theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Cost = dict[str, int]
+
+
+class _Launch:
+    """What Triton's hooks get of a launch."""
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        self._told = told
+
+    def get(self) -> Mapping[str, Any]:
+        return self._told
+
+
+def tell(launch: Callable[[], Mapping[str, Any]]) -> None:
+    """Tell those who listen to Triton's launches of another: its "name", "bytes" and "flops".
+
+    `launch` is only called where somebody listens.
+    """
+    if "triton.knobs" not in sys.modules:
+        return
+    hook = sys.modules["triton.knobs"].runtime.launch_enter_hook
+    if hook is not None and getattr(hook, "calls", True):
+        hook(_Launch(launch()))
 
 
 def of_tensors(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
@@ -29,6 +53,13 @@ def of_norm(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
 def of_product(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     """Count the weight and the vectors of a product of one row."""
     return {**of_tensors(grid, metadata, args), "flops": 2 * args["weight_ptr"].numel()}
+
+
+def of_tiled_product(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count a weight of 4-bit tiles with its scales, and rows of a product with it."""
+    rows = args["x_ptr"].shape[0]
+    flops = 2 * rows * args["tiles_ptr"].numel() * 8
+    return {**of_tensors(grid, metadata, args), "flops": flops}
 
 
 def of_rotation(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:

@@ -9,6 +9,9 @@
 
 Codes are a string of bits, the first code in the lowest bits of the first byte: with 4 bits two
 codes a byte, with 3 bits eight codes in three bytes. A weight is (code - zero) * scale.
+
+On a GPU values of 4 and 8 bits lie as `tiles` instead, where `quire_kernels.packed` has products
+with them: `quire_quant.tiled`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_kernels import ops
+from quire_kernels.packed import layout, product
+from quire_quant import tiled
 
 # Weights that are wide at one time: 16 MiB in float32.
 SLICE_WEIGHTS = 1 << 22
@@ -128,6 +133,20 @@ class PackedForm:
             yield slice(start, min(start + step, end))
 
 
+def spans_of(form: PackedForm, orders: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Yield outputs that see the inputs in one order, and the order; None: as they are.
+
+    `orders` [1 or parts, in_features].
+    """
+    if orders is None or len(orders) < 2:
+        yield slice(0, form.out_features), None if orders is None else orders[0]
+        return
+    first = 0
+    for size, order in zip(form.part_sizes, orders, strict=True):
+        yield slice(first, first + size), order
+        first += size
+
+
 def _column(of_groups: Tensor) -> Tensor:
     """Return float32 [out, num_groups, 1] of [num_groups, out]."""
     return of_groups.T.float().contiguous().unsqueeze(-1)
@@ -139,6 +158,7 @@ class PackedProduct(LayerMethod):
     def __init__(self, form: PackedForm) -> None:
         self.form = form
         self.num_orders = 0
+        self.is_tiled = False
 
     def install(
         self,
@@ -151,10 +171,19 @@ class PackedProduct(LayerMethod):
     ) -> None:
         """Register what is kept, as the module says; the format's own weights are dropped before.
 
+        Columns of `values` are in their last order by then: they may be kept as a copy.
         `order` [1 or parts, in_features]: which input each column of `values` multiplies, of all
         projections or of each.
         """
+        if order is not None:
+            self.num_orders = len(order)
+            layer.add_weight("input_order", order, ShardRule())
         form = self.form
+        self.is_tiled = tiled.lies_in_tiles(form)
+        if self.is_tiled:
+            for name, tensor in tiled.to_tiles(form, values, scales, zeros).items():
+                layer.add_weight(name, tensor, ShardRule())
+            return
         packed = 8 // form.bits if 8 % form.bits == 0 else 1
         rule = ShardRule(output_dim=0, input_dim=1, packed_dim=1, pack_factor=packed)
         layer.add_weight("values", values, rule)
@@ -168,13 +197,20 @@ class PackedProduct(LayerMethod):
             group_size=form.group_size,
         )
         layer.add_weight("zeros", zeros, rule)
-        if order is not None:
-            self.num_orders = len(order)
-            layer.add_weight("input_order", order, ShardRule())
+
+    def _tiled(self, layer: WeightLayer) -> layout.TiledWeight:
+        return layout.TiledWeight(
+            tiles=layer.get_weight("tiles"),
+            scales=layer.get_weight("scales"),
+            zeros=layer.get_weight("zeros"),
+            group_size=self.form.group_size,
+        )
 
     def _wide(self, layer: WeightLayer, outputs: slice) -> Tensor:
         """Return some rows of the weight, float32, its columns as they are kept."""
         form, first, end = self.form, outputs.start, outputs.stop
+        if self.is_tiled:
+            return tiled.widened(form, self._tiled(layer).outputs(first, end))
         codes = unpack(layer.get_weight("values")[outputs], form.bits, form.in_features)
         packed = slice(first * form.bits // 8, num_bytes(end, form.bits))
         zeros = unpack(layer.get_weight("zeros")[:, packed], form.bits, end - first)
@@ -184,16 +220,8 @@ class PackedProduct(LayerMethod):
         return weight.flatten(1)
 
     def _spans(self, layer: WeightLayer) -> Iterator[tuple[slice, Tensor | None]]:
-        """Yield outputs that see the inputs in one order, and the order."""
-        form = self.form
-        if self.num_orders < 2:
-            order = layer.get_weight("input_order")[0] if self.num_orders else None
-            yield slice(0, form.out_features), order
-            return
-        first = 0
-        for size, order in zip(form.part_sizes, layer.get_weight("input_order"), strict=True):
-            yield slice(first, first + size), order
-            first += size
+        orders = layer.get_weight("input_order") if self.num_orders else None
+        return spans_of(self.form, orders)
 
     def apply(
         self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
@@ -203,16 +231,46 @@ class PackedProduct(LayerMethod):
         out = x.new_empty(x.shape[0], self.form.out_features)
         for span, order in self._spans(layer):
             ordered = x if order is None else x[:, order]
+            if self.is_tiled:
+                part = None if bias is None else bias[span]
+                weight = self._tiled(layer).outputs(span.start, span.stop)
+                own = tiled.input_of(self.form, ordered)
+                product.write_linear(own, weight, part, out[:, span])
+                continue
             for outputs in self.form.slices(span.start, span.stop):
-                weight = self._wide(layer, outputs).to(x.dtype)
+                wide = self._wide(layer, outputs).to(x.dtype)
                 part = None if bias is None else bias[outputs]
-                out[:, outputs] = ops.linear(ordered, weight, part)
+                out[:, outputs] = ops.linear(ordered, wide, part)
         return out
+
+    def _fuses_norm(self, x: Tensor, *, gated: bool = False) -> bool:
+        sees_plain_inputs = self.form.bits == 4 and not self.num_orders
+        return self.is_tiled and sees_plain_inputs and product.fuses_norm(x, gated=gated)
+
+    def apply_after_norm(
+        self,
+        layer: WeightLayer,
+        addends: tuple[Tensor, Tensor],
+        norm: tuple[Tensor, float],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Offer it for few tokens on a GPU, unless the inputs have an order."""
+        if not self._fuses_norm(addends[0]):
+            return None
+        return product.add_rms_norm_linear(addends, norm, self._tiled(layer), bias)
+
+    def apply_gated_after_norm(
+        self, layer: WeightLayer, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Offer it for the same."""
+        if not self._fuses_norm(addends[0], gated=True):
+            return None
+        return product.add_rms_norm_linear(addends, norm, self._tiled(layer), None, gated=True)
 
     def dequantize(self, layer: WeightLayer) -> Tensor | None:
         """Return the whole weight, float32, its columns in the order of the inputs."""
         found = torch.empty(
-            self.form.out_features, self.form.in_features, device=layer.get_weight("values").device
+            self.form.out_features, self.form.in_features, device=layer.get_weight("scales").device
         )
         for span, order in self._spans(layer):
             weight = self._wide(layer, span)

@@ -45,6 +45,11 @@ class TestInt4(QuantizationMethodTests):
         return rows * inputs // 2 + 2 * groups * rows + groups * ((rows + 1) // 2) + bias
 
 
+class TestInt4OnGPU(TestInt4):
+    pytestmark = pytest.mark.gpu
+    device = "cuda"
+
+
 @pytest.mark.parametrize("in_features", [16, 48, 64, 96, 128, 256, 384])
 def test_weight_is_rounded_to_nearest_in_the_largest_groups_that_fit(in_features: int) -> None:
     spec = evolve(SPEC, in_features=in_features)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.interfaces.quantization import LinearSpec
 from quire.layers.linear import Linear
+from quire_kernels.packed import product
 from quire_quant import packed
 from quire_quant.packed import PackedForm, PackedProduct, num_bytes, pack, quantize, unpack
 
@@ -74,37 +75,47 @@ def test_rounding_is_within_half_a_step(bits: int) -> None:
     assert bool((error <= steps * scales.double()[:, groups_of(64, 32)]).all())
 
 
-def packed_layer(bits: int, orders: int, sizes: tuple[int, ...]) -> tuple[Linear, Tensor]:
-    """Return a layer of random codes, and the weight that it stands for."""
+def packed_layer(
+    bits: int,
+    orders: int,
+    sizes: tuple[int, ...],
+    *,
+    inputs: int = 64,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> tuple[Linear, Tensor]:
+    """Return a layer of random codes, two groups, and the weight that it stands for."""
     spec = LinearSpec(
         name="a.qkv_proj",
         parts=("q", "k", "v"),
-        in_features=64,
+        in_features=inputs,
         output_sizes=sizes,
         bias=True,
-        dtype="float32",
-        device="cpu",
+        dtype=dtype,
+        device=device,
     )
     generator = torch.Generator().manual_seed(bits)
     outputs = sum(sizes)
-    codes = torch.randint(0, 2**bits, (outputs, 64), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(0, 2**bits, (outputs, inputs), dtype=torch.uint8, generator=generator)
     zeros = torch.randint(0, 2**bits, (2, outputs), dtype=torch.uint8, generator=generator)
     scales = torch.rand(2, outputs, generator=generator).half()
-    order = torch.stack([torch.randperm(64, generator=generator) for _ in range(max(1, orders))])
+    order = torch.stack(
+        [torch.randperm(inputs, generator=generator) for _ in range(max(1, orders))]
+    )
 
     class Installed(PackedProduct):
         def create_weights(self, layer: object) -> None:
             self.install(
                 layer,  # type: ignore[arg-type]
-                values=pack(codes, bits),
-                scales=scales,
-                zeros=pack(zeros, bits),
-                order=order.int() if orders else None,
+                values=pack(codes, bits).to(device),
+                scales=scales.to(device),
+                zeros=pack(zeros, bits).to(device),
+                order=order.int().to(device) if orders else None,
             )
 
-    layer = Linear(spec, Installed(PackedForm.of(spec, bits, 32)))
+    layer = Linear(spec, Installed(PackedForm.of(spec, bits, inputs // 2)))
     layer.bias.data.copy_(torch.randn(outputs, generator=generator))  # type: ignore[union-attr]
-    grouped = codes.double().unflatten(1, (2, 32)) - zeros.T.double()[..., None]
+    grouped = codes.double().unflatten(1, (2, -1)) - zeros.T.double()[..., None]
     kept = (grouped * scales.T.double()[..., None]).flatten(1)
     if not orders:
         return layer, kept
@@ -131,6 +142,46 @@ def test_slices_of_outputs_give_the_whole_product(
     assert torch.equal(layer.method.dequantize(layer).double(), weight)
     for out in (whole, in_slices):
         assert (out.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("orders", [0, 1, 3])
+def test_layer_in_tiles_is_the_same_layer(
+    bits: int, orders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "serves", lambda device, dtype: True)
+    layer, weight = packed_layer(bits, orders, (96, 32, 64), inputs=256)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    expected = x.double() @ weight.T + layer.bias.double()  # type: ignore[union-attr]
+
+    out = layer(x)
+
+    assert layer.method.is_tiled
+    assert torch.equal(layer.method.dequantize(layer).double(), weight)
+    assert (out.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4, 7, 20, 200, 1500])
+@pytest.mark.parametrize("orders", [0, 1, 3])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layer_on_a_gpu_is_within_a_rounding_of_the_exact_product(
+    bits: int, orders: int, rows: int, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    form = {"inputs": 256, "dtype": name, "device": "cuda"}
+    layer, weight = packed_layer(bits, orders, (96, 32, 64), **form)  # type: ignore[arg-type]
+    x = torch.randn(rows, 256, device="cuda").to(dtype)
+    rounded = weight.to("cuda", dtype).double()
+    expected = x.double() @ rounded.T + layer.bias.double()  # type: ignore[union-attr]
+
+    out = layer(x)
+
+    assert layer.method.is_tiled
+    assert torch.equal(layer.method.dequantize(layer).cpu().double(), weight)
+    assert (out.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_slice_holds_few_wide_weights_whatever_the_layer() -> None:

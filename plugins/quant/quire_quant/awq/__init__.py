@@ -2,6 +2,7 @@
 
 from quire import hookimpl
 from quire.interfaces.plugin import QuantizationPlugin
+from quire_kernels.packed import library
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -14,6 +15,8 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
             name="awq",
             load="quire_quant.awq.method:Awq",
             formats=("awq",),
+            build="quire_kernels.packed.library:build",
+            is_built=library.is_built,
             summary="AWQ checkpoints of 4 bits in the GEMM layout",
         )
     ]

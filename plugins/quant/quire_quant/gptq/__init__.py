@@ -2,6 +2,7 @@
 
 from quire import hookimpl
 from quire.interfaces.plugin import QuantizationPlugin
+from quire_kernels.packed import library
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -14,6 +15,8 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
             name="gptq",
             load="quire_quant.gptq.method:Gptq",
             formats=("gptq",),
+            build="quire_kernels.packed.library:build",
+            is_built=library.is_built,
             summary="GPTQ checkpoints of 2, 3, 4 and 8 bits, with and without desc_act",
         )
     ]

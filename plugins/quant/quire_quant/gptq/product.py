@@ -15,6 +15,7 @@ from quire_quant.packed import (
     check_scales,
     pack,
     settle_scales,
+    spans_of,
     tensor_name,
     unpack,
 )
@@ -80,10 +81,10 @@ class GptqProduct(PackedProduct):
         scales = layer.get_weight("scales").data
         for name in ("qzeros", "scales", "g_idx"):
             layer.drop_weight(name)
-        self.install(layer, values=values, scales=scales, zeros=zeros, order=order)
-        for span, own in self._spans(layer):
+        for span, own in spans_of(form, order):
             if own is not None:
                 self._reorder(values, span, own)
+        self.install(layer, values=values, scales=scales, zeros=zeros, order=order)
 
     def _reorder(self, values: Tensor, span: slice, order: Tensor) -> None:
         form = self.form

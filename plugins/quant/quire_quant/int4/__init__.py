@@ -2,6 +2,7 @@
 
 from quire import hookimpl
 from quire.interfaces.plugin import QuantizationPlugin
+from quire_kernels.packed import library
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -14,6 +15,8 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
             name="int4",
             load="quire_quant.int4.method:Int4",
             on_the_fly=True,
+            build="quire_kernels.packed.library:build",
+            is_built=library.is_built,
             summary="linear weights rounded to 4 bits in groups of up to 128 inputs, on the fly",
         )
     ]

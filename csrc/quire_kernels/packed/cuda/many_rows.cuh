@@ -1,0 +1,349 @@
+// Products of more than a few rows on compute capability 9.0a.
+//
+// A block of 3 warpgroups makes 128 outputs of ROWS rows, of all inputs or, split, of some. The first
+// has tiles copied into a ring in shared memory: codes and rows of x 64 inputs at a time. The other
+// two own 64 outputs each, the rows of their products: codes become factors in registers, while the
+// products with those before run, and x is the other factor as it lies in shared memory.
+//
+// Blocks that share outputs and rows leave sums; the last of them to come adds all in their order.
+#pragma once
+
+#include "../../attention/cuda/tensor_cores.cuh"
+#include "arguments.h"
+#include "codes.cuh"
+#include "register_products.cuh"
+
+namespace quire {
+
+template <int ROWS>
+struct ManyShape {
+    static constexpr int OUTPUTS = 128;
+    static constexpr int TILES = OUTPUTS / TILE_OUT;
+    static constexpr int THREADS = 384;
+    static constexpr int CONSUMERS = 256;
+    static constexpr int X_BYTES = ROWS * 128;
+    static constexpr int CODE_BYTES = TILES * TILE_BYTES;
+    // Scales and zero points of one group.
+    static constexpr int GROUP_BYTES = OUTPUTS * 2 + OUTPUTS / 2;
+    static constexpr int SLOT_BYTES = X_BYTES + CODE_BYTES + 2 * GROUP_BYTES;
+    static constexpr int BLOCKS = ROWS <= 64 ? 2 : 1;
+    static constexpr int FIT = 230000 / BLOCKS / SLOT_BYTES;
+    static constexpr int SLOTS = FIT < 8 ? FIT : 8;
+    // The last 1,024 are for the alignment of the first slot.
+    static constexpr int SHARED_BYTES = SLOTS * SLOT_BYTES + 256 + 1024;
+    // Numbers between two rows of the output in shared memory, so that banks differ.
+    static constexpr int OUT_STRIDE = OUTPUTS + 8;
+    static_assert(ROWS * OUT_STRIDE * 2 <= SLOTS * SLOT_BYTES, "the output takes the slots' place");
+};
+
+template <int ROWS>
+struct ManyMemory {
+    using Shape = ManyShape<ROWS>;
+    uint8_t *x, *codes, *groups;
+    uint64_t *full, *empty;
+    int* is_last;
+
+    __device__ __forceinline__ explicit ManyMemory(uint8_t* raw) {
+        x = raw + (1024 - (shared_address(raw) & 1023)) % 1024;
+        codes = x + Shape::SLOTS * Shape::X_BYTES;
+        groups = codes + Shape::SLOTS * Shape::CODE_BYTES;
+        full = reinterpret_cast<uint64_t*>(groups + Shape::SLOTS * 2 * Shape::GROUP_BYTES);
+        empty = full + Shape::SLOTS;
+        is_last = reinterpret_cast<int*>(empty + Shape::SLOTS);
+    }
+};
+
+// What a block works on: 128 outputs, ROWS rows and the tiles of inputs [first, end).
+struct ManyPlace {
+    int output, row, first, end, number;
+
+    template <int ROWS>
+    static __device__ __forceinline__ ManyPlace of(const PackedArguments& a) {
+        const int row_tiles = (a.rows + ROWS - 1) / ROWS;
+        const int number = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
+        const int chunks = a.in_features / TILE_IN;
+        return {number / row_tiles * 128, number % row_tiles * ROWS,
+                int(int64_t(chunks) * split / a.splits),
+                int(int64_t(chunks) * (split + 1) / a.splits), number};
+    }
+};
+
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes,
+                                           uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_rows(void* to, const CUtensorMap* map, int column, int row,
+                                          uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+        : "memory");
+}
+
+// The copies of a block, by one warp: each lane has one piece of a slot copied.
+template <int ROWS, int GROUPS>
+struct ManyCopier {
+    using Shape = ManyShape<ROWS>;
+    const CUtensorMap* map;
+    const PackedArguments& a;
+    const ManyMemory<ROWS>& memory;
+    const ManyPlace& place;
+    const int lane, tiles;
+
+    // Codes by lanes 0 to 7, scales by 8 and 10, zero points by 9 and 11.
+    __device__ __forceinline__ void copy_codes(int chunk, int slot) const {
+        uint64_t* full = &memory.full[slot];
+        if (lane == 0) {
+            barrier_expect(full, Shape::X_BYTES + tiles * (TILE_BYTES + GROUPS * 40));
+        }
+        __syncwarp();
+        if (lane < tiles) {
+            const int chunks = a.in_features / TILE_IN;
+            const int64_t tile = int64_t(place.output / TILE_OUT + lane) * chunks + chunk;
+            copy_bytes(memory.codes + slot * Shape::CODE_BYTES + lane * TILE_BYTES,
+                       a.tiles + tile * TILE_BYTES, TILE_BYTES, full);
+        }
+        const int number = lane / 2 - Shape::TILES / 2;
+        if (number >= 0 && number < GROUPS) {
+            const int group = (chunk * TILE_IN + number * 32) >> a.group_shift;
+            uint8_t* to = memory.groups + (slot * 2 + number) * Shape::GROUP_BYTES;
+            if (lane % 2 == 0) {
+                copy_bytes(to, a.scales + group * a.scale_stride + place.output, tiles * 32, full);
+            } else {
+                copy_bytes(to + Shape::OUTPUTS * 2,
+                           a.zeros + group * a.zero_stride + place.output / 2, tiles * 8, full);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void copy_x(int chunk, int slot) const {
+        if (lane != 0) return;
+        copy_rows(memory.x + slot * Shape::X_BYTES, map, chunk * TILE_IN, place.row,
+                  &memory.full[slot]);
+    }
+
+    // Codes do not wait for the kernel before, x does.
+    __device__ __forceinline__ void copy_all() const {
+        const int early = min(Shape::SLOTS, place.end - place.first);
+        for (int i = 0; i < early; ++i) copy_codes(place.first + i, i);
+        wait_for_previous();
+        for (int i = 0; i < early; ++i) copy_x(place.first + i, i);
+        int slot = 0, parity = 0;
+        for (int chunk = place.first + early; chunk < place.end; ++chunk) {
+            barrier_wait(&memory.empty[slot], parity);
+            copy_codes(chunk, slot);
+            copy_x(chunk, slot);
+            if (++slot == Shape::SLOTS) slot = 0, parity ^= 1;
+        }
+    }
+};
+
+template <typename T, int ROWS, int GROUPS>
+struct ManyConsumer {
+    using Shape = ManyShape<ROWS>;
+    using N = Number<T>;
+    const PackedArguments& a;
+    const ManyMemory<ROWS>& memory;
+    const ManyPlace& place;
+    const int thread, tile, lane;
+    float sums[ROWS / 2];
+    int slot = 0, parity = 0;
+
+    __device__ __forceinline__ ManyConsumer(const PackedArguments& a,
+                                            const ManyMemory<ROWS>& memory,
+                                            const ManyPlace& place)
+        : a(a),
+          memory(memory),
+          place(place),
+          thread(threadIdx.x - 128),
+          tile(thread / 32),
+          lane(thread % 32) {}
+
+    // Make the 4 factors of each of 4 products of the slot's codes.
+    __device__ __forceinline__ void widen(uint32_t (&factors)[16]) {
+        barrier_wait(&memory.full[slot], parity);
+        const uint4 codes = *reinterpret_cast<const uint4*>(
+            memory.codes + slot * Shape::CODE_BYTES + tile * TILE_BYTES + lane * 16);
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        const int output = tile * TILE_OUT + lane / 4;
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            const uint8_t* own = memory.groups + (slot * 2 + group) * Shape::GROUP_BYTES;
+            const __half* scales = reinterpret_cast<const __half*>(own);
+            const uint8_t* zeros = own + Shape::OUTPUTS * 2;
+            const PairScale<T> pair_scales[2] = {PairScale<T>(scales[output]),
+                                                 PairScale<T>(scales[output + 8])};
+            const int shift = output % 2 * 4;
+            const uint32_t offsets[2] = {offset_of<T>(zeros[output / 2] >> shift & 15),
+                                         offset_of<T>(zeros[output / 2 + 4] >> shift & 15)};
+#pragma unroll
+            for (int step = group * 4 / GROUPS; step < (group + 1) * 4 / GROUPS; ++step) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    factors[4 * step + i] =
+                        pair_scales[i % 2].times(code_pair<T>(words[step], i, offsets[i % 2]));
+                }
+            }
+        }
+    }
+
+    // Multiply with the slot's x; when the products before have ended, free their slot and widen the
+    // next one's codes into their factors.
+    __device__ __forceinline__ void advance(int chunk, uint32_t (&own)[16],
+                                            uint32_t (&other)[16]) {
+        const uint64_t x = matrix_at(memory.x + slot * Shape::X_BYTES, 16, 1024);
+        pin(sums);
+        products_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            RegisterProduct<T, ROWS>::add(sums, own + 4 * step, x + 2 * step);
+        }
+        products_commit();
+        products_wait<1>();
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(other[i])::"memory");
+        if (chunk > place.first && lane == 0) {
+            barrier_arrive(&memory.empty[slot == 0 ? Shape::SLOTS - 1 : slot - 1]);
+        }
+        if (++slot == Shape::SLOTS) slot = 0, parity ^= 1;
+        if (chunk + 1 < place.end) widen(other);
+    }
+
+    __device__ __forceinline__ void multiply_all() {
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.0f;
+        uint32_t even[16], odd[16] = {};
+        widen(even);
+        int chunk = place.first;
+        for (; chunk + 1 < place.end; chunk += 2) {
+            advance(chunk, even, odd);
+            advance(chunk + 1, odd, even);
+        }
+        if (chunk < place.end) advance(chunk, even, odd);
+        products_wait<0>();
+        pin(sums);
+    }
+
+    // Store the sums; of the block that comes last, replace them by all blocks'. Returns whether this
+    // is that block.
+    __device__ __forceinline__ bool gather() {
+        const int64_t all = int64_t(place.number) * a.splits;
+        float4* partial = reinterpret_cast<float4*>(a.partial);
+        const auto at = [&](int split, int i) {
+            return partial + ((all + split) * (ROWS / 8) + i) * Shape::CONSUMERS + thread;
+        };
+        const int split = blockIdx.x % a.splits;
+#pragma unroll
+        for (int i = 0; i < ROWS / 8; ++i) {
+            __stcg(at(split, i), make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2],
+                                             sums[4 * i + 3]));
+        }
+        __threadfence();
+        consumers_meet();
+        if (thread == 0) {
+            const int before = atomicAdd(&a.arrived[place.number], 1);
+            *memory.is_last = before == a.splits - 1;
+            if (before == a.splits - 1) a.arrived[place.number] = 0;
+        }
+        consumers_meet();
+        if (!*memory.is_last) return false;
+        __threadfence();
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.0f;
+        for (int other = 0; other < a.splits; ++other) {
+#pragma unroll
+            for (int i = 0; i < ROWS / 8; ++i) {
+                const float4 found = __ldcg(at(other, i));
+                sums[4 * i] += found.x;
+                sums[4 * i + 1] += found.y;
+                sums[4 * i + 2] += found.z;
+                sums[4 * i + 3] += found.w;
+            }
+        }
+        return true;
+    }
+
+    static __device__ __forceinline__ void consumers_meet() {
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+    }
+
+    // Turn the output round in shared memory, so that rows of it are written 16 bytes at a time.
+    __device__ __forceinline__ void write() {
+        const int output = place.output + tile * TILE_OUT + lane / 4;
+        if (a.bias != nullptr && output < a.num_out) {
+            const T* bias = static_cast<const T*>(a.bias) + output;
+            const float low = N::wide(bias[0]), high = N::wide(bias[8]);
+#pragma unroll
+            for (int i = 0; i < ROWS / 2; ++i) sums[i] += i & 2 ? high : low;
+        }
+        T* turned = reinterpret_cast<T*>(memory.x);
+        consumers_meet();
+        const int row = lane / 16 * 8 + lane % 8;
+        const uint32_t to = shared_address(turned + row * Shape::OUT_STRIDE + tile * TILE_OUT +
+                                           lane / 8 % 2 * 8);
+#pragma unroll
+        for (int i = 0; i < ROWS / 16; ++i) {
+            const float* four = sums + 8 * i;
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                    to + i * 16 * Shape::OUT_STRIDE * 2),
+                "r"(N::pack(four[0], four[1])), "r"(N::pack(four[2], four[3])),
+                "r"(N::pack(four[4], four[5])), "r"(N::pack(four[6], four[7]))
+                : "memory");
+        }
+        consumers_meet();
+        constexpr int VECTORS = Shape::OUTPUTS / 8;
+        const int first = place.output + thread % VECTORS * 8;
+        T* out = static_cast<T*>(a.out);
+        for (int n = thread / VECTORS; n < ROWS; n += Shape::CONSUMERS / VECTORS) {
+            if (place.row + n >= a.rows || first >= a.num_out) break;
+            *reinterpret_cast<uint4*>(out + (place.row + n) * a.out_stride + first) =
+                *reinterpret_cast<const uint4*>(turned + n * Shape::OUT_STRIDE +
+                                                thread % VECTORS * 8);
+        }
+    }
+};
+
+// GROUPS: how many groups of inputs a tile crosses.
+template <typename T, int ROWS, int GROUPS>
+__global__ void __launch_bounds__(ManyShape<ROWS>::THREADS, ManyShape<ROWS>::BLOCKS)
+    many_rows(const __grid_constant__ CUtensorMap map, const PackedArguments a) {
+    using Shape = ManyShape<ROWS>;
+    extern __shared__ uint8_t shared[];
+    let_next_begin();
+    const ManyMemory<ROWS> memory(shared);
+    const ManyPlace place = ManyPlace::of<ROWS>(a);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Shape::SLOTS; ++i) {
+            barrier_init(&memory.full[i], 1);
+            barrier_init(&memory.empty[i], Shape::CONSUMERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_async_proxy();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        give_registers<Shape::BLOCKS == 2 ? 40 : 24>();
+        if (threadIdx.x < 32) {
+            const int left = (a.num_out - place.output) / TILE_OUT;
+            ManyCopier<ROWS, GROUPS>{&map,  a, memory, place, int(threadIdx.x),
+                                     min(left, Shape::TILES)}
+                .copy_all();
+        }
+        return;
+    }
+    take_registers<Shape::BLOCKS == 2 ? 96 : 240>();
+    wait_for_previous();
+    ManyConsumer<T, ROWS, GROUPS> consumer(a, memory, place);
+    consumer.multiply_all();
+    if (a.splits > 1 && !consumer.gather()) return;
+    consumer.write();
+}
+
+}  // namespace quire

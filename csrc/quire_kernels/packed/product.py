@@ -1,0 +1,107 @@
+"""x W^T + b with W in tiles: which kernel takes which number of rows."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from quire_kernels import ops
+from quire_kernels.packed import calls
+from quire_kernels.packed.layout import TiledWeight, widened
+
+# From so many rows on a wide weight and cuBLAS take less time than the codes.
+WIDE_ROWS = 1024
+# Numbers of a weight that are wide at one time: 128 MiB.
+WIDE_NUMBERS = 1 << 26
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Answer whether products on this device have kernels."""
+    return device.type == "cuda" and dtype in _DTYPES and _has_triton()
+
+
+def linear(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b of `x` [rows, in_features]: [rows, out_features]."""
+    out = x.new_empty(x.shape[0], weight.out_features)
+    write_linear(x, weight, bias, out)
+    return out
+
+
+def write_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None, out: Tensor) -> None:
+    """Write the product into `out` [rows, out_features], which may be cut from wider rows."""
+    rows = x.shape[0]
+    if not x.is_cuda:
+        out.copy_(ops.linear(x, widened(weight).to(x.dtype), bias))
+        return
+    if rows == 0:
+        return
+    x = _aligned(x)
+    kernels = calls.kernels(x.device)
+    if kernels is not None and kernels.takes_few_rows(x):
+        kernels.few_rows(x, weight, bias, out)
+    elif kernels is not None and kernels.has_many_rows and rows < WIDE_ROWS:
+        kernels.many_rows(x, weight, bias, out)
+    else:
+        _write_slowly(x, weight, bias, out)
+
+
+def _write_slowly(x: Tensor, weight: TiledWeight, bias: Tensor | None, out: Tensor) -> None:
+    from quire_kernels.packed import triton_kernels
+
+    if x.shape[0] <= triton_kernels.MAX_ROWS:
+        triton_kernels.multiply_few_rows(x, weight, bias, out)
+        return
+    kernels = calls.kernels(x.device)
+    widen = triton_kernels.widen if kernels is None else kernels.widen
+    step = max(128, WIDE_NUMBERS // weight.in_features // 128 * 128)
+    for first in range(0, weight.out_features, step):
+        end = min(first + step, weight.out_features)
+        wide = widen(weight.outputs(first, end), x.dtype)
+        part = out[:, first:end]
+        if bias is None:
+            torch.mm(x, wide.t(), out=part)
+        else:
+            torch.addmm(bias[first:end], x, wide.t(), out=part)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy that may be read 16 bytes at a time."""
+    is_aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def fuses_norm(x: Tensor, *, gated: bool = False) -> bool:
+    """Whether a norm before a product is part of its kernel: for few rows, where it is built."""
+    if not x.is_cuda:
+        return False
+    kernels = calls.kernels(x.device)
+    return kernels is not None and kernels.takes_few_rows(x, 2 if gated else 1)
+
+
+def add_rms_norm_linear(
+    addends: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, float],
+    weight: TiledWeight,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return linear(rms_norm(sum of addends)) and the sum, where `fuses_norm`.
+
+    `gated`: silu of the first half of the outputs times the second.
+    """
+    x, residual = (_aligned(addend) for addend in addends)
+    out = x.new_empty(x.shape[0], weight.out_features // (2 if gated else 1))
+    kernels = calls.kernels(x.device)
+    assert kernels is not None, "fuses_norm says that there are none"
+    total = kernels.few_rows(x, weight, bias, out, norm=(residual, *norm), gated=gated)
+    return out, total
