@@ -329,7 +329,7 @@ def test_norm_product_and_silu_in_one_pass_are_the_steps(rows: int, gated: bool)
     x, residual = draw(rows, 1024, dtype=dtype), draw(rows, 1024, dtype=dtype, seed=3)
     norm = draw(1024, dtype=dtype, seed=4)
     kept = x.clone(), residual.clone()
-    assert product.fuses_norm(x, gated=gated)
+    assert product.fuses_norm(x, weight, gated=gated)
 
     out, total = product.add_rms_norm_linear((x, residual), (norm, 1e-5), weight, None, gated=gated)
 

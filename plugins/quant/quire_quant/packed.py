@@ -243,9 +243,10 @@ class PackedProduct(LayerMethod):
                 out[:, outputs] = ops.linear(ordered, wide, part)
         return out
 
-    def _fuses_norm(self, x: Tensor, *, gated: bool = False) -> bool:
-        sees_plain_inputs = self.form.bits == 4 and not self.num_orders
-        return self.is_tiled and sees_plain_inputs and product.fuses_norm(x, gated=gated)
+    def _fuses_norm(self, layer: WeightLayer, x: Tensor, *, gated: bool = False) -> bool:
+        if not self.is_tiled or self.form.bits != 4 or self.num_orders:
+            return False
+        return product.fuses_norm(x, self._tiled(layer), gated=gated)
 
     def apply_after_norm(
         self,
@@ -255,7 +256,7 @@ class PackedProduct(LayerMethod):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
         """Offer it for few tokens on a GPU, unless the inputs have an order."""
-        if not self._fuses_norm(addends[0]):
+        if not self._fuses_norm(layer, addends[0]):
             return None
         return product.add_rms_norm_linear(addends, norm, self._tiled(layer), bias)
 
@@ -263,7 +264,7 @@ class PackedProduct(LayerMethod):
         self, layer: WeightLayer, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float]
     ) -> tuple[Tensor, Tensor] | None:
         """Offer it for the same."""
-        if not self._fuses_norm(addends[0], gated=True):
+        if not self._fuses_norm(layer, addends[0], gated=True):
             return None
         return product.add_rms_norm_linear(addends, norm, self._tiled(layer), None, gated=True)
 

@@ -28,6 +28,14 @@ const char* quire_packed_error(int error) {
     return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
+// The most shared memory that a block of the current device may have.
+int quire_packed_shared_bytes() {
+    int device = 0, found = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return found;
+}
+
 int quire_packed_few_rows(const PackedArguments* a, void* stream) {
     return quire::multiply_few_rows(*a, static_cast<cudaStream_t>(stream));
 }

@@ -6,13 +6,17 @@ namespace quire {
 
 template <typename T, int GROUPS, int PARTS>
 cudaError_t launch_few(const PackedArguments& a, cudaStream_t stream) {
-    const int shared_bytes = few_rows_shared_bytes(a.rows, a.in_features, PARTS);
+    const int shared_bytes = few_rows_shared_bytes<GROUPS, PARTS>(a.rows, a.in_features);
     const auto kernel = few_rows<T, GROUPS, PARTS>;
-    const cudaError_t error = cudaFuncSetAttribute(
+    cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
+    int blocks = 0;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, FEW_THREADS,
+                                                          shared_bytes);
+    if (error != cudaSuccess) return error;
     const int tiles = a.num_out / TILE_OUT / PARTS;
-    const dim3 grid(min(tiles, 2 * a.num_sms));
+    const dim3 grid(min(tiles, max(1, blocks) * a.num_sms));
     return launch_overlapping(kernel, grid, FEW_THREADS, shared_bytes, stream, a);
 }
 

@@ -29,7 +29,7 @@ inline cudaError_t describe_rows(CUtensorMap* map, const PackedArguments& a, uin
 
 template <typename T, int ROWS, int GROUPS>
 cudaError_t launch_many(const PackedArguments& a, cudaStream_t stream) {
-    using Shape = ManyShape<ROWS>;
+    using Shape = ManyShape<ROWS, GROUPS>;
     CUtensorMap map;
     cudaError_t error = describe_rows(&map, a, ROWS);
     if (error != cudaSuccess) return error;
