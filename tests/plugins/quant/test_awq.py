@@ -51,6 +51,11 @@ class TestGroups(AwqTests):
     excluded = EXCLUDED
 
 
+class TestGroupsOnGPU(TestGroups):
+    pytestmark = pytest.mark.gpu
+    device = "cuda"
+
+
 class TestWholeRows(AwqTests):
     config: ClassVar[Mapping[str, Any]] = {"w_bit": 4, "q_group_size": -1, "group_size": -1}
 

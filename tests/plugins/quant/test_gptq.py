@@ -66,6 +66,17 @@ class TestFourBits(GptqTests):
     excluded = EXCLUDED
 
 
+class TestFourBitsOnGPU(TestFourBits):
+    pytestmark = pytest.mark.gpu
+    device = "cuda"
+
+
+class TestFourBitsInAnyOrderOnGPU(GptqTests):
+    pytestmark = pytest.mark.gpu
+    device = "cuda"
+    config: ClassVar[Mapping[str, Any]] = {**CONFIG, "desc_act": True}
+
+
 class TestThreeBitsInAnyOrder(GptqTests):
     config: ClassVar[Mapping[str, Any]] = {**CONFIG, "bits": 3, "desc_act": True}
 
