@@ -87,3 +87,17 @@ def _group(name: str, group: Any, formats: tuple[str, ...]) -> Group:
         )
     targets = names_in(group, "targets")
     return Group(name=name, targets=targets, weights=weights, activations=activations)
+
+
+def expect(
+    numbers: Mapping[str, Any], reader: str, where: str, key: str, allowed: tuple[Any, ...]
+) -> Any:
+    """Return a value that must be one of those allowed. Raises: ConfigError naming the key."""
+    found = numbers.get(key)
+    # 1 == True, and lists cannot be looked up in sets.
+    if not any(found == one and type(found) is type(one) for one in allowed):
+        listed = " or ".join(repr(one) for one in allowed if one is not None)
+        raise ConfigError(
+            f"{where}: {key} is {found!r}; {reader} reads {listed or 'checkpoints without it'}."
+        )
+    return found
