@@ -13,6 +13,7 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="int8",
             load="quire_quant.int8.method:Int8",
+            quantizer="quire_quant.int8.quantizer:Int8Quantizer",
             summary="weights in 8 bits with a scale an output, activations with one a token",
             formats=("compressed-tensors:int-quantized",),
             on_the_fly=True,

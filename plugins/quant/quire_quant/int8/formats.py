@@ -30,7 +30,9 @@ class Scheme:
     has_symmetric_inputs: bool = True
 
 
-def read_schemes(config: Mapping[str, Any]) -> tuple[compressed.CompressedTensors, dict[str, Scheme]]:
+def read_schemes(
+    config: Mapping[str, Any],
+) -> tuple[compressed.CompressedTensors, dict[str, Scheme]]:
     """Return the groups of a `quantization_config` and their schemes by name.
 
     Raises: ConfigError naming the key.
