@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.interfaces.quantization import QuantizerOptions
+from quire_quant.packed import pack
 
 # Groups are searched for their range in pieces of so many weights.
 PIECE_WEIGHTS = 1 << 22
@@ -122,6 +123,15 @@ def _search_piece(groups: Tensor, own: Tensor, rounding: Rounding) -> tuple[Tens
         best = new, scales, zeros
     assert best is not None
     return best[1], best[2]
+
+
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """Return rows of codes uint8 [rows, n], whose bits fill whole words, as int32."""
+    packed = pack(codes, bits)
+    # `pack` may keep the strides of a dimension of one element, which `view` then refuses.
+    words = packed.new_empty(packed.shape[0], packed.shape[1] // 4, dtype=torch.int32)
+    words.view(torch.uint8).copy_(packed)
+    return words
 
 
 def refuse_options(name: str, options: QuantizerOptions, taken: Sequence[str]) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.interfaces.quantization import InputMoments, QuantizerOptions, WeightQuantizer
-from quire_quant.packed import pack
 from quire_quant.rounding import (
     Codes,
     Rounding,
     bits_of,
     group_size_of,
     refuse_options,
+    to_words,
 )
 
 BITS = (2, 3, 4, 8)
@@ -96,8 +96,8 @@ class GptqQuantizer(WeightQuantizer):
         codes, zeros = rounded.codes[:, back], rounded.zeros.T.to(torch.uint8)
         stored = (zeros - 1) & self._rounding.top
         return {
-            "qweight": pack(codes, bits).view(torch.int32).T.contiguous(),
-            "qzeros": pack(stored, bits).view(torch.int32),
+            "qweight": to_words(codes, bits).T.contiguous(),
+            "qzeros": to_words(stored, bits),
             "scales": rounded.scales.T.to(torch.float16).contiguous(),
             "g_idx": groups.to(torch.int32),
         }

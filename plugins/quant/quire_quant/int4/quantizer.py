@@ -10,13 +10,13 @@ from torch import Tensor
 
 from quire.interfaces.quantization import InputMoments, QuantizerOptions, WeightQuantizer
 from quire_quant import compressed
-from quire_quant.packed import pack
 from quire_quant.rounding import (
     Rounding,
     bits_of,
     group_size_of,
     refuse_options,
     round_to_nearest,
+    to_words,
 )
 
 
@@ -59,11 +59,11 @@ class Int4Quantizer(WeightQuantizer):
     def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
         bits, found = self._rounding.bits, round_to_nearest(weight, self._rounding)
         tensors = {
-            "weight_packed": pack(found.codes, bits).view(torch.int32),
+            "weight_packed": to_words(found.codes, bits),
             "weight_scale": found.scales.to(self._dtype),
             "weight_shape": torch.tensor(weight.shape),
         }
         if not self._rounding.symmetric:
-            zeros = pack(found.zeros.T.to(torch.uint8), bits).view(torch.int32)
+            zeros = to_words(found.zeros.T.to(torch.uint8), bits)
             tensors["weight_zero_point"] = zeros.T.contiguous()
         return tensors
