@@ -129,15 +129,14 @@ class BlockWork:
     def _quantize_linear(
         self, name: str, linear: Linear, moments: InputMoments | None
     ) -> dict[str, Tensor]:
-        weights = self._weights(name)
-        made = self._quantizer.quantize([w.clone() for w in weights], moments)
+        made = self._quantizer.quantize(self._weights(name), moments)
         written = {
             f"{part}.{key}": tensor
             for part, own in zip(part_names(linear.spec), made, strict=True)
             for key, tensor in own.items()
         }
         rounded = read_back(self._reader, linear.spec, written)
-        self.errors[linear.spec.name] = relative_error(weights, rounded, moments)
+        self.errors[linear.spec.name] = relative_error(self._weights(name), rounded, moments)
         return written
 
     def take_back(self, written: Mapping[str, Tensor]) -> None:

@@ -6,11 +6,13 @@ digest of each. It goes away last.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ READ_BYTES = 1 << 20
 
 
 class OutputFolder:
-    """Write shards and what belongs to them, each at once or not at all."""
+    """Write shards and what belongs to them, each at once or not at all.
+
+    The folder is there, and `locked`.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], num_shards: int) -> None:
         """Begin, or go on where the same settings stopped.
@@ -41,9 +46,6 @@ class OutputFolder:
         self.num_shards = num_shards
         self._settings = json.loads(json.dumps(settings))
         self._shards: dict[str, dict[str, Any]] = {}
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--output {path} is a file; name a folder.")
-        path.mkdir(parents=True, exist_ok=True)
         for file in path.glob(f"*{PARTIAL}"):
             file.unlink()
         if (path / STATE_FILE).is_file():
@@ -101,6 +103,7 @@ class OutputFolder:
         name = self.shard_name(index)
         partial = self.path / (name + PARTIAL)
         save_file(dict(tensors), partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # the library lets nobody else read it
         _settle(partial, self.path / name)
         sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
         digest = digest_of_file(self.path / name)
@@ -138,6 +141,25 @@ class OutputFolder:
         partial = self.path / (name + PARTIAL)
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         _settle(partial, self.path / name)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make a folder, and keep it for this process alone. Raises: ConfigError if it is taken."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output {path} is a file; name a folder.")
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(
+            f"--output {path}: another `quire quantize` writes into it; wait for it, or name "
+            "another folder."
+        ) from None
+    finally:
+        os.close(handle)
 
 
 def copied_files(source: Path) -> list[Path]:

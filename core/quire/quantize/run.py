@@ -31,7 +31,7 @@ from quire.quantize.batches import Attending, choose_groups, make_batches
 from quire.quantize.block import BlockWork
 from quire.quantize.blocks import Call, call_of, find_blocks
 from quire.quantize.calibration import digest_of
-from quire.quantize.folder import OutputFolder
+from quire.quantize.folder import OutputFolder, locked
 from quire.quantize.streaming import (
     Streaming,
     Tensors,
@@ -80,7 +80,9 @@ class Progress(Protocol):
 @torch.inference_mode()
 def quantize(job: Job, progress: Progress) -> Done:
     """Write the checkpoint. Raises: ConfigError, CheckpointError, PluginError."""
-    return _Quantization(job).run(progress)
+    work = _Quantization(job)
+    with locked(job.output):
+        return work.run(progress)
 
 
 class _Quantization:

@@ -17,7 +17,7 @@ from quire.interfaces.quantization import QuantizerOptions
 from quire_quant.packed import pack
 
 # Groups are searched for their range in pieces of so many weights.
-PIECE_WEIGHTS = 1 << 22
+PIECE_WEIGHTS = 1 << 20
 # A range is tried as it is and narrower, down to about half.
 SHRINKS = tuple(1 - step / 20 for step in range(10))
 # Scales below this lose bits in float16.

@@ -15,7 +15,7 @@ from small_model import write_model
 
 from quire.cli.main import INTERRUPTED, main
 from quire.execution.checkpoint import Checkpoint
-from quire.quantize.folder import STATE_FILE, OutputFolder
+from quire.quantize.folder import STATE_FILE, OutputFolder, locked
 
 # The arguments of each method, and the plugin that serves what it writes.
 METHODS: dict[str, tuple[list[str], str]] = {
@@ -177,6 +177,27 @@ def test_folder_with_other_content_is_refused_and_left_alone(
 
     assert "is not empty (notes.txt); name an empty or new folder" in capsys.readouterr().err
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_output_that_is_a_file_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+
+    assert quantize(model, tmp_path / "out", "int8", None) == 2
+
+    assert "out is a file; name a folder." in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_folder_that_another_process_writes_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "out"):
+        assert quantize(model, tmp_path / "out", "int8", None) == 2
+
+    assert "another `quire quantize` writes into it" in capsys.readouterr().err
+    assert quantize(model, tmp_path / "out", "int8", None) == 0
 
 
 def test_finished_folder_is_not_written_again(model: Path, tmp_path: Path) -> None:

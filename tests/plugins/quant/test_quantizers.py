@@ -84,6 +84,11 @@ def read(method: QuantizationMethod, tensors: list[dict[str, Tensor]]) -> list[T
     return list(layer.method.dequantize(layer).split(OUTPUTS))
 
 
+def twice(weight: Tensor) -> list[Tensor]:
+    """Return two projections of one weight, which a quantizer may change."""
+    return [weight.clone(), weight.clone()]
+
+
 def loss(given: Tensor, rounded: Tensor, second: Tensor) -> float:
     """Return the mean square by which the outputs change."""
     wrong = (rounded - given).double()
@@ -143,7 +148,7 @@ def test_gptq_is_the_optimal_brain_update_done_at_once(group_size: int) -> None:
     options = evolve(OPTIONS, group_size=group_size, damping=0.02)
     quantizer = GptqQuantizer(options)
 
-    [found, _] = read(Gptq(quantizer.config([])), quantizer.quantize([given, given], seen))
+    [found, _] = read(Gptq(quantizer.config([])), quantizer.quantize(twice(given), seen))
 
     rounding = Rounding(
         bits=4, group_size=None if group_size == -1 else group_size, symmetric=True,
@@ -166,7 +171,7 @@ def test_gptq_changes_the_outputs_far_less_than_rounding(options: dict[str, Any]
         rounding.pieces(given), nearest.scales, nearest.zeros
     ).flatten(1)  # fmt: skip
 
-    found, _ = read(Gptq(quantizer.config([])), quantizer.quantize([given, given], seen))
+    found, _ = read(Gptq(quantizer.config([])), quantizer.quantize(twice(given), seen))
 
     assert loss(given, found, seen.second) < 0.5 * loss(given, plain, seen.second)
 
@@ -176,7 +181,7 @@ def test_gptq_writes_no_zero_point_that_wraps_round() -> None:
     given = weights()[0].abs()
     quantizer = GptqQuantizer(evolve(OPTIONS, group_size=32, symmetric=False))
 
-    written = quantizer.quantize([given, given], moments())
+    written = quantizer.quantize(twice(given), moments())
 
     nibbles = written[0]["qzeros"].view(torch.uint8)
     assert max(int((nibbles & 15).max()), int((nibbles >> 4).max())) < 15
@@ -230,7 +235,7 @@ def test_awq_factors_lose_less_than_none() -> None:
         second=seen.second / factors / factors[:, None], magnitude=seen.magnitude / factors
     )
     config = Awq(quantizer.config([]))
-    plain = read(config, quantizer.quantize(given, seen))
+    plain = read(config, quantizer.quantize([w.clone() for w in given], seen))
     scaled = read(config, quantizer.quantize([w * factors for w in given], smoothed))
     losses = [
         sum(loss(w, r, seen.second) for w, r in zip(given, found, strict=True))

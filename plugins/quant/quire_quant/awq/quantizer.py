@@ -26,6 +26,8 @@ from quire_quant.rounding import (
 # Factors are magnitudes to these powers, with the weights' own sizes taken out of them or not.
 POWERS = tuple(step / 20 for step in range(20))
 LEAST = 1e-4
+# Factors are judged by so many outputs at most, spread over all.
+MOST_ROWS = 4096
 
 
 class AwqQuantizer(WeightQuantizer):
@@ -62,6 +64,7 @@ class AwqQuantizer(WeightQuantizer):
     def smooth(self, weights: Sequence[Tensor], moments: InputMoments) -> Tensor:
         """Return the factors with which rounding to nearest changes the outputs least."""
         together = torch.cat(list(weights))
+        together = together[:: -(-len(together) // MOST_ROWS)]
         groups = self._rounding.pieces(together).abs()
         share = groups / groups.amax(-1, keepdim=True).clamp(min=LEAST)
         own = share.flatten(1).mean(0).clamp(min=LEAST)

@@ -77,29 +77,31 @@ class GptqQuantizer(WeightQuantizer):
         """Return `qweight`, `qzeros`, `scales` and `g_idx`."""
         assert moments is not None
         inputs, size = weights[0].shape[1], self._rounding.group_size or weights[0].shape[1]
-        order = torch.arange(inputs, device=weights[0].device)
+        second, order = moments.second, None
         if self._has_order:
-            order = moments.second.diagonal().argsort(descending=True, stable=True)
-        second = moments.second[order][:, order]
+            order = second.diagonal().argsort(descending=True, stable=True)
+            second = second[order][:, order]
         factor, is_dead = inverse_factor(second, self._damping)
-        groups = torch.empty_like(order)
-        groups[order] = torch.arange(inputs, device=order.device) // size
-        back = order.argsort()
+        groups = torch.arange(inputs, dtype=torch.int32, device=factor.device) // size
+        if order is not None:
+            groups = groups[order.argsort()]
         found = []
         for weight in weights:
-            rounded = compensated(weight[:, order], factor, is_dead, self._rounding)
-            found.append(self._tensors(rounded, back, groups))
+            own = weight if order is None else weight[:, order]
+            rounded = compensated(own, factor, is_dead, self._rounding)
+            found.append(self._tensors(rounded, order, groups.clone()))
         return found
 
-    def _tensors(self, rounded: Codes, back: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    def _tensors(self, rounded: Codes, order: Tensor | None, groups: Tensor) -> dict[str, Tensor]:
         bits = self._rounding.bits
-        codes, zeros = rounded.codes[:, back], rounded.zeros.T.to(torch.uint8)
+        codes = rounded.codes if order is None else rounded.codes[:, order.argsort()]
+        zeros = rounded.zeros.T.to(torch.uint8)
         stored = (zeros - 1) & self._rounding.top
         return {
             "qweight": to_words(codes, bits).T.contiguous(),
             "qzeros": to_words(stored, bits),
             "scales": rounded.scales.T.to(torch.float16).contiguous(),
-            "g_idx": groups.to(torch.int32),
+            "g_idx": groups,
         }
 
 
@@ -107,26 +109,32 @@ def inverse_factor(second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Return the upper Cholesky factor of the inverse of the damped moments, and dead inputs.
 
     Inputs that are always zero are left out; where rounding errors make the moments indefinite,
-    the damping is doubled until they are not.
+    the damping is doubled until they are not. Two matrices of the moments' size are made at most.
     """
     is_dead = second.diagonal() == 0
-    wide = second.double()
-    wide.diagonal()[is_dead] = 1
-    mean = wide.diagonal().mean()
-    lower, info = torch.empty(0), 1
-    while info:
-        damped = wide.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        info, damping = int(failed), damping * 2
+    lower = _lower_factor(second, is_dead, damping)
+    while lower is None:
+        damping *= 2
+        lower = _lower_factor(second, is_dead, damping)
     inverse = torch.cholesky_inverse(lower)
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper.float(), is_dead
+    del lower
+    return torch.linalg.cholesky(inverse, upper=True), is_dead
+
+
+def _lower_factor(second: Tensor, is_dead: Tensor, damping: float) -> Tensor | None:
+    damped = second.clone()
+    diagonal = damped.diagonal()
+    diagonal[is_dead] = 1
+    diagonal.add_(damping * diagonal.mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else lower
 
 
 def compensated(weight: Tensor, factor: Tensor, is_dead: Tensor, rounding: Rounding) -> Codes:
-    """Round a weight [outputs, inputs] input after input; `factor` is `inverse_factor`'s."""
-    weight = weight.clone()
+    """Round a weight [outputs, inputs] input after input; `factor` is `inverse_factor`'s.
+
+    The weight is changed.
+    """
     weight[:, is_dead] = 0
     outputs, inputs = weight.shape
     scales = weight.new_empty(outputs, inputs // (rounding.group_size or inputs))
