@@ -12,6 +12,7 @@ import tiny_llama
 import torch
 from safetensors.torch import load_file, save_file
 from small_model import write_model
+from torch import Tensor
 
 from quire.cli.main import INTERRUPTED, main
 from quire.execution.checkpoint import Checkpoint
@@ -220,6 +221,67 @@ def test_head_and_embedding_stay_as_they_are(tmp_path: Path, tied: bool) -> None
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(last[name], given[name])
     assert tiny_llama.make_engine(tmp_path / "out").prepared.quantization.name == "fp8"
+
+
+def with_biases(model: Path, endings: tuple[str, ...]) -> dict[str, Tensor]:
+    """Give some projections of a model a bias, and return its tensors."""
+    tensors = load_file(model / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(tuple(f"{e}.weight" for e in endings))]:
+        generator = torch.Generator().manual_seed(len(name))
+        bias = torch.randn(tensors[name].shape[0], generator=generator)
+        tensors[name.removesuffix("weight") + "bias"] = bias
+    save_file(tensors, model / "model.safetensors")
+    return tensors
+
+
+KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "qwen2, bias of q, k and v": (
+        {"architectures": ["Qwen2ForCausalLM"]},
+        ("q_proj", "k_proj", "v_proj"),
+    ),
+    "llama, biases everywhere": (
+        {"attention_bias": True, "mlp_bias": True},
+        ("_proj",),
+    ),
+    "mistral with a window": ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, ()),
+    "a value head for each": ({"num_key_value_heads": 4}, ()),
+}
+
+
+# How much is left of the logits, as a cosine: weights this large let errors grow from block to
+# block, but of nonsense nothing would be left.
+NEAR = {"gptq, 8 bits, whole rows": 0.97, "awq": 0.6, "int8": 0.97}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", NEAR)
+def test_models_of_every_kind_keep_their_biases_and_much_of_their_logits(
+    tmp_path: Path, calibration: Path, kind: str, case: str
+) -> None:
+    keys, endings = KINDS[kind]
+    model = write_model(tmp_path / "plain", **keys)
+    given = with_biases(model, endings)
+
+    assert quantize(model, tmp_path / "out", case, calibration) == 0
+
+    written: dict[str, Tensor] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(shard)
+    biases = [name for name in given if name.endswith(".bias")]
+    assert len(biases) == 3 * len(endings) * (7 if endings == ("_proj",) else 1)
+    assert all(torch.equal(written[name], given[name]) for name in biases)
+    ids = tiny_llama.prompt(5, 40)
+    true, found = (logits_of(folder, ids) for folder in (model, tmp_path / "out"))
+    assert torch.cosine_similarity(true.flatten(), found.flatten(), dim=0) > NEAR[case]
+
+
+def logits_of(folder: Path, ids: list[int]) -> Tensor:
+    """Return the logits that the engine makes of a prompt."""
+    from quire import LLM
+    from quire.benchmark import quality
+
+    llm = LLM(str(folder), device="cpu", attention_backend="sdpa", num_threads=1)
+    return quality.logits_of(llm, ids)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
