@@ -18,6 +18,8 @@ from quire.interfaces.quantization import (
 from quire.layers.linear import Linear
 from quire.layers.places import places_of_layer
 
+ROWS = 1024  # of a weight that are compared at once
+
 
 def read_back(
     method: QuantizationMethod, spec: LinearSpec, tensors: Mapping[str, Tensor]
@@ -51,9 +53,12 @@ def relative_error(
     weights: Sequence[Tensor], rounded: Tensor, moments: InputMoments | None
 ) -> float:
     """Return how much of a layer's outputs is wrong, of the weights where no inputs are known."""
-    given = torch.cat(list(weights))
-    wrong = _size(rounded - given, moments)
-    whole = _size(given, moments)
+    wrong, whole, first = 0.0, 0.0, 0
+    for weight in weights:
+        for piece in weight.split(ROWS):
+            wrong += _size(rounded[first : first + len(piece)] - piece, moments)
+            whole += _size(piece, moments)
+            first += len(piece)
     return math.sqrt(wrong / whole) if whole > 0 else 0.0
 
 

@@ -153,14 +153,15 @@ class _Quantization:
             self._fill_around()
         count = len(self.blocks)
         folder = OutputFolder(self.job.output, self._settings(backends), count + 1)
-        finished = sum(folder.note_of(index) is not None for index in range(count))
-        progress.begin(count, finished)
+        left = [index for index in range(count) if folder.note_of(index) is None]
+        progress.begin(count, count - len(left))
         errors: dict[str, float] = {}
         outputs: list[Any] = [None] * len(batches)
         for index, block in enumerate(self.blocks):
             own = self._places_in(block)
             note = folder.note_of(index)
-            if note is not None and not batches:
+            # A finished block is run again only for the inputs of those that are not.
+            if note is not None and (not batches or not left or index > left[-1]):
                 errors |= note
                 continue
             fill(own, self.checkpoint)
