@@ -2,6 +2,7 @@
 
 from quire import hookimpl
 from quire.interfaces.plugin import QuantizationPlugin
+from quire_kernels.packed import library
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -21,6 +22,8 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="int8-weight-only",
             load="quire_quant.int8.method:Int8WeightOnly",
+            build="quire_kernels.packed.library:build",
+            is_built=library.is_built,
             summary="weights in 8 bits with a scale an output, activations as they are, on the fly",
             on_the_fly=True,
         ),

@@ -2,6 +2,7 @@
 
 from quire import hookimpl
 from quire.interfaces.plugin import QuantizationPlugin
+from quire_kernels.packed import library
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -14,6 +15,8 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
             name="pack-quantized",
             load="quire_quant.pack_quantized.method:PackQuantized",
             formats=("compressed-tensors:pack-quantized",),
+            build="quire_kernels.packed.library:build",
+            is_built=library.is_built,
             summary="weights of 4 and 8 bits as compressed-tensors packs them",
         )
     ]

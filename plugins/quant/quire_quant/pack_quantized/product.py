@@ -16,6 +16,7 @@ from quire_quant.packed import (
     as_bytes,
     pack,
     settle_scales,
+    spans_of,
     tensor_name,
 )
 
@@ -85,10 +86,10 @@ class PackQuantizedProduct(PackedProduct):
         zeros = self._zeros(layer)
         for name in self._names:
             layer.drop_weight(name)
-        self.install(layer, values=values, scales=scales, zeros=zeros, order=order)
-        for span, own in self._spans(layer):
+        for span, own in spans_of(form, order):
             if own is not None:
                 reorder(values, span, own, form)
+        self.install(layer, values=values, scales=scales, zeros=zeros, order=order)
 
     @property
     def _names(self) -> list[str]:
