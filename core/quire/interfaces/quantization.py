@@ -200,6 +200,16 @@ class LayerMethod(abc.ABC):
         """Do the same for a layer of two parts without bias; return silu(first) * second."""
         return None
 
+    def apply_after_silu_mul(
+        self, layer: WeightLayer, gate_up: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Apply to silu(first half) * second half of `gate_up` [num_tokens, 2 * in_features].
+
+        For a layer that rounds its inputs, so that it does so in the pass that makes them. The
+        model does the steps itself where None comes back, as for `apply_after_norm`.
+        """
+        return None
+
 
 class QuantizationMethod(abc.ABC):
     """Choose a LayerMethod for each layer of a checkpoint.
