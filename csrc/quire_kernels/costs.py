@@ -124,3 +124,18 @@ def of_merge(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     row = args["NUM_HEADS"] * args["VALUE_DIM"]
     written = int(splits.numel()) * row * args["out_ptr"].element_size()
     return {"bytes": int(splits.sum()) * (row + args["NUM_HEADS"]) * 4 + written, "flops": 0}
+
+
+def of_rounding(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count what rows in 8 bits are made of, and they; after a norm the sum is moved as well."""
+    values = args["values_ptr"]
+    reads = {"plain": 1, "gate": 2, "norm": 3}[args["SOURCE"]]
+    num_bytes = values.numel() * (1 + reads * args["x_ptr"].element_size())
+    return {"bytes": num_bytes + args["scales_ptr"].nbytes, "flops": 0}
+
+
+def of_rows_product(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count the weight, rows and outputs of a product once; sums of parts stay in the L2."""
+    tensors = {k: v for k, v in args.items() if k not in ("part_ptr", "counts_ptr")}
+    flops = 2 * args["weight_ptr"].numel() * args["num_rows"]
+    return {**of_tensors(grid, metadata, tensors), "flops": flops}

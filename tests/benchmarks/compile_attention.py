@@ -195,7 +195,9 @@ TYPES = {
 
 def compiled(kernel: Any, arguments: dict[str, Any]) -> Any:
     """Compile a launch as Triton would at its first call on the GPU."""
-    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    options = {
+        key: arguments[key] for key in ("num_warps", "num_stages", "maxnreg") if key in arguments
+    }
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]

@@ -129,3 +129,19 @@ def test_replayed_steps_in_bfloat16_give_the_tokens_of_eager_ones(
         found.append(tiny_llama.run_all(engine, [one])[0])
 
     assert found[0] == found[1]
+
+
+def test_replayed_steps_in_e4m3_give_the_tokens_of_eager_ones(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "max_position_embeddings": 128}
+    folder = tiny_llama.write_folder(tmp_path, **sizes)
+    found = []
+    for options in ({}, {"enforce_eager": True}):
+        engine = make_engine(folder, dtype="bfloat16", quantization="fp8", **options)
+        three = [
+            tiny_llama.request(i, tiny_llama.prompt(i, 9 + i), max_tokens=40, temperature=0.0)
+            for i in range(3)
+        ]
+        alone = [tiny_llama.request(3, tiny_llama.prompt(3, 20), max_tokens=40, temperature=0.0)]
+        found.append([tiny_llama.run_all(engine, some)[0] for some in (three, alone)])
+
+    assert found[0] == found[1]

@@ -111,3 +111,24 @@ def test_merge_reads_the_parts_of_what_was_split() -> None:
     found = costs.of_merge((4, 4), None, args)
 
     assert found["bytes"] == 5 * (64 + 4) * 4 + 2 * 64 * 2
+
+
+@pytest.mark.parametrize(("source", "reads"), [("plain", 1), ("gate", 2), ("norm", 3)])
+def test_rounding_moves_its_rows_and_what_they_are_made_of(source: str, reads: int) -> None:
+    args = {
+        "x_ptr": torch.zeros(3, 16, dtype=torch.bfloat16),
+        "values_ptr": torch.zeros(3, 8, dtype=torch.uint8),
+        "scales_ptr": torch.zeros(3, 1),
+        "SOURCE": source,
+    }
+
+    assert costs.of_rounding(None, None, args) == {"bytes": 24 * (1 + 2 * reads) + 12, "flops": 0}
+
+
+def test_product_of_rows_reads_its_weight_once_and_no_parts() -> None:
+    args = {
+        **{"x_ptr": torch.zeros(3, 8), "weight_ptr": torch.zeros(4, 8), "num_rows": 3},
+        **{"out_ptr": torch.zeros(3, 4), "part_ptr": torch.zeros(9, 9), "counts_ptr": ints([0])},
+    }
+
+    assert costs.of_rows_product(None, None, args) == {"bytes": 68 * 4, "flops": 2 * 32 * 3}

@@ -210,6 +210,39 @@ def test_stranger_proves_its_backend_with_the_kit(environment: Environment, tmp_
     assert all("example: passed (quick on cpu, seed 0; " in stdout for stdout in checked)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_stranger_has_its_model_quantized(
+    environment: Environment, checkpoint: Path, tmp_path: Path, method: str
+) -> None:
+    """Though its layers are not like those of any model of Quire's own."""
+    text = tmp_path / "text.txt"
+    text.write_text(f"{PROMPT} " * 40)
+    given = [
+        "--method",
+        method,
+        "--group-size",
+        "16",
+        "--calibration",
+        str(text),
+        "--seq-len",
+        "64",
+    ]
+
+    done = environment.run(
+        "quire", "quantize", str(checkpoint), *given, "--output", str(tmp_path / "out")
+    )
+
+    errors = re.findall(r"layers\.(\d)\.(\w+): error ([\d.]+)%", done.stderr)
+    assert [(layer, name) for layer, name, _ in errors] == [
+        (str(layer), name)
+        for layer in range(3)
+        for name in ("qkv_proj", "o_proj", "up_proj", "down_proj")
+    ]
+    assert all(0 < float(error) < 15 for _, _, error in errors)
+    [answer] = generate(environment, tmp_path / "out")["outputs"]
+    assert len(answer["token_ids"]) == 24
+
+
 def test_stranger_sees_its_backend_in_the_benchmark(environment: Environment) -> None:
     rows = bench(environment, "example,reference", "--attention-option", "example.tile=5")
 

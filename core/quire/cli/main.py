@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("quire.cli.chat", "talk with a model in the terminal"),
     "serve": ("quire.cli.serve", "serve a model to OpenAI clients"),
     "bench": ("quire.cli.bench", "measure a server or an engine"),
+    "quantize": ("quire.cli.quantize", "write a quantized checkpoint"),
     "build": ("quire.cli.build", "compile plugins' native code ahead of their use"),
     "explain": ("quire.cli.explain", "print every setting, choice and byte of a start"),
     "plugins": ("quire.cli.plugins", "list the installed plugins and whether they work here"),

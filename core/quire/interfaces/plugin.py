@@ -53,6 +53,11 @@ def _check_build(_instance: object, _attribute: Any, value: str | None) -> None:
         raise PluginError(f"build={value!r} does not name a function; write 'module:function'.")
 
 
+def _check_quantizer(_instance: object, _attribute: Any, value: str | None) -> None:
+    if value is not None and not (isinstance(value, str) and _LOAD.fullmatch(value)):
+        raise PluginError(f"quantizer={value!r} does not name a class; write 'module:Class'.")
+
+
 def _check_summary(_instance: object, _attribute: Any, value: str) -> None:
     if not isinstance(value, str) or "\n" in value:
         raise PluginError(f"summary={value!r} is not allowed; write one line of text.")
@@ -202,11 +207,26 @@ class QuantizationPlugin(Descriptor):
 
     `formats` are the values of `quantization_config.quant_method` that it claims, or
     "quant_method:format" where one of them comes in several, told apart by the key `format`.
+    `quantizer`, "module:Class", names a `quantization.WeightQuantizer` that writes a format:
+    what `quire quantize --method NAME` uses.
     """
 
     formats: tuple[str, ...] = field(default=(), converter=_to_names, validator=_check_names)
     priority: int = field(default=0, validator=_check_integer)
     on_the_fly: bool = False
+    quantizer: str | None = field(default=None, validator=_check_quantizer)
+
+    def load_quantizer(self) -> type | None:
+        """Import and return the class that writes a format, None where it writes none.
+
+        Raises: PluginError naming the plugin and the cause.
+        """
+        if self.quantizer is None:
+            return None
+        found = self._loaded(self.quantizer)
+        if not isinstance(found, type):
+            raise PluginError(f"plugin {self.name!r}: {self.quantizer!r} is not a class.")
+        return found
 
     def reads(self, quant_method: str) -> bool:
         """Answer whether it claims "quant_method" or "quant_method:format"."""

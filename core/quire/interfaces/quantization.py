@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from attrs import frozen
@@ -198,6 +198,79 @@ class LayerMethod(abc.ABC):
         self, layer: WeightLayer, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float]
     ) -> tuple[Tensor, Tensor] | None:
         """Do the same for a layer of two parts without bias; return silu(first) * second."""
+        return None
+
+    def apply_after_silu_mul(
+        self, layer: WeightLayer, gate_up: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Apply to silu(first half) * second half of `gate_up` [num_tokens, 2 * in_features].
+
+        For a layer that rounds its inputs, so that it does so in the pass that makes them. The
+        model does the steps itself where None comes back, as for `apply_after_norm`.
+        """
+        return None
+
+
+@frozen(kw_only=True)
+class InputMoments:
+    """What came into a linear layer while a model was calibrated.
+
+    `second` float32 [in_features, in_features]: the mean of x x^T over the inputs x;
+    `magnitude` float32 [in_features]: the mean of |x|.
+    """
+
+    second: Tensor
+    magnitude: Tensor
+
+
+@frozen(kw_only=True)
+class QuantizerOptions:
+    """What a user asks of a `WeightQuantizer`; None where the choice is left to it.
+
+    `dtype` is the model's. `group_size` -1: all inputs are one group. `damping` is a share of the
+    mean of the diagonal of the inputs' second moments.
+    """
+
+    dtype: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool | None = None
+    damping: float | None = None
+
+
+class WeightQuantizer(abc.ABC):
+    """Write the layers of a checkpoint in a format that some `QuantizationMethod` reads.
+
+    `needs_inputs`: `quantize` wants the moments of the inputs; else it is given None.
+    """
+
+    needs_inputs: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def __init__(self, options: QuantizerOptions) -> None:
+        """Take the options. Raises: ConfigError naming one that is not served."""
+
+    @abc.abstractmethod
+    def config(self, excluded: Sequence[str]) -> dict[str, Any]:
+        """Return the `quantization_config`; the modules in `excluded` are left alone."""
+
+    @abc.abstractmethod
+    def quantize(
+        self, weights: Sequence[Tensor], moments: InputMoments | None
+    ) -> list[dict[str, Tensor]]:
+        """Return the tensors of each projection, by their names behind the module's.
+
+        `weights` float32 [outputs, in_features] are those of projections with the same inputs;
+        they may be changed. Equal arguments give equal bits.
+        """
+
+    def smooth(self, weights: Sequence[Tensor], moments: InputMoments) -> Tensor | None:
+        """Return a factor above 0 for each input, float32 [in_features]; None: not offered.
+
+        The weights are multiplied by it and what makes the inputs is divided by it, where that
+        can be done without changing the model's function.
+        """
         return None
 
 

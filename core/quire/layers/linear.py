@@ -47,3 +47,7 @@ class Linear(WeightStore):
             if self.bias is not None
             else self.method.apply_gated_after_norm(self, addends, norm)
         )
+
+    def after_silu_mul(self, gate_up: Tensor) -> Tensor | None:
+        """Return the layer's output for silu(first half) * second half; None: not offered."""
+        return self.method.apply_after_silu_mul(self, gate_up, self.bias)

@@ -119,6 +119,8 @@ def _offers(subject: QuantizationSubject, choices: Choices, name: str) -> str | 
     is_own = getattr(type(method), name) is not getattr(LayerMethod, name)
     if is_own and name == "apply_after_norm":
         return None if checks.offers_fused_norm(subject, choices.plain) else "not offered here"
+    if is_own and name == "apply_after_silu_mul":
+        return None if checks.offers_fused_gate(subject, choices.plain) else "not offered here"
     return None if is_own else "not offered"
 
 
@@ -163,6 +165,7 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
     no_lookup = None if choices.kinds else "it leaves embeddings and heads alone"
     not_invariant = _why_not_invariant(subject, choices)
     no_fusion = _offers(subject, choices, "apply_after_norm")
+    no_gate = _offers(subject, choices, "apply_after_silu_mul")
     no_reading = _offers(subject, choices, "dequantize")
     memory = st.sampled_from([large, evolve(large, bias=True), evolve(large, seed=1)])
     return [
@@ -176,6 +179,7 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
         check("memory", checks.check_memory, memory, 0.05),
         check("left alone", checks.check_left_alone, linears, 0.02),
         check("fused norm", checks.check_fused_norm, linears, 0.05, no_fusion),
+        check("fused gate", checks.check_fused_gate, linears, 0.05, no_gate),
     ]
 
 
@@ -289,3 +293,7 @@ class QuantizationMethodTests(search.KitTests):
     def test_norm_and_product_in_one_pass_equal_the_steps(self) -> None:
         """Where `apply_after_norm` is offered."""
         self._check("fused norm")
+
+    def test_gate_and_product_in_one_pass_equal_the_steps(self) -> None:
+        """Where `apply_after_silu_mul` is offered."""
+        self._check("fused gate")

@@ -364,3 +364,33 @@ def check_fused_norm(subject: QuantizationSubject, case: LayerCase) -> Failure |
     exact = functional.rms_norm(total.double(), norm.shape, norm.double(), 1e-5)
     failure = judge_product(subject, case, done.loaded, normed, done.found[0], exact)
     return failure and evolve(failure, what=f"apply_after_norm: {failure.what}", guess=None)
+
+
+def _after_silu_mul(
+    subject: QuantizationSubject, case: LayerCase
+) -> tuple[Loaded, Tensor, Tensor | None] | None:
+    """Return a layer, the gate and up that go in, and what comes out, if that is offered."""
+    loaded = make_layer(subject, subject.make(), case)
+    if loaded is None:
+        return None
+    gate_up = draw(case, case.rows, 2 * case.in_features, salt=23)
+    gate_up = gate_up.to(subject.device, getattr(torch, case.dtype))
+    found = loaded.layer.method.apply_after_silu_mul(loaded.layer, gate_up.clone(), loaded.bias)
+    return loaded, gate_up, found
+
+
+def offers_fused_gate(subject: QuantizationSubject, plain: LayerCase) -> bool:
+    """Answer whether a layer takes SiLU, multiplication and product in one pass."""
+    done = [_after_silu_mul(subject, evolve(plain, rows=rows)) for rows in (1, 2)]
+    return any(one is not None and one[2] is not None for one in done)
+
+
+def check_fused_gate(subject: QuantizationSubject, case: LayerCase) -> Failure | None:
+    """SiLU, multiplication and product in one pass equal the steps, where they are offered."""
+    done = _after_silu_mul(subject, case) if case.rows else None
+    if done is None or done[2] is None:
+        return None
+    gate, up = done[1].chunk(2, dim=1)
+    exact = functional.silu(gate.double()) * up.double()
+    failure = judge_product(subject, case, done[0], functional.silu(gate) * up, done[2], exact)
+    return failure and evolve(failure, what=f"apply_after_silu_mul: {failure.what}", guess=None)

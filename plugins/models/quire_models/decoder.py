@@ -42,20 +42,25 @@ class Norm(nn.Module):
         """Return the normalised sum and the sum, which may be made in x's memory."""
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
-    def add_then(
-        self, linear: Any, x: Tensor, residual: Tensor, *, gated: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return the layer's output for the normalised sum, and the sum.
-
-        `gated`: silu of the layer's first part times its second.
-        """
+    def add_then(self, linear: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer's output for the normalised sum, and the sum."""
         fused: tuple[Tensor, Tensor] | None
-        fused = linear.after_norm((x, residual), (self.weight, self.eps), gated=gated)
+        fused = linear.after_norm((x, residual), (self.weight, self.eps))
         if fused is not None:
             return fused
         normed, total = self.add(x, residual)
-        out = linear(normed)
-        return ops.silu_mul(out) if gated else out, total
+        return linear(normed), total
+
+    def add_then_gated(self, linear: Any, x: Tensor, residual: Tensor) -> Any:
+        """Return silu of the layer's first part times its second, and the sum; None: not in one."""
+        return linear.after_norm((x, residual), (self.weight, self.eps), gated=True)
+
+
+def after_silu_mul(linear: Any, gate_up: Tensor) -> Tensor:
+    """Return the layer's output for silu of the first half of `gate_up` times the second."""
+    fused: Tensor | None = linear.after_silu_mul(gate_up)
+    out: Tensor = linear(ops.silu_mul(gate_up)) if fused is None else fused
+    return out
 
 
 class SelfAttention(nn.Module):
@@ -115,8 +120,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """Return what is made of the normalised sum, [num_tokens, hidden_size], and the sum."""
-        gated, total = norm.add_then(self.gate_up_proj, x, residual, gated=True)
-        out: Tensor = self.down_proj(gated)
+        fused = norm.add_then_gated(self.gate_up_proj, x, residual)
+        if fused is not None:
+            gated, total = fused
+            out: Tensor = self.down_proj(gated)
+        else:
+            gate_up, total = norm.add_then(self.gate_up_proj, x, residual)
+            out = after_silu_mul(self.down_proj, gate_up)
         return out, total
 
 

@@ -6,7 +6,7 @@ Shared by the methods of this package; not a plugin. A format is read by the plu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -87,3 +87,43 @@ def _group(name: str, group: Any, formats: tuple[str, ...]) -> Group:
         )
     targets = names_in(group, "targets")
     return Group(name=name, targets=targets, weights=weights, activations=activations)
+
+
+def expect(
+    numbers: Mapping[str, Any], reader: str, where: str, key: str, allowed: tuple[Any, ...]
+) -> Any:
+    """Return a value that must be one of those allowed. Raises: ConfigError naming the key."""
+    found = numbers.get(key)
+    # 1 == True, and lists cannot be looked up in sets.
+    if not any(found == one and type(found) is type(one) for one in allowed):
+        listed = " or ".join(repr(one) for one in allowed if one is not None)
+        raise ConfigError(
+            f"{where}: {key} is {found!r}; {reader} reads {listed or 'checkpoints without it'}."
+        )
+    return found
+
+
+def written_config(
+    form: str,
+    weights: Mapping[str, Any],
+    activations: Mapping[str, Any] | None,
+    ignored: Sequence[str],
+) -> dict[str, Any]:
+    """Return a `quantization_config` in which all linears but those ignored are kept alike."""
+    number = {"dynamic": False, "actorder": None, "block_structure": None, "group_size": None}
+    group = {
+        "format": form,
+        "targets": ["Linear"],
+        "weights": {**number, **weights},
+        "input_activations": None if activations is None else {**number, **activations},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

@@ -179,7 +179,7 @@ class PackedProduct(LayerMethod):
             self.num_orders = len(order)
             layer.add_weight("input_order", order, ShardRule())
         form = self.form
-        self.is_tiled = tiled.lies_in_tiles(form)
+        self.is_tiled = tiled.lies_in_tiles(form, scales)
         if self.is_tiled:
             for name, tensor in tiled.to_tiles(form, values, scales, zeros).items():
                 layer.add_weight(name, tensor, ShardRule())

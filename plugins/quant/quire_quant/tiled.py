@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 LEAST_GROUP_OF_8_BITS = 128
 
 
-def lies_in_tiles(form: PackedForm) -> bool:
+def lies_in_tiles(form: PackedForm, scales: Tensor) -> bool:
     """Answer whether the kernels of the layer's device multiply with such a weight."""
     dtype = getattr(torch, form.dtype)
     if form.bits not in (4, 8) or not product.serves(torch.device(form.device), dtype):
         return False
     inputs, group_size = form.in_features * form.bits // 4, form.group_size
     if form.bits == 8 and group_size < LEAST_GROUP_OF_8_BITS:
+        return False
+    if form.bits == 8 and not bool((scales * 16).isfinite().all()):
         return False
     return not any(layout.why_not(n, inputs, group_size) for n in form.part_sizes)
 

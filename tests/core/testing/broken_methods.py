@@ -192,6 +192,15 @@ class ZeroPointOffByOne(PackedProduct):
         return super().unpacked(packed) + 1
 
 
+@broken("gate-and-up-swapped", "apply_after_silu_mul: ")
+class GateAndUpSwapped(Int8Product):
+    def apply_after_silu_mul(
+        self, layer: WeightLayer, gate_up: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        up, gate = gate_up.chunk(2, dim=1)
+        return self.apply(layer, torch.nn.functional.silu(gate) * up, bias)
+
+
 @broken("excluded-layer-quantized", "is excluded by the configuration, and is quantized")
 class ExcludedLayerQuantized(Int8):
     def method_for(self, spec: LayerSpec) -> LayerMethod | None:

@@ -18,7 +18,8 @@ from quire.layers.linear import Linear
 from quire.testing import QuantizationMethodTests
 from quire_kernels import ops
 from quire_quant.int8 import product
-from quire_quant.int8.method import Int8, quantize_weight
+from quire_quant.int8.method import Int8, Int8WeightOnly
+from quire_quant.int8.rounded import quantize_weight
 from quire_quant.none.method import NoQuantization
 
 METHOD = Int8({})
@@ -39,6 +40,14 @@ class TestInt8WithoutOneDnn(TestInt8):
     @pytest.fixture(autouse=True)
     def _plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(product, "packs", lambda: False)
+
+
+class TestInt8WeightOnly(QuantizationMethodTests):
+    method = Int8WeightOnly
+
+    def weight_bytes(self, spec: LinearSpec) -> int:
+        bias = spec.out_features * getattr(torch, spec.dtype).itemsize if spec.bias else 0
+        return spec.out_features * (spec.in_features + 3) + bias
 
 
 def linear(dtype: str = "bfloat16", in_features: int = 48, out_features: int = 24) -> Linear:
@@ -181,8 +190,8 @@ def test_rounding_of_rows_is_the_formula(dtype: torch.dtype, size: int) -> None:
     assert torch.equal(values, rounded.to(torch.uint8))
 
 
-def test_a_checkpoints_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match="has bits, quant_method; int8 reads no format"):
+def test_another_checkpoints_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="format is None; this method reads 'int-quantized'"):
         Int8({"quant_method": "gptq", "bits": 4})
 
 

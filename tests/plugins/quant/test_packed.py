@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.interfaces.quantization import LinearSpec
 from quire.layers.linear import Linear
 from quire_kernels.packed import product
-from quire_quant import packed
+from quire_quant import packed, tiled
 from quire_quant.packed import PackedForm, PackedProduct, num_bytes, pack, quantize, unpack
 
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -159,6 +159,17 @@ def test_layer_in_tiles_is_the_same_layer(
     assert layer.method.is_tiled
     assert torch.equal(layer.method.dequantize(layer).double(), weight)
     assert (out.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(4, 60000.0), (8, 4000.0), (8, 4200.0)])
+def test_scales_that_16_times_is_no_float16_keep_8_bits_out_of_tiles(
+    bits: int, largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "serves", lambda device, dtype: True)
+    layer, _ = packed_layer(bits, 0, (32,), inputs=256)
+    scales = torch.full((2, 32), largest, dtype=torch.float16)
+
+    assert tiled.lies_in_tiles(layer.method.form, scales) == (largest != 4200.0)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="awq",
             load="quire_quant.awq.method:Awq",
+            quantizer="quire_quant.awq.quantizer:AwqQuantizer",
             formats=("awq",),
             build="quire_kernels.packed.library:build",
             is_built=library.is_built,

@@ -52,7 +52,7 @@ def _codes(words: Tensor) -> Tensor:
     return codes.unflatten(1, (-1, WORD))[..., PLACE].flatten(1)
 
 
-def _words(codes: Tensor) -> Tensor:
+def to_words(codes: Tensor) -> Tensor:
     """Return the int32 [n, outputs / 8] of codes uint8 [n, outputs]."""
     return pack(codes.unflatten(1, (-1, WORD))[..., ORDER].flatten(1), BITS).view(torch.int32)
 
@@ -154,8 +154,8 @@ class Awq(QuantizationMethod):
         groups = codes.double().unflatten(1, (scales.shape[1], -1))
         exact = (groups - zeros.double()[..., None]) * scales.double()[..., None]
         tensors = {
-            "qweight": _words(codes.T),
-            "qzeros": _words(zeros.T),
+            "qweight": to_words(codes.T),
+            "qzeros": to_words(zeros.T),
             "scales": scales.T.contiguous(),
         }
         return EncodedWeight(tensors=tensors, weight=exact.flatten(1))

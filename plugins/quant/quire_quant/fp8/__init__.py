@@ -13,6 +13,7 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="fp8",
             load="quire_quant.fp8.method:Fp8",
+            quantizer="quire_quant.fp8.quantizer:Fp8Quantizer",
             summary="weights and activations in e4m3, with scales a tensor, channel or block",
             formats=("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors:float-quantized"),
             on_the_fly=True,

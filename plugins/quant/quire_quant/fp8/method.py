@@ -20,12 +20,13 @@ from quire.interfaces.quantization import (
     ShardRule,
     WeightLayer,
 )
-from quire_kernels import ops
+from quire_kernels import fp8, ops
 from quire_quant.fp8.formats import ON_THE_FLY, Scheme, read_config
 from quire_quant.fp8.numbers import (
     E4M3,
     dequantized,
     piece_rows,
+    quantize,
     quantize_rows,
     quantize_static,
 )
@@ -162,10 +163,47 @@ class Fp8Product(LayerMethod):
     def _group(self) -> int | None:
         return self.scheme.block[1] if self.scheme.inputs == "group" else None
 
-    def _quantized(self, layer: WeightLayer, x: Tensor) -> QuantizedActivation:
+    def _scaling(self, layer: WeightLayer) -> fp8.Scaling:
         if self.scheme.inputs == "static":
-            return quantize_static(x, layer.get_weight("input_scale")[:1])
-        return quantize_rows(x, group=self._group, largest=self.scheme.largest)
+            return fp8.Scaling(given=layer.get_weight("input_scale")[:1])
+        return fp8.Scaling(group=self._group, largest=self.scheme.largest)
+
+    def _quantized(self, layer: WeightLayer, x: Tensor) -> QuantizedActivation:
+        return quantize(x, self._scaling(layer))
+
+    def _rounds_in_one_pass(self, layer: WeightLayer, x: Tensor) -> bool:
+        """Answer whether inputs are rounded by the launch that makes them, of what x has."""
+        if self.scheme.inputs == "plain" or not self.has_weight or not self.shares_input_scale:
+            return False
+        return fp8.rounds_in_one_pass(x, self.num_inputs, self._scaling(layer))
+
+    def _multiply(
+        self, layer: WeightLayer, rounded: fp8.Rounded, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        x = QuantizedActivation(values=rounded[0], scales=rounded[1])
+        return multiply(x, self._weight(layer), bias, dtype, group=self._group)
+
+    def apply_after_norm(
+        self,
+        layer: WeightLayer,
+        addends: tuple[Tensor, Tensor],
+        norm: tuple[Tensor, float],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Norm and round in one pass, on a GPU."""
+        if not self._rounds_in_one_pass(layer, addends[0]):
+            return None
+        rounded, total = fp8.add_rms_norm_quantize(*addends, *norm, self._scaling(layer))
+        return self._multiply(layer, rounded, bias, addends[0].dtype), total
+
+    def apply_after_silu_mul(
+        self, layer: WeightLayer, gate_up: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Do SiLU, multiply and round in one pass, on a GPU."""
+        if not self._rounds_in_one_pass(layer, gate_up):
+            return None
+        rounded = fp8.silu_mul_quantize(gate_up, self._scaling(layer))
+        return self._multiply(layer, rounded, bias, gate_up.dtype)
 
     def apply(
         self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
@@ -212,17 +250,26 @@ class Fp8OnTheFly(Fp8Product):
         """Do nothing: there are no scales yet."""
 
     def finish_loading(self, layer: WeightLayer) -> None:
-        """Quantize each output with its own scale, a few at once, and drop the wide weight."""
-        wide = layer.get_weight("weight").data
+        """Quantize each output with its own scale, and drop the wide weight."""
+        weight, scales = self._quantized_weight(layer.get_weight("weight").data)
+        layer.drop_weight("weight")
+        layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
+        layer.add_weight(self.scheme.scale_name, scales, ShardRule(output_dim=0))
+
+    def _quantized_weight(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values and scales; a kernel takes all rows at once, and nothing wide beside them.
+
+        In PyTorch a few rows are taken at once.
+        """
+        if fp8.rounds_in_one_pass(wide, self.num_inputs, fp8.Scaling()):
+            return fp8.quantize(wide, fp8.Scaling())
         weight, scales = self._empty(*self.shape, dtype=E4M3), self._empty(self.shape[0], 1)
         step = piece_rows(wide)
         for first in range(0, self.shape[0], step):
             rows = slice(first, first + step)
             piece = quantize_rows(wide[rows])
             weight[rows], scales[rows] = piece.values, piece.scales
-        layer.drop_weight("weight")
-        layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
-        layer.add_weight(self.scheme.scale_name, scales, ShardRule(output_dim=0))
+        return weight, scales
 
 
 class Fp8(QuantizationMethod):

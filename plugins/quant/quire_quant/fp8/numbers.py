@@ -5,20 +5,16 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from quire.interfaces.quantization import QuantizedActivation
+from quire_kernels import fp8
+from quire_kernels.fp8 import E4M3, rounded
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
+__all__ = ["E4M3", "dequantized", "piece_rows", "quantize", "quantize_rows", "quantize_static"]
+__all__ += ["rounded", "widened", "widened_weight"]
 # A weight is widened in pieces of so many elements; a core's cache holds one in float32.
 PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-
-
-def rounded(wide: Tensor, scales: Tensor) -> Tensor:
-    """Return `wide` / `scales` in e4m3, to nearest even; beyond 448 is 448, NaN stays NaN."""
-    return (wide / scales).clamp_(-LARGEST, LARGEST).to(E4M3)
 
 
 def quantize_rows(
@@ -29,22 +25,18 @@ def quantize_rows(
     The scale takes the largest number to 448; with `largest`, numbers beyond it are clipped.
     Scales are float32 [rows, 1] or [rows, groups]; of zeros 1.
     """
-    rows, size = x.shape
-    width = min(group or size, size)
-    padded = functional.pad(x.float(), (0, -size % width))
-    wide = padded.view(rows, -(-size // width), width)
-    extreme = wide.abs().amax(-1, keepdim=True)
-    if largest is not None:
-        extreme = extreme.clamp(max=largest)
-    smallest = torch.finfo(torch.float32).tiny
-    scales = torch.where(extreme > 0, (extreme / LARGEST).clamp(min=smallest), 1.0)
-    values = rounded(wide, scales).view(padded.shape)[:, :size]
-    return QuantizedActivation(values=values, scales=scales.squeeze(-1))
+    return quantize(x, fp8.Scaling(group=group, largest=largest))
 
 
 def quantize_static(x: Tensor, scale: Tensor) -> QuantizedActivation:
     """Quantize `x` [rows, size] with `scale` float32 [1]; scales come out as [1, 1]."""
-    return QuantizedActivation(values=rounded(x.float(), scale), scales=scale.view(1, 1))
+    return quantize(x, fp8.Scaling(given=scale))
+
+
+def quantize(x: Tensor, scaling: fp8.Scaling) -> QuantizedActivation:
+    """Quantize `x` [rows, size] as `scaling` says."""
+    values, scales = fp8.quantize(x, scaling)
+    return QuantizedActivation(values=values, scales=scales)
 
 
 @functools.cache

@@ -1,12 +1,10 @@
-"""Products with weights in e4m3: `torch._scaled_mm` where it fits, else widened piece by piece.
+"""Products with weights in e4m3: by kernels, by `torch._scaled_mm`, else widened piece by piece.
 
-The second is the meaning. On a CPU it is computed in float32, and rounded once; on a GPU, where
+The last is the meaning. On a CPU it is computed in float32, and rounded once; on a GPU, where
 float32 is slow, both sides are rounded to the model's dtype, as a plain weight and input are.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import torch.nn.functional as functional
@@ -14,25 +12,16 @@ from attrs import frozen
 from torch import Tensor
 
 from quire.interfaces.quantization import QuantizedActivation
+from quire_kernels import fp8
 from quire_quant.fp8.numbers import dequantized, piece_rows, widened_weight
 
-SMALLEST_CAPABILITY = (8, 9)
 MULTIPLE = 16  # of inputs and outputs, of which the kernels of `_scaled_mm` are made
 
 
 @frozen(kw_only=True)
-class Weight:
-    """A weight in e4m3 [out, in] and its scales, float32.
+class Weight(fp8.Matrix):
+    """A weight in e4m3; `is_uniform`: all scales are one number."""
 
-    `scales` [out, 1], or [blocks, in blocks] where `block` says how many outputs and inputs share
-    one; the blocks of each of the projections, whose outputs are `sizes`, begin anew.
-    `is_uniform`: all scales are one number.
-    """
-
-    values: Tensor
-    scales: Tensor
-    sizes: tuple[int, ...]
-    block: tuple[int, int] | None = None
     is_uniform: bool = False
 
     def part(self, index: int) -> Weight:
@@ -73,13 +62,15 @@ def multiply(
     group: int | None = None,
 ) -> Tensor:
     """Return x W^T + b in `dtype` [rows, out]; `group` inputs of a row share a scale, or all do."""
-    if isinstance(x, QuantizedActivation):
-        if group is None and _fits_scaled_mm(x.values, weight, dtype):
-            return _scaled_mm(x, weight, bias, dtype)
-        wide = dequantized(x, group)
-    else:
-        wide = x.float()
-    return _multiply_wide(wide, weight, bias, dtype)
+    if not isinstance(x, QuantizedActivation):
+        out = fp8.product(x, None, weight, bias, dtype)
+        return _multiply_wide(x.float(), weight, bias, dtype) if out is None else out
+    out = fp8.product(x.values, x.scales, weight, bias, dtype)
+    if out is not None:
+        return out
+    if group is None and _fits_scaled_mm(x.values, weight, dtype):
+        return _scaled_mm(x, weight, bias, dtype)
+    return _multiply_wide(dequantized(x, group), weight, bias, dtype)
 
 
 def _multiply_wide(x: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -96,18 +87,12 @@ def _multiply_wide(x: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.
     return out
 
 
-@functools.cache
-def _multiplies_e4m3(device: torch.device) -> bool:
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= SMALLEST_CAPABILITY
-
-
 def _fits_scaled_mm(x: Tensor, weight: Weight, dtype: torch.dtype) -> bool:
     """Answer whether kernels of `_scaled_mm` take this: rows of bfloat16, scales along rows."""
     num_outputs, num_inputs = weight.values.shape
     is_served = weight.block is None and dtype == torch.bfloat16 and x.shape[0] > 0
     is_served = is_served and not (num_outputs % MULTIPLE or num_inputs % MULTIPLE)
-    return is_served and _multiplies_e4m3(x.device)
+    return is_served and fp8.computes_e4m3(x.device)
 
 
 def _scaled_mm(

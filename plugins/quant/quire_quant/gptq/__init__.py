@@ -14,6 +14,7 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="gptq",
             load="quire_quant.gptq.method:Gptq",
+            quantizer="quire_quant.gptq.quantizer:GptqQuantizer",
             formats=("gptq",),
             build="quire_kernels.packed.library:build",
             is_built=library.is_built,

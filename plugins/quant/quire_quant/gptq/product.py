@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.errors import CheckpointError
 from quire.interfaces.quantization import QuantizedActivation, ShardRule, WeightLayer
 from quire_kernels import ops
+from quire_quant.input_order import input_order, plain_indices, reorder
 from quire_quant.packed import (
     PackedForm,
     PackedProduct,
@@ -16,7 +16,6 @@ from quire_quant.packed import (
     pack,
     settle_scales,
     spans_of,
-    tensor_name,
     unpack,
 )
 
@@ -71,7 +70,7 @@ class GptqProduct(PackedProduct):
             return
         form = self.form
         check_scales(layer, layer.get_weight("scales"), form, "scales")
-        order = self._order(layer)
+        order = input_order(layer.get_weight("g_idx").data, form, layer.spec, "g_idx")
         values = as_bytes(layer.get_weight("qweight").data.T)
         layer.drop_weight("qweight")
         zeros = layer.get_weight("qzeros").data.view(torch.uint8)
@@ -83,53 +82,14 @@ class GptqProduct(PackedProduct):
             layer.drop_weight(name)
         for span, own in spans_of(form, order):
             if own is not None:
-                self._reorder(values, span, own)
+                reorder(values, span, own, form)
         self.install(layer, values=values, scales=scales, zeros=zeros, order=order)
-
-    def _reorder(self, values: Tensor, span: slice, order: Tensor) -> None:
-        form = self.form
-        for outputs in form.slices(span.start, span.stop):
-            codes = unpack(values[outputs], form.bits, form.in_features)
-            values[outputs] = pack(codes[:, order], form.bits)
-
-    def _order(self, layer: WeightLayer) -> Tensor | None:
-        """Return int32 [1 or parts, in_features]: inputs sorted by group; None: they are."""
-        orders = []
-        inputs = self.form.in_features
-        for part, indices in enumerate(layer.get_weight("g_idx").data.split(inputs)):
-            self._check_groups(indices, tensor_name(layer.spec, part, "g_idx"))
-            orders.append(indices.argsort(stable=True).to(torch.int32))
-        if all(torch.equal(order, orders[0]) for order in orders[1:]):
-            del orders[1:]
-        plain = torch.arange(inputs, dtype=torch.int32, device=orders[0].device)
-        is_sorted = all(torch.equal(order, plain) for order in orders)
-        return None if is_sorted else torch.stack(orders)
-
-    def _check_groups(self, indices: Tensor, name: str) -> None:
-        form = self.form
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= form.num_groups:
-            wrong = low if low < 0 else high
-            raise CheckpointError(
-                f"tensor {name!r} names group {wrong}; {form.in_features} inputs in groups of "
-                f"{form.group_size} have groups 0 to {form.num_groups - 1}. Compare group_size in "
-                f"config.json with the checkpoint's, or download it again."
-            )
-        sizes = torch.bincount(indices, minlength=form.num_groups)
-        if bool((sizes != form.group_size).any()):
-            group = int((sizes != form.group_size).nonzero()[0])
-            raise CheckpointError(
-                f"tensor {name!r} puts {int(sizes[group])} inputs into group {group}; config.json "
-                f"says group_size {form.group_size}. Compare it with the checkpoint's, or download "
-                f"it again."
-            )
 
     def settle_drawn(self, layer: WeightLayer) -> None:
         """Put inputs into groups in their order; make the weights as large as others."""
         form = self.form
         indices = layer.get_weight("g_idx").data
-        plain = torch.arange(form.in_features, dtype=torch.int32, device=indices.device)
-        indices.copy_((plain // form.group_size).repeat(len(form.part_sizes)))
+        indices.copy_(plain_indices(form, indices.device))
         settle_scales(layer.get_weight("scales").data, form.bits)
 
     def apply(

@@ -14,6 +14,7 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="int4",
             load="quire_quant.int4.method:Int4",
+            quantizer="quire_quant.int4.quantizer:Int4Quantizer",
             on_the_fly=True,
             build="quire_kernels.packed.library:build",
             is_built=library.is_built,

@@ -1,147 +1,88 @@
-"""Round weights to 8 bits at load and activations token by token, and multiply integers."""
+"""Choose how each layer is kept in 8 bits: rounded at load, or as a checkpoint has it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from quire.errors import CheckpointError, ConfigError
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
     QuantizationMethod,
-    QuantizedActivation,
-    ShardRule,
-    WeightLayer,
 )
-from quire_kernels import ops
-from quire_quant.int8 import product
+from quire_quant.compressed import CompressedTensors
+from quire_quant.config_values import multiple_needed
+from quire_quant.int8.formats import Scheme, read_schemes
+from quire_quant.int8.rounded import Int8Product
+from quire_quant.int8.stored import StoredInt8Product
+from quire_quant.int8.weight_only import RoundedWeightOnly, StoredWeightOnly
+from quire_quant.module_names import part_names
 
 
-def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return int8 values of `weight` [out, in] and float32 scales [out], the largest by 127.
-
-    Raises: CheckpointError naming the layer where a weight is not finite.
-    """
-    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    rows = max(1, product.PIECE_ELEMENTS // max(1, weight.shape[1]))
-    for first in range(0, weight.shape[0], rows):
-        own = slice(first, first + rows)
-        wide = weight[own].float()
-        largest = wide.abs().amax(1)
-        if not bool(largest.isfinite().all()):
-            raise CheckpointError(
-                f"{name}.weight has a NaN or an infinity, which int8 cannot hold. Take another "
-                "copy of the checkpoint."
-            )
-        scale = largest / 127
-        scales[own] = torch.where(scale == 0, 1.0, scale)
-        values[own] = (wide / scales[own, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return values, scales
-
-
-class Int8Product(LayerMethod):
-    """x W^T + b, both rounded symmetrically: W by output, x by token; sums are exact integers."""
-
-    def __init__(self, out_features: int, in_features: int, dtype: str, device: str) -> None:
-        self.shape = (out_features, in_features)
-        self.dtype = getattr(torch, dtype)
-        self.device = torch.device(device)
-        self.packs = self.device.type == "cpu" and product.packs()
-        self.values: Tensor | None = None  # packed, where oneDNN multiplies
-        self.scales: Tensor | None = None
-
-    def create_weights(self, layer: WeightLayer) -> None:
-        """Register `weight` [out_features, in_features] in the model's dtype."""
-        weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
-
-    def finish_loading(self, layer: WeightLayer) -> None:
-        """Round, pack for oneDNN where it multiplies, and drop the plain weight.
-
-        Raises: CheckpointError naming the layer where a weight is not finite.
-        """
-        values, self.scales = quantize_weight(layer.get_weight("weight").data, layer.spec.name)
-        layer.drop_weight("weight")
-        self.values = product.pack(values) if self.packs else values
-
-    def loaded_bytes(self, layer: WeightLayer) -> int:
-        """Return a byte a weight and four an output."""
-        return self.shape[0] * self.shape[1] + 4 * self.shape[0]
-
-    def _loaded(self) -> tuple[Tensor, Tensor]:
-        assert self.values is not None, "used before finish_loading"
-        assert self.scales is not None
-        return self.values, self.scales
-
-    def apply(
-        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
-    ) -> Tensor:
-        """Round each row of `x`, multiply, and scale back."""
-        assert isinstance(x, Tensor)
-        values, scales = self._loaded()
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.shape[0])
-        rounded, x_scales = ops.quantize_rows(x.contiguous())
-        if not self.packs:
-            out = product.multiply(rounded, values, scales).mul_(x_scales[:, None])
-        elif x.shape[0] == 1:
-            # One row's scale goes into the product itself, which may then round to bfloat16.
-            is_last = bias is None and x.dtype == torch.bfloat16
-            dtype = torch.bfloat16 if is_last else torch.float32
-            scale = x_scales.item()
-            out = product.multiply_packed(rounded, scale, values, scales, dtype)
-        else:
-            out = product.multiply_packed(rounded, 1.0, values, scales, torch.float32)
-            out.mul_(x_scales[:, None])
-        if bias is not None:
-            out = out.add_(bias)
-        return out.to(x.dtype)
-
-    def dequantize(self, layer: WeightLayer) -> Tensor:
-        """Return values times scales, float32."""
-        values, scales = self._loaded()
-        if not self.packs:
-            return values.float() * scales[:, None]
-        # A packed weight is read back by multiplying the unit matrix.
-        unit = torch.eye(self.shape[1], dtype=torch.uint8) + product.ZERO_POINT
-        read = product.multiply_packed(unit, 1.0, values, scales, torch.float32)
-        return read.T.contiguous()
-
-    def rounded_input(self, layer: WeightLayer, x: Tensor) -> Tensor:
-        """Return the rounded rows of `x` times their scales, float64."""
-        values, scales = ops.quantize_rows(x.contiguous())
-        return (values.double() - product.ZERO_POINT) * scales.double()[:, None]
+def _refused(spec: LayerSpec) -> str | None:
+    if isinstance(spec, (LinearSpec, EmbeddingSpec)):
+        return None
+    return f"it has no method for {type(spec).__name__}"
 
 
 class Int8(QuantizationMethod):
-    """Serve linears and heads in 8 bits; embeddings that are looked up stay as they are."""
+    """Serve linears and heads in 8 bits; embeddings that are looked up stay as they are.
+
+    Weights and activations of a full-precision checkpoint are rounded here; of a quantized one
+    what its configuration says is.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Take no settings. Raises: ConfigError naming the keys of a checkpoint's format."""
+        """Read a `quantization_config`. Raises: ConfigError naming the key."""
         super().__init__(config)
+        self._read: CompressedTensors | None = None
+        self._schemes: dict[str, Scheme] = {}
         if config:
-            raise ConfigError(
-                f"quantization_config has {', '.join(sorted(config))}; int8 reads no format, it "
-                "rounds a full-precision checkpoint. Take one, or leave --quantization out."
-            )
+            self._read, self._schemes = read_schemes(config)
+
+    def _scheme_of(self, name: str) -> Scheme | None:
+        group = None if self._read is None else self._read.group_of(name)
+        return None if group is None else self._schemes[group.name]
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
-        """Serve linear and embedding layers everywhere."""
-        if isinstance(spec, (LinearSpec, EmbeddingSpec)):
-            return None
-        return f"it has no method for {type(spec).__name__}"
+        """Serve linear and embedding layers whose projections are kept alike."""
+        if self._read is None or not isinstance(spec, LinearSpec):
+            return _refused(spec)
+        schemes = {name: self._scheme_of(name) for name in part_names(spec)}
+        different = set(schemes.values())
+        if len(different) > 1:
+            told = ", ".join(f"{name}: {scheme}" for name, scheme in schemes.items())
+            return f"its projections are one product, and config_groups keeps them apart ({told})"
+        scheme = different.pop()
+        size = None if scheme is None else scheme.group_size
+        return multiple_needed("its inputs", spec.in_features, size) if size else None
 
     def method_for(self, spec: LayerSpec) -> LayerMethod | None:
         """Return a method in 8 bits for linears and heads."""
+        if isinstance(spec, EmbeddingSpec) and not spec.is_head:
+            return None
+        if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
+            return None
+        if self._read is not None:
+            scheme = self._scheme_of(part_names(spec)[0])
+            if scheme is None:
+                return None
+            kind = StoredWeightOnly if scheme.inputs == "plain" else StoredInt8Product
+            return kind(spec, scheme)
         if isinstance(spec, LinearSpec):
             return Int8Product(spec.out_features, spec.in_features, spec.dtype, spec.device)
-        if isinstance(spec, EmbeddingSpec) and spec.is_head:
-            return Int8Product(spec.num_embeddings, spec.embedding_dim, spec.dtype, spec.device)
-        return None
+        return Int8Product(spec.num_embeddings, spec.embedding_dim, spec.dtype, spec.device)
+
+
+class Int8WeightOnly(QuantizationMethod):
+    """Round the weights of linears; activations, embeddings and heads stay as they are."""
+
+    def why_unsupported(self, spec: LayerSpec) -> str | None:
+        """Serve linear and embedding layers everywhere."""
+        return _refused(spec)
+
+    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+        """Return the product of a linear."""
+        return RoundedWeightOnly(spec) if isinstance(spec, LinearSpec) else None

@@ -1,0 +1,113 @@
+"""Round weights to 8 bits at load and activations token by token, and multiply integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.interfaces.quantization import (
+    LayerMethod,
+    QuantizedActivation,
+    ShardRule,
+    WeightLayer,
+)
+from quire_kernels import ops
+from quire_quant.int8 import product
+
+
+def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return int8 values of `weight` [out, in] and float32 scales [out], the largest by 127.
+
+    Raises: CheckpointError naming the layer where a weight is not finite.
+    """
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    rows = max(1, product.PIECE_ELEMENTS // max(1, weight.shape[1]))
+    for first in range(0, weight.shape[0], rows):
+        own = slice(first, first + rows)
+        wide = weight[own].float()
+        largest = wide.abs().amax(1)
+        if not bool(largest.isfinite().all()):
+            raise CheckpointError(
+                f"{name}.weight has a NaN or an infinity, which int8 cannot hold. Take another "
+                "copy of the checkpoint."
+            )
+        scale = largest / 127
+        scales[own] = torch.where(scale == 0, 1.0, scale)
+        values[own] = (wide / scales[own, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return values, scales
+
+
+class Int8Product(LayerMethod):
+    """x W^T + b, both rounded symmetrically: W by output, x by token; sums are exact integers."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: str, device: str) -> None:
+        self.shape = (out_features, in_features)
+        self.dtype = getattr(torch, dtype)
+        self.device = torch.device(device)
+        self.packs = self.device.type == "cpu" and product.packs()
+        self.values: Tensor | None = None  # packed, where oneDNN multiplies
+        self.scales: Tensor | None = None
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `weight` [out_features, in_features] in the model's dtype."""
+        weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
+
+    def finish_loading(self, layer: WeightLayer) -> None:
+        """Round, pack for oneDNN where it multiplies, and drop the plain weight.
+
+        Raises: CheckpointError naming the layer where a weight is not finite.
+        """
+        values, self.scales = quantize_weight(layer.get_weight("weight").data, layer.spec.name)
+        layer.drop_weight("weight")
+        self.values = product.pack(values) if self.packs else values
+
+    def loaded_bytes(self, layer: WeightLayer) -> int:
+        """Return a byte a weight and four an output."""
+        return self.shape[0] * self.shape[1] + 4 * self.shape[0]
+
+    def _loaded(self) -> tuple[Tensor, Tensor]:
+        assert self.values is not None, "used before finish_loading"
+        assert self.scales is not None
+        return self.values, self.scales
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Round each row of `x`, multiply, and scale back."""
+        assert isinstance(x, Tensor)
+        values, scales = self._loaded()
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.shape[0])
+        rounded, x_scales = ops.quantize_rows(x.contiguous())
+        if not self.packs:
+            out = product.multiply(rounded, values, scales).mul_(x_scales[:, None])
+        elif x.shape[0] == 1:
+            # One row's scale goes into the product itself, which may then round to bfloat16.
+            is_last = bias is None and x.dtype == torch.bfloat16
+            dtype = torch.bfloat16 if is_last else torch.float32
+            scale = x_scales.item()
+            out = product.multiply_packed(rounded, scale, values, scales, dtype)
+        else:
+            out = product.multiply_packed(rounded, 1.0, values, scales, torch.float32)
+            out.mul_(x_scales[:, None])
+        if bias is not None:
+            out = out.add_(bias)
+        return out.to(x.dtype)
+
+    def dequantize(self, layer: WeightLayer) -> Tensor:
+        """Return values times scales, float32."""
+        values, scales = self._loaded()
+        if not self.packs:
+            return values.float() * scales[:, None]
+        # A packed weight is read back by multiplying the unit matrix.
+        unit = torch.eye(self.shape[1], dtype=torch.uint8) + product.ZERO_POINT
+        read = product.multiply_packed(unit, 1.0, values, scales, torch.float32)
+        return read.T.contiguous()
+
+    def rounded_input(self, layer: WeightLayer, x: Tensor) -> Tensor | None:
+        """Return the rounded rows of `x` times their scales, float64."""
+        values, scales = ops.quantize_rows(x.contiguous())
+        return (values.double() - product.ZERO_POINT) * scales.double()[:, None]
