@@ -88,9 +88,9 @@ def _few_rows_kernel(
     part, num_parts = tl.program_id(1), tl.num_programs(1)
     outputs = tile * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = pid % row_tiles * ROWS + tl.arange(0, ROWS)
-    # What lies outside is computed of the last one, and not stored: no load is masked.
+    # Outputs that lie outside are computed of the last one, and not stored.
     weight_rows = tl.minimum(outputs, num_out - 1).to(tl.int64)
-    x_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    is_row = (rows < num_rows)[:, None]
     num_blocks = size // BLOCK
     first = part * num_blocks // num_parts
     last = (part + 1) * num_blocks // num_parts
@@ -103,11 +103,11 @@ def _few_rows_kernel(
     columns = first * BLOCK + tl.arange(0, BLOCK)
     weight_at = weight_ptr + weight_rows[:, None] * weight_stride + columns[None, :]
     up_at = weight_at + num_out.to(tl.int64) * weight_stride
-    x_at = x_ptr + x_rows[:, None] * x_stride + columns[None, :]
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
     sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
     up_sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for _ in tl.range(first, last, num_stages=STAGES):
-        x = tl.trans(tl.load(x_at))
+        x = tl.trans(tl.load(x_at, mask=is_row, other=0.0))
         sums = tl.dot(tl.load(weight_at, eviction_policy="evict_first"), x, sums)
         if GATED:
             up_sums = tl.dot(tl.load(up_at, eviction_policy="evict_first"), x, up_sums)

@@ -9,9 +9,17 @@ from torch import Tensor
 
 from quire.interfaces.quantization import QuantizedActivation
 from quire_kernels import fp8
-from quire_kernels.fp8 import E4M3, rounded
+from quire_kernels.fp8 import E4M3, LARGEST, rounded
 
-__all__ = ["E4M3", "dequantized", "piece_rows", "quantize", "quantize_rows", "quantize_static"]
+__all__ = [
+    "E4M3",
+    "LARGEST",
+    "dequantized",
+    "piece_rows",
+    "quantize",
+    "quantize_rows",
+    "quantize_static",
+]
 __all__ += ["rounded", "widened", "widened_weight"]
 # A weight is widened in pieces of so many elements; a core's cache holds one in float32.
 PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
