@@ -147,6 +147,15 @@ def spans_of(form: PackedForm, orders: Tensor | None) -> Iterator[tuple[slice, T
         first += size
 
 
+def held_bytes(form: PackedForm) -> int:
+    """Return the bytes of values, scales and zeros once a layer is loaded, on its device."""
+    codes = num_bytes(form.in_features, form.bits) * form.out_features
+    zeros = form.num_groups * num_bytes(form.out_features, form.bits)
+    # Codes of 8 bits have a second scale in tiles.
+    is_doubled = form.bits == 8 and tiled.lies_in_tiles(form, torch.ones(1))
+    return codes + zeros + 2 * form.num_groups * form.out_features * (2 if is_doubled else 1)
+
+
 def _column(of_groups: Tensor) -> Tensor:
     """Return float32 [out, num_groups, 1] of [num_groups, out]."""
     return of_groups.T.float().contiguous().unsqueeze(-1)

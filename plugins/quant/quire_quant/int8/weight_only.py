@@ -15,7 +15,7 @@ from quire.interfaces.quantization import (
 from quire_kernels import ops
 from quire_quant.int8.formats import Scheme
 from quire_quant.narrow_scales import narrow_scales
-from quire_quant.packed import PackedForm, PackedProduct, check_scales
+from quire_quant.packed import PackedForm, PackedProduct, check_scales, held_bytes
 
 MIDDLE = 128
 
@@ -129,8 +129,3 @@ class RoundedWeightOnly(PackedProduct):
 def middle_zeros(scales: Tensor) -> Tensor:
     """Return the zero points of symmetric codes, uint8 of the scales' shape."""
     return torch.full(scales.shape, MIDDLE, dtype=torch.uint8, device=scales.device)
-
-
-def held_bytes(form: PackedForm) -> int:
-    """Return the bytes of values, scales and zeros."""
-    return form.out_features * form.in_features + 3 * form.num_groups * form.out_features

@@ -14,6 +14,7 @@ from quire_quant.packed import (
     PackedForm,
     PackedProduct,
     as_bytes,
+    held_bytes,
     pack,
     settle_scales,
     spans_of,
@@ -137,11 +138,8 @@ class PackQuantizedProduct(PackedProduct):
         """Return the bytes of codes, scales, zeros and orders."""
         if self.is_tied:
             return 0
-        form = self.form
-        codes = form.out_features * form.in_features * form.bits // 8
-        zeros = form.num_groups * -(-form.out_features * form.bits // 8)
-        order = 4 * len(form.part_sizes) * form.in_features if self.has_order else 0
-        return codes + 2 * form.num_groups * form.out_features + zeros + order
+        order = 4 * len(self.form.part_sizes) * self.form.in_features if self.has_order else 0
+        return held_bytes(self.form) + order
 
     def apply(
         self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
