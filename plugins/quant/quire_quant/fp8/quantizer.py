@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.interfaces.quantization import InputMoments, QuantizerOptions, WeightQuantizer
+from quire_kernels.fp8 import LARGEST, rounded
 from quire_quant import compressed
-from quire_quant.fp8.numbers import LARGEST, rounded
 from quire_quant.rounding import refuse_options
 
 NUMBER = {"num_bits": 8, "type": "float", "symmetric": True}
