@@ -17,27 +17,6 @@ from quire_kernels.gemv import _weights
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 from quire_kernels.rounding import rounded
 
-# Lines of 128 bytes, a power of two.
-PREFETCHED = 16
-
-
-@triton.jit
-def _prefetch(
-    weight_ptr, first, last, stride, SIZE, START, ROWS: tl.constexpr, LINES: tl.constexpr
-):
-    """Ask for what lies behind the first block of a program's rows, line by line, into the L2."""
-    lines = tl.arange(0, ROWS * LINES)
-    rows = tl.minimum(first + lines // LINES, last).to(tl.int64)
-    columns = tl.minimum(START + lines % LINES * 128, SIZE - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [(weight_ptr + rows * stride + columns).to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
 
 @triton.jit
 def _scales_of_row(scales_ptr, groups, count: tl.constexpr, SCALED: tl.constexpr):
@@ -64,23 +43,18 @@ def _fp8_gemv_kernel(
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
-    LINES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Make OUTPUTS numbers.
 
     HEIGHT outputs and WIDTH inputs share a scale, or with 0 all inputs of an output. SCALED: the
-    row has scales too, one or as many as the weight has beside one another. LINES: so many of 128
-    bytes of each output's weights are asked for beside the first block.
+    row has scales too, one or as many as the weight has beside one another.
     """
     let_next_begin(OVERLAPS)
     rows = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     are_inside = rows < num_out
     columns = tl.arange(0, BLOCK)
     weights = _weights(weight_ptr, rows, are_inside, columns, weight_stride, SIZE)
-    if LINES > 0:
-        first = tl.program_id(0) * OUTPUTS
-        _prefetch(weight_ptr, first, num_out - 1, weight_stride, SIZE, BLOCK, OUTPUTS, LINES)
     if WIDTH == 0:
         row_scales = tl.load(weight_scales_ptr + rows, mask=are_inside, other=0.0)
     wait_for_previous(OVERLAPS)
@@ -127,12 +101,6 @@ def plan(num_out: int, size: int) -> tuple[int, int, int] | None:
     return outputs, min(2048, max(512, triton.next_power_of_2(size))), 4
 
 
-def lines_behind(columns: int, size: int) -> int:
-    """Return how many lines of 128 bytes are asked for behind a row's first block."""
-    left = min(PREFETCHED, max(0, size - columns) // 128)
-    return 1 << left.bit_length() >> 1
-
-
 def serves(x: Tensor, weight: Tensor, block: tuple[int, int] | None) -> bool:
     """Answer whether the kernel takes this product: one row, and a plan."""
     num_out, size = weight.shape
@@ -172,7 +140,6 @@ def linear(
         WIDTH=width,
         SCALED=scales[0] is not None,
         BIASED=bias is not None,
-        LINES=lines_behind(columns, size) if options()["OVERLAPS"] else 0,
         num_warps=warps,
         maxnreg=128,
         **options(),
