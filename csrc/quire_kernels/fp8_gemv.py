@@ -96,8 +96,7 @@ def plan(num_out: int, size: int) -> tuple[int, int, int] | None:
     """
     if size % 16 or size > 32768:
         return None
-    most = 8 if size > 8192 else 4
-    outputs = next(n for n in (most, 4, 2, 1) if n == 1 or num_out >= 264 * n)
+    outputs = next(n for n in (8, 4, 2, 1) if n == 1 or num_out >= 264 * n)
     return outputs, min(2048, max(512, triton.next_power_of_2(size))), 4
 
 
