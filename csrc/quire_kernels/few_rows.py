@@ -193,6 +193,8 @@ def serves(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
         return False
     if weight.stride(1) != 1 or x.stride(1) != 1 or weight.stride(0) % 8 or x.stride(0) % 8:
         return False
+    if weight.data_ptr() % 16:
+        return False  # prefetches ask for whole pieces of 16 bytes
     rows, num_out = padded(x.shape[0]), num_out // 2 if gated else num_out
     return plan(rows, num_out, size, gated=gated) is not None
 

@@ -94,6 +94,8 @@ def test_only_some_rows_of_16_bits_are_served() -> None:
     assert not few_rows.serves(draw(1, 512, dtype=torch.float16), weight)
     assert not few_rows.serves(draw(few_rows.MAX_ROWS + 1, 512, dtype=torch.float16), weight)
     assert not few_rows.serves(draw(2, 512), weight.float())
+    shifted = draw(512 * 512 + 1, dtype=torch.float16)[1:].view(512, 512)
+    assert not few_rows.serves(draw(2, 512, dtype=torch.float16), shifted)
     assert not few_rows.serves(draw(2, 512, dtype=torch.float16), weight.T)
     assert not few_rows.serves(draw(2, 520, dtype=torch.float16), draw(512, 520).half())
 
