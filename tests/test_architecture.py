@@ -21,6 +21,7 @@ PACKAGES = {
     "quire_kernels": ROOT / "csrc/quire_kernels",
     "quire_attention": ROOT / "plugins/attention/quire_attention",
     "quire_models": ROOT / "plugins/models/quire_models",
+    "quire_parsers": ROOT / "plugins/parsing/quire_parsers",
     "quire_quant": ROOT / "plugins/quant/quire_quant",
     "quire_sampling": ROOT / "plugins/sampling/quire_sampling",
 }

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         LogitsProcessorPlugin,
         ModelPlugin,
         QuantizationPlugin,
+        ReasoningParserPlugin,
         SamplerPlugin,
+        ToolCallParserPlugin,
     )
 
 hookspec = pluggy.HookspecMarker("quire")
@@ -81,5 +83,23 @@ def quire_logits_processors() -> list[LogitsProcessorPlugin]:
 
     None of them runs unless `--logits-processors NAME` asks for it; a request then reaches it
     through `SamplingParams.extra_args[NAME]`.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quire_reasoning_parsers() -> list[ReasoningParserPlugin]:
+    """Return the reasoning parsers that the plugin offers.
+
+    None of them is used unless `--reasoning-parser NAME` asks for it.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quire_tool_call_parsers() -> list[ToolCallParserPlugin]:
+    """Return the tool-call parsers that the plugin offers.
+
+    None of them is used unless `--tool-call-parser NAME` asks for it.
     """
     raise NotImplementedError

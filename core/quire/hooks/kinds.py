@@ -11,7 +11,9 @@ from quire.interfaces.plugin import (
     LogitsProcessorPlugin,
     ModelPlugin,
     QuantizationPlugin,
+    ReasoningParserPlugin,
     SamplerPlugin,
+    ToolCallParserPlugin,
 )
 
 
@@ -70,6 +72,20 @@ KINDS: dict[str, Kind] = {
             hook="quire_logits_processors",
             descriptor=LogitsProcessorPlugin,
             option="--logits-processors",
+        ),
+        Kind(
+            name="reasoning-parser",
+            title="reasoning parser",
+            hook="quire_reasoning_parsers",
+            descriptor=ReasoningParserPlugin,
+            option="--reasoning-parser",
+        ),
+        Kind(
+            name="tool-call-parser",
+            title="tool-call parser",
+            hook="quire_tool_call_parsers",
+            descriptor=ToolCallParserPlugin,
+            option="--tool-call-parser",
         ),
     )
 }

@@ -266,6 +266,16 @@ class LogitsProcessorPlugin(Descriptor):
     """Declare a logits processor; `load` names a subclass of `sampling.LogitsProcessor`."""
 
 
+@frozen(kw_only=True)
+class ToolCallParserPlugin(Descriptor):
+    """Declare a tool-call parser; `load` names an `answer_parsing.ToolCallParser`."""
+
+
+@frozen(kw_only=True)
+class ReasoningParserPlugin(Descriptor):
+    """Declare a reasoning parser; `load` names an `answer_parsing.ReasoningParser`."""
+
+
 @define(kw_only=True)
 class Selection:
     """How one plugin was chosen: requested -> used, why, and what was passed over and why.

@@ -18,7 +18,9 @@ from quire.interfaces.plugin import (
     Descriptor,
     LogitsProcessorPlugin,
     QuantizationPlugin,
+    ReasoningParserPlugin,
     SamplerPlugin,
+    ToolCallParserPlugin,
 )
 
 LOAD = "nowhere:Nothing"
@@ -91,6 +93,18 @@ def test_quire_logits_processors_brings_a_processor(installed: Installed) -> Non
     processor = LogitsProcessorPlugin(name="mine", load=LOAD)
 
     assert offered(installed, "logits-processor", processor) is processor
+
+
+def test_quire_reasoning_parsers_brings_a_parser(installed: Installed) -> None:
+    parser = ReasoningParserPlugin(name="mine", load=LOAD)
+
+    assert offered(installed, "reasoning-parser", parser) is parser
+
+
+def test_quire_tool_call_parsers_brings_a_parser(installed: Installed) -> None:
+    parser = ToolCallParserPlugin(name="mine", load=LOAD)
+
+    assert offered(installed, "tool-call-parser", parser) is parser
 
 
 @pytest.mark.parametrize("hook", [kind.hook for kind in KINDS.values()])
