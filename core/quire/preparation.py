@@ -19,6 +19,7 @@ from quire.execution.kv_format import is_scale, kv_format_of
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
 from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
 from quire.hooks.attention_choice import parts_asked_for
+from quire.hooks.parser_choice import require_reasoning_parser, require_tool_call_parser
 from quire.hooks.registry import Registry, load_plugins
 from quire.hooks.selection import (
     AUTO,
@@ -26,6 +27,7 @@ from quire.hooks.selection import (
     select_model,
     select_quantization,
 )
+from quire.interfaces.answer_parsing import ReasoningParser, ToolCallParser
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import ModelPlugin, QuantizationPlugin, Selection
 from quire.phases import Phases
@@ -108,6 +110,16 @@ def _prepare(config: EngineConfig) -> Prepared:
         registry=registry,
         selections=[model_choice, quantization_choice],
         warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
+    )
+
+
+def answer_parsers(
+    registry: Registry, *, tool_call: str | None, reasoning: str | None
+) -> tuple[type[ToolCallParser] | None, type[ReasoningParser] | None]:
+    """Return the parsers that are asked for by name. Raises: ConfigError, PluginError."""
+    return (
+        None if tool_call is None else require_tool_call_parser(registry, tool_call),
+        None if reasoning is None else require_reasoning_parser(registry, reasoning),
     )
 
 

@@ -13,8 +13,10 @@ from quire.errors import ConfigError, RequestError
 from quire.request import SamplingParams
 from quire.server.access import combined_salt
 from quire.server.answer_logprobs import TokenBytes, token_id_bytes
+from quire.server.answer_parsing import Parsers, with_special_tokens
 from quire.server.answers import AnswerOptions, Answers, ChatAnswers, CompletionAnswers
 from quire.server.generation import Asked, Generation
+from quire.server.meaning_answers import MeaningAnswers
 from quire.server.protocol.chat import ChatCompletionRequest
 from quire.server.protocol.completions import CompletionRequest
 from quire.server.protocol.parsing import parse
@@ -23,6 +25,7 @@ from quire.server.records import record_of
 from quire.server.replies import EventReply, WholeReply
 from quire.server.requests import body_of
 from quire.server.response_answers import ResponseAnswers
+from quire.server.response_items import ItemAnswers
 from quire.server.service import Service
 from quire.server.sources import AnswerSource
 from quire.server.stream import Stream
@@ -58,12 +61,17 @@ class GenerationRoutes:
         asked = parse(await body_of(request, self._service.options), ResponsesRequest)
         self._check(asked.model)
         params = asked.sampling_params(self._defaults())
-        answers = ResponseAnswers(self._options(asked, num_logprobs=asked.num_logprobs), asked)
+        parsers = self._parsers(asked)
+        options = self._options(asked, num_logprobs=asked.num_logprobs)
         try:
             prompt = await self.render(to_messages(asked), {"tools": to_chat_tools(asked)})
         except RequestError as error:
             field = "input" if error.parameter == "messages" else error.parameter
             raise RequestError(str(error), parameter=field) from error
+        answers = ResponseAnswers(options, asked)
+        if parsers:
+            answers = ItemAnswers(options, asked, parsers, prompt.text)
+        params = with_special_tokens(params, parsers)
         wanted = self._asked(request.scope, asked, [prompt], params)
         generation = await self._begin(request.scope, wanted)
         return self._reply(generation, answers, stream=bool(asked.stream))
@@ -74,8 +82,13 @@ class GenerationRoutes:
         """Queue a conversation. Raises: RequestError, OverloadedError, ApiError."""
         self._check(asked.model)
         params = asked.sampling_params(self._defaults())
-        answers = ChatAnswers(self._chat_options(asked))
+        parsers = self._parsers(asked)
         prompt = await self.render(asked.messages, asked.template_options())
+        options = self._chat_options(asked)
+        answers = ChatAnswers(options)
+        if parsers:
+            answers = MeaningAnswers(options, parsers, prompt.text)
+        params = with_special_tokens(params, parsers)
         generation = await self._begin(scope, self._asked(scope, asked, [prompt], params))
         return generation, answers
 
@@ -86,6 +99,23 @@ class GenerationRoutes:
             return await self._service.engine.render(messages, **options)
         except ConfigError as error:  # the checkpoint has no template
             raise RequestError(str(error), parameter="messages") from error
+
+    def _parsers(self, asked: ChatCompletionRequest | ResponsesRequest) -> Parsers:
+        """Return what the answer is read with. Raises: RequestError."""
+        names = asked.tool_names()
+        tool_call = self._service.tool_call_parser
+        if names and asked.tool_choice == "auto" and tool_call is None:
+            raise RequestError(
+                "tool_choice is auto, but this server reads no calls; start it with "
+                "--tool-call-parser NAME, or leave tool_choice out: calls are then text.",
+                parameter="tool_choice",
+            )
+        return Parsers(
+            reasoning=self._service.reasoning_parser,
+            tool_call=tool_call if names else None,
+            tool_names=names,
+            is_one_call=asked.parallel_tool_calls is False,
+        )
 
     def _check(self, model: str) -> None:
         self._service.check_open()

@@ -40,6 +40,15 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = names_setting("origins that browsers may call from (CORS)")
     ssl_keyfile: str | None = text_setting(None, "private key for TLS", optional=True)
     ssl_certfile: str | None = text_setting(None, "certificate for TLS", optional=True)
+    tool_call_parser: str | None = text_setting(
+        None, "form of the model's tool calls, by the name of a parser", optional=True
+    )
+    enable_auto_tool_choice: bool = flag_setting(
+        False, "as in vLLM; --tool-call-parser alone is enough"
+    )
+    reasoning_parser: str | None = text_setting(
+        None, "form of the model's thoughts, by the name of a parser", optional=True
+    )
     tokenizer_pool_size: int = count_setting(
         2, "threads that tokenize and render chat templates", low=1, high=256, unit="threads"
     )
@@ -79,6 +88,14 @@ class ServerOptions:
         None, "URL that OpenTelemetry's spans are sent to, over HTTP", optional=True
     )
     log_prompts: bool = flag_setting(False, "log the prompts, which may be private")
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what would have no effect. Raises: ConfigError."""
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ConfigError(
+                "--enable-auto-tool-choice needs --tool-call-parser NAME; "
+                "`quire plugins --kind tool-call-parser` lists them."
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ServerOptions:

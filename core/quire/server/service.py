@@ -11,6 +11,7 @@ from typing import Any
 
 from quire.errors import OverloadedError
 from quire.frontend import Frontend
+from quire.preparation import answer_parsers
 from quire.server.access import Keys
 from quire.server.admission import ServingLimits
 from quire.server.async_engine import AsyncEngine
@@ -43,6 +44,11 @@ class Service:
         self.options = options
         self.frontend = frontend
         self.keys = Keys.from_options(options, environment)
+        self.tool_call_parser, self.reasoning_parser = answer_parsers(
+            frontend.prepared.registry,
+            tool_call=options.tool_call_parser,
+            reasoning=options.reasoning_parser,
+        )
         self.model_names = options.served_model_name or (frontend.config.model.model,)
         self.metrics = ServerMetrics(self.model_names[0])
         self.patience = Patience(

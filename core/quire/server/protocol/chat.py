@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -134,8 +135,33 @@ class Templated:
 
     @staticmethod
     def _tools(tools: list[Tool]) -> list[dict[str, Any]]:
-        check_size("tools", [tool.function.parameters for tool in tools])
+        check_tools([tool.function for tool in tools])
         return [{"type": tool.type, "function": given_fields(tool.function)} for tool in tools]
+
+
+class Offered(Protocol):
+    """A function on offer, however a body spells it."""
+
+    name: str
+    parameters: dict[str, Any] | None
+
+
+def check_tools(functions: Sequence[Offered]) -> None:
+    """Refuse functions of one name, and schemas too large. Raises: RequestError."""
+    check_size("tools", [function.parameters for function in functions])
+    first: dict[str, int] = {}
+    for position, function in enumerate(functions):
+        other = first.setdefault(function.name, position)
+        if other != position:
+            fact = f"names {function.name!r} at {other} and at {position}; name a function once"
+            raise conflict("tools", fact)
+        size = len(msgspec.json.encode(function.parameters))
+        if size > f.MAX_SCHEMA_BYTES:
+            raise conflict(
+                "tools",
+                f"has parameters of {size} bytes at {position} ({function.name!r}); "
+                f"allowed: up to {f.MAX_SCHEMA_BYTES}",
+            )
 
 
 def given_fields(part: msgspec.Struct) -> dict[str, Any]:
@@ -214,6 +240,11 @@ class ChatCompletionRequest(
             raise conflict("tool_choice", "needs tools; give some or leave it out")
         if self.best_of is not None and (self.n or 1) > self.best_of:
             raise conflict("best_of", f"is {self.best_of}, below n; leave it out")
+
+    def tool_names(self) -> list[str]:
+        """Return the functions that may be called."""
+        is_none = self.tool_choice == "none"
+        return [] if is_none else [tool.function.name for tool in self.tools or ()]
 
     def template_options(self) -> dict[str, Any]:
         """Return what the template is told; tools that may not be called are left out."""

@@ -8,16 +8,16 @@ import msgspec
 from msgspec import Meta
 
 from quire.server.protocol import fields as f
-from quire.server.protocol.chat import ToolChoice, given_fields
-from quire.server.protocol.generation import GenerationBody, check_size, conflict
+from quire.server.protocol.chat import ToolChoice, check_tools, given_fields
+from quire.server.protocol.generation import GenerationBody, conflict
 
 
 class ResponsePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A piece of text, of the user's or of an earlier answer."""
 
     type: Annotated[
-        Literal["input_text", "output_text"],
-        Meta(description="input_text, output_text; this version takes no other parts"),
+        Literal["input_text", "output_text", "reasoning_text"],
+        Meta(description="input_text, output_text, reasoning_text; this version takes no others"),
     ]
     text: str
     annotations: list[Any] | None = None
@@ -25,11 +25,11 @@ class ResponsePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
 
 
 class InputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A message, a call of a function, or what a function gave; without a type, a message."""
+    """A message, thoughts, a call, or what a function gave; without a type, a message."""
 
     type: Annotated[
-        Literal["message", "function_call", "function_call_output"],
-        Meta(description="message, function_call, function_call_output"),
+        Literal["message", "reasoning", "function_call", "function_call_output"],
+        Meta(description="message, reasoning, function_call, function_call_output"),
     ] = "message"
     role: (
         Annotated[
@@ -46,6 +46,8 @@ class InputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_d
     name: str | None = None
     arguments: str | None = None
     output: str | list[ResponsePart] | None = None
+    summary: list[Any] | None = None
+    encrypted_content: f.Refused = None
 
 
 class FlatTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -125,6 +127,10 @@ class ResponsesRequest(
         """Return `max_output_tokens`."""
         return "max_output_tokens", self.max_output_tokens
 
+    def tool_names(self) -> list[str]:
+        """Return the functions that may be called."""
+        return [] if self.tool_choice == "none" else [tool.name for tool in self.tools or ()]
+
     def check(self) -> None:
         """Refuse fields that do not fit together. Raises: RequestError."""
         super().check()
@@ -135,7 +141,7 @@ def to_chat_tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
     """Return the tools in the form that chat templates read."""
     if not request.tools or request.tool_choice == "none":
         return None
-    check_size("tools", [tool.parameters for tool in request.tools])
+    check_tools(request.tools)
     tools = []
     for tool in request.tools:
         function = given_fields(tool)
@@ -159,14 +165,31 @@ def to_messages(request: ResponsesRequest) -> list[dict[str, Any]]:
             _add_call(messages, item, where)
         elif item.type == "function_call_output":
             messages.append(_output(item, where))
+        elif item.type == "reasoning":
+            messages.append(_thoughts(item, where))
         else:
-            messages.append(_message(item, where))
+            _add_message(messages, _message(item, where))
     return messages
 
 
 def _message(item: InputItem, where: str) -> dict[str, Any]:
     role = _required(item.role, f"{where}.role")
     return {"role": role, "content": _text(_required(item.content, f"{where}.content"))}
+
+
+def _thoughts(item: InputItem, where: str) -> dict[str, Any]:
+    """Return what an assistant thought before its text or its calls, which are added to it."""
+    content = _required(item.content, f"{where}.content")
+    parts = [content] if isinstance(content, str) else [part.text for part in content]
+    return {"role": "assistant", "content": "", "reasoning_content": "".join(parts)}
+
+
+def _add_message(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
+    is_assistant = message["role"] == "assistant" and bool(messages)
+    if is_assistant and "reasoning_content" in messages[-1] and not messages[-1]["content"]:
+        messages[-1]["content"] = message["content"]
+    else:
+        messages.append(message)
 
 
 def _add_call(messages: list[dict[str, Any]], item: InputItem, where: str) -> None:
