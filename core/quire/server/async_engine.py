@@ -39,6 +39,7 @@ RESTART_WINDOW_S = 3600.0
 STOP_GRACE_S = 5.0
 # What is shorter is tokenized at once: a thread costs more, and waits for its turn.
 INLINE_CHARS = 4096
+INLINE_ENTRIES = 16
 
 
 class AsyncEngine:
@@ -177,7 +178,9 @@ class AsyncEngine:
         stream = await self.submit(prompt, params, request_id=request_id, priority=priority)
         try:
             while not stream.is_finished:
-                if await stream.next():
+                has_news = bool(await stream.next())
+                # The best of several sequences are known at the end of all.
+                if has_news and (stream.request.num_best is None or stream.is_finished):
                     yield stream.output()
         finally:
             stream.close()
@@ -221,7 +224,7 @@ class AsyncEngine:
             process = functools.partial(
                 self.frontend.inputs.process, prompt, params, request_id=request_id, **options
             )
-            if _is_short(prompt):
+            if _is_short(prompt) and _has_short_lists(params):
                 return self._send(process(), prompt_text(prompt), news)
             return await self._submit_from_pool(request_id, process, prompt_text(prompt), news)
         except BaseException:
@@ -388,6 +391,12 @@ class AsyncEngine:
             if not stream.is_complete:
                 self._end_in_engine(stream)
                 stream.fail(EngineDeadError(reason))
+
+
+def _has_short_lists(params: SamplingParams) -> bool:
+    """Whether a request's lists are checked in no time; bad words are tokenized."""
+    lists = (params.allowed_token_ids or (), params.forbidden_token_ids, params.bad_words)
+    return sum(map(len, lists)) <= INLINE_ENTRIES
 
 
 def _is_short(prompt: Any) -> bool:
