@@ -13,6 +13,8 @@ from torch import Tensor
 from quire.config import nearest
 from quire.errors import RequestError
 
+ROWS_AT_ONCE = 32
+
 
 @frozen(kw_only=True)
 class Number:
@@ -67,7 +69,7 @@ def numbers_of(
 
 @frozen(kw_only=True)
 class Chosen:
-    """The rows of a step that ask: places in the logits, persistent rows; int64 [num_asking]."""
+    """Some rows of a step that ask: places in the logits, persistent rows; int64 [num_chosen]."""
 
     host_rows: list[int]
     places: Tensor
@@ -80,31 +82,36 @@ class AskingRows:
     def __init__(self, names: tuple[str, ...], max_num_seqs: int, device: str) -> None:
         self._device = device
         self._names = names
-        self._columns = torch.zeros((len(names), max_num_seqs), dtype=torch.float64, device=device)
+        shape = (len(names), max_num_seqs)
+        self._columns = torch.zeros(shape, dtype=torch.float64, device=device)
         self._asking: set[int] = set()
-        self._chosen: Chosen | None = None
+        self._chosen: tuple[list[int], list[Chosen]] = ([], [])
 
     def put(self, row: int, values: Mapping[str, Any] | None) -> None:
         """Take a row's numbers; None: it asks for nothing."""
-        self._chosen = None
+        self._chosen = ([], [])
         self._asking.discard(row)
         if values is not None:
             self._asking.add(row)
             numbers = [float(values[name]) for name in self._names]
             self._columns[:, row] = torch.tensor(numbers, dtype=torch.float64)
 
-    def choose(self, host_rows: list[int]) -> Chosen | None:
-        """Return those of a step's rows that ask; mostly the same as in the step before."""
-        if not self._asking:
-            return None
-        if self._chosen is None or self._chosen.host_rows != host_rows:
+    def choose(self, host_rows: list[int]) -> list[Chosen]:
+        """Return those of a step's rows that ask, a few at a time, as they need memory.
+
+        They are mostly the same as in the step before.
+        """
+        if self._asking and self._chosen[0] != host_rows:
             pairs = [(i, row) for i, row in enumerate(host_rows) if row in self._asking]
-            index = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(self._device)
-            places, rows = index.unbind(1)
-            self._chosen = Chosen(host_rows=list(host_rows), places=places, rows=rows)
-        return self._chosen if len(self._chosen.rows) else None
+            parts = [pairs[i : i + ROWS_AT_ONCE] for i in range(0, len(pairs), ROWS_AT_ONCE)]
+            self._chosen = (list(host_rows), [self._to_device(part) for part in parts])
+        return self._chosen[1] if self._asking else []
+
+    def _to_device(self, pairs: list[tuple[int, int]]) -> Chosen:
+        places, rows = torch.tensor(pairs, dtype=torch.int64).to(self._device).unbind(1)
+        return Chosen(host_rows=[row for _, row in pairs], places=places, rows=rows)
 
     def column(self, name: str, chosen: Chosen) -> Tensor:
-        """Return a number of each asking row, float64 [num_asking, 1]."""
+        """Return a number of each row, float64 [num_chosen, 1]."""
         column = self._columns[self._names.index(name)]
         return column.index_select(0, chosen.rows).unsqueeze(1)

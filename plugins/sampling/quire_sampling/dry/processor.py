@@ -69,26 +69,31 @@ class Dry(LogitsProcessor):
 
     def apply(self, logits: Tensor, state: LogitsState) -> Tensor:
         """Lower the tokens that repeat, in the rows that ask."""
-        chosen = self._asking.choose(state.host_rows)
-        if chosen is None:
-            return logits
-        tokens = self._last_tokens(state, chosen)
-        lengths = self._match_lengths(tokens, chosen)
-        followers = tokens[:, 1:]
-        longest = torch.zeros((len(tokens), self.vocab_size), dtype=torch.int64, device=self.device)
-        longest.scatter_reduce_(1, followers.clamp(min=0), lengths, "amax")
+        for chosen in self._asking.choose(state.host_rows):
+            own = logits.index_select(0, chosen.places)
+            self._lower(own, self._last_tokens(state, chosen), chosen)
+            logits.index_copy_(0, chosen.places, own)
+        return logits
+
+    def _lower(self, own: Tensor, tokens: Tensor, chosen: Chosen) -> None:
+        """Lower the chosen rows' logits where a token goes on with a repetition, in place."""
+        followers = tokens[:, 1:].clamp(min=0)
+        longest = torch.zeros(own.shape, dtype=torch.int32, device=own.device)
+        longest.scatter_reduce_(1, followers, self._match_lengths(tokens, chosen), "amax")
+        # A token that followed several times has the same number at all its places.
+        lengths = longest.gather(1, followers)
         multiplier, base, allowed = (
             self._asking.column(name, chosen) for name in ("multiplier", "base", "allowed_length")
         )
-        penalty = multiplier * base ** (longest - allowed)
-        own = logits.index_select(0, chosen.places)
-        lowered = (own.double() - penalty).clamp(min=torch.finfo(logits.dtype).min).to(own.dtype)
+        given = own.gather(1, followers)
+        lowered = given.double() - multiplier * base ** (lengths - allowed)
+        lowered = lowered.clamp(min=torch.finfo(own.dtype).min).to(own.dtype)
         # What is -inf already stays so, and NaN too.
-        lowers = (longest >= allowed) & (multiplier > 0) & own.isfinite()
-        return logits.index_copy_(0, chosen.places, torch.where(lowers, lowered, own))
+        lowers = (lengths >= allowed) & (multiplier > 0) & given.isfinite()
+        own.scatter_(1, followers, torch.where(lowers, lowered, given))
 
     def _last_tokens(self, state: LogitsState, chosen: Chosen) -> Tensor:
-        """Return the last tokens, int64 [num_asking, longest range]; none where there are fewer."""
+        """Return the last tokens, int64 [num_chosen, longest range]; none where there are fewer."""
         asked = max(self._ranges[row] for row in chosen.host_rows if row in self._ranges)
         width = max(min(asked, state.token_history.shape[1]), 2)
         counts = state.num_tokens.index_select(0, chosen.rows).long().unsqueeze(1)
@@ -99,7 +104,7 @@ class Dry(LogitsProcessor):
         return tokens.where(is_there, NO_TOKEN)
 
     def _match_lengths(self, tokens: Tensor, chosen: Chosen) -> Tensor:
-        """Return how many tokens up to each but the last equal the last ones, in order."""
+        """Return how many tokens up to each but the last equal the last ones, int32."""
         ends = tokens[:, :-1]
         blocked = tokens == NO_TOKEN
         if self._breaks is not None:
@@ -107,7 +112,7 @@ class Dry(LogitsProcessor):
             blocked = blocked | breaks.gather(1, tokens.clamp(min=0))
         # A token that ends a sequence is no repetition of it.
         goes_on = ~blocked[:, 1:]
-        lengths = torch.zeros_like(ends)
+        lengths = torch.zeros_like(ends, dtype=torch.int32)
         for k in range(min(LONGEST_MATCH, ends.shape[1])):
             same = torch.zeros_like(goes_on)
             last = slice(tokens.shape[1] - 1 - k, tokens.shape[1] - k)

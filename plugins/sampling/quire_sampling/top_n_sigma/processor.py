@@ -43,16 +43,21 @@ class TopNSigma(LogitsProcessor):
 
     def apply(self, logits: Tensor, state: LogitsState) -> Tensor:
         """Set what is dropped to -inf; a row with NaN keeps its values."""
-        chosen = self._asking.choose(state.host_rows)
-        if chosen is None:
-            return logits
-        own = logits.index_select(0, chosen.places)
-        values = own.double()
-        is_finite = values.isfinite()
-        count = is_finite.sum(1, keepdim=True)
-        mean = values.where(is_finite, 0.0).sum(1, keepdim=True) / count
-        squares = (values - mean).where(is_finite, 0.0).square().sum(1, keepdim=True)
-        sigma = (squares / count).sqrt()
-        lowest = values.amax(1, keepdim=True) - self._asking.column("n", chosen) * sigma
-        own = own.masked_fill(values < lowest, float("-inf"))
-        return logits.index_copy_(0, chosen.places, own)
+        for chosen in self._asking.choose(state.host_rows):
+            own = logits.index_select(0, chosen.places)
+            values = own.double()
+            lowest = values.amax(1, keepdim=True) - self._asking.column("n", chosen) * _sigma(
+                values
+            )
+            own.masked_fill_(values < lowest, float("-inf"))
+            logits.index_copy_(0, chosen.places, own)
+        return logits
+
+
+def _sigma(values: Tensor) -> Tensor:
+    """Return the standard deviation of each row's finite values, [num_rows, 1]."""
+    is_finite = values.isfinite()
+    count = is_finite.sum(1, keepdim=True)
+    mean = values.where(is_finite, 0.0).sum(1, keepdim=True) / count
+    squares = (values - mean).where(is_finite, 0.0).square().sum(1, keepdim=True)
+    return (squares / count).sqrt()

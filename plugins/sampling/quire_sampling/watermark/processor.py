@@ -65,13 +65,12 @@ class Watermark(LogitsProcessor):
 
     def apply(self, logits: Tensor, state: LogitsState) -> Tensor:
         """Raise the green tokens of the rows that ask."""
-        chosen = self._asking.choose(state.host_rows)
-        if chosen is None:
-            return logits
-        last = state.num_tokens.index_select(0, chosen.rows).long() - 1
-        before = state.token_history[chosen.rows, last].long()
-        gamma, key = (self._asking.column(name, chosen)[:, 0] for name in ("gamma", "key"))
-        green = green_lists(before, self.vocab_size, gamma, key.long())
-        own = logits.index_select(0, chosen.places).float()
-        own += green * self._asking.column("delta", chosen).float()
-        return logits.index_copy_(0, chosen.places, own.to(logits.dtype))
+        for chosen in self._asking.choose(state.host_rows):
+            last = state.num_tokens.index_select(0, chosen.rows).long() - 1
+            before = state.token_history[chosen.rows, last].long()
+            gamma, key = (self._asking.column(name, chosen)[:, 0] for name in ("gamma", "key"))
+            green = green_lists(before, self.vocab_size, gamma, key.long())
+            own = logits.index_select(0, chosen.places).float()
+            own += green * self._asking.column("delta", chosen).float()
+            logits.index_copy_(0, chosen.places, own.to(logits.dtype))
+        return logits
