@@ -240,6 +240,12 @@ class SamplingParams:
         """How many sequences are generated."""
         return max(self.n, self.best_of or 0)
 
+    @property
+    def num_listed(self) -> int:
+        """Entries of the lists that take time to check, or to tokenize."""
+        lists = (self.allowed_token_ids or (), self.forbidden_token_ids, self.bad_words)
+        return sum(map(len, lists))
+
     def clone(self) -> SamplingParams:
         """Return an equal copy, as vLLM's scripts ask for."""
         return evolve(self)

@@ -178,9 +178,7 @@ class AsyncEngine:
         stream = await self.submit(prompt, params, request_id=request_id, priority=priority)
         try:
             while not stream.is_finished:
-                has_news = bool(await stream.next())
-                # The best of several sequences are known at the end of all.
-                if has_news and (stream.request.num_best is None or stream.is_finished):
+                if await stream.next() and stream.has_output:
                     yield stream.output()
         finally:
             stream.close()
@@ -224,7 +222,7 @@ class AsyncEngine:
             process = functools.partial(
                 self.frontend.inputs.process, prompt, params, request_id=request_id, **options
             )
-            if _is_short(prompt) and _has_short_lists(params):
+            if _is_short(prompt, params):
                 return self._send(process(), prompt_text(prompt), news)
             return await self._submit_from_pool(request_id, process, prompt_text(prompt), news)
         except BaseException:
@@ -393,14 +391,10 @@ class AsyncEngine:
                 stream.fail(EngineDeadError(reason))
 
 
-def _has_short_lists(params: SamplingParams) -> bool:
-    """Whether a request's lists are checked in no time; bad words are tokenized."""
-    lists = (params.allowed_token_ids or (), params.forbidden_token_ids, params.bad_words)
-    return sum(map(len, lists)) <= INLINE_ENTRIES
-
-
-def _is_short(prompt: Any) -> bool:
-    """Whether a prompt is checked and tokenized in less time than handing it to a thread takes."""
+def _is_short(prompt: Any, params: Any) -> bool:
+    """Whether a request is checked and tokenized in less time than handing it to a thread takes."""
+    if isinstance(params, SamplingParams) and params.num_listed > INLINE_ENTRIES:
+        return False
     if isinstance(prompt, RenderedChat):
         prompt = prompt.text
     return isinstance(prompt, (str, list, tuple)) and len(prompt) <= INLINE_CHARS
