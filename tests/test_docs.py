@@ -33,6 +33,7 @@ class Block:
 
     An HTML comment on the line above may say how it is meant: `not run: REASON` for a block that
     cannot run in a test, `file: PATH` for one that repeats a file of the example package,
+    `part of: PATH` for one that repeats a part of ours,
     `saved as: PATH` for one that the reader saves; tests/third_party does that too.
     """
 
@@ -42,6 +43,7 @@ class Block:
     text: str
     not_run: str = ""
     file: str = ""
+    part_of: str = ""
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}"
@@ -66,6 +68,7 @@ def blocks_of(path: Path) -> Iterator[Block]:
             text=found["text"],
             not_run=marks.pop("not run", ""),
             file=marks.pop("file", ""),
+            part_of=marks.pop("part of", ""),
         )
         marks.pop("saved as", "")
         assert not marks, f"{path}: unknown mark {marks}"
@@ -76,7 +79,8 @@ BLOCKS = [block for path in DOCUMENTS for block in blocks_of(path)]
 
 def blocks(language: str) -> list[Block]:
     """Return the blocks of a language that are meant to run."""
-    return [b for b in BLOCKS if b.language == language and not b.not_run and not b.file]
+    own = [b for b in BLOCKS if b.language == language and not b.not_run]
+    return [b for b in own if not b.file and not b.part_of]
 
 
 def python_programs() -> dict[str, str]:
@@ -160,6 +164,11 @@ def test_blocks_are_of_a_language_that_is_checked_or_plain_text() -> None:
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.file], ids=str)
 def test_blocks_that_repeat_a_file_of_the_example_are_that_file(block: Block) -> None:
     assert block.text == (EXAMPLE / block.file).read_text()
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.part_of], ids=str)
+def test_blocks_that_repeat_a_part_of_a_file_are_in_it(block: Block) -> None:
+    assert block.text in (ROOT / block.part_of).read_text()
 
 
 def test_write_a_plugin_shows_every_file_of_the_example() -> None:

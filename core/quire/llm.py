@@ -119,6 +119,12 @@ class LLM:
         Raises: RequestError at the first `next`. Closing the iterator ends the request.
         """
         request = self._request(prompt, sampling_params or self.frontend.sampling_params(), 0)
+        if request.num_best is not None:
+            raise RequestError(
+                f"best_of is {request.params.n}, above n: which sequences are the best is known at "
+                "their end. Use generate, or leave it out.",
+                parameter="best_of",
+            )
         self._add([(request, prompt_text(prompt))])
         try:
             yield from self._deltas(request)

@@ -9,15 +9,18 @@ from typing import Any
 
 from attrs import Factory, define, evolve, field, fields, frozen, setters
 
+from quire import request_checks as checks
 from quire.errors import RequestError
 
 MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_LENGTH = 1024
-MAX_LOGIT_BIAS = 2**18
+MAX_LOGIT_BIAS = checks.MAX_LOGIT_BIAS
 MAX_LOGPROBS = 20
 SEED_BITS = 64
+
+_fail = checks.fail
 
 
 class FinishReason(enum.StrEnum):
@@ -27,12 +30,6 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-
-
-def _fail(name: str, value: object, allowed: str) -> RequestError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return RequestError(f"{name} is {shown}; allowed: {allowed}.", parameter=name)
 
 
 def _number(low: float, high: float, allowed: str, *, low_open: bool = False) -> Any:
@@ -84,38 +81,6 @@ def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else value
 
 
-def _to_token_id(key: Any) -> Any:
-    """Return the id that OpenAI's clients write as a text; anything else stays as it is."""
-    is_number = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
-    return int(key) if is_number else key
-
-
-def _to_bias(value: Any) -> Any:
-    """Return a logit bias by whole numbers, None for an empty one."""
-    if value is None or (isinstance(value, (Mapping, list, tuple)) and not value):
-        return None
-    if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIAS:
-        return value
-    bias = {_to_token_id(key): number for key, number in value.items()}
-    if len(bias) < len(value):
-        raise _fail("logit_bias", "twice for one token", "each token id once")
-    return bias
-
-
-def _bias(_instance: object, attribute: Any, value: Any) -> None:
-    allowed = f"up to {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100"
-    if value is None:
-        return
-    if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIAS:
-        raise _fail(attribute.name, type(value).__name__, allowed)
-    for token_id, number in value.items():
-        if type(token_id) is not int or token_id < 0:
-            raise _fail(attribute.name, token_id, allowed)
-        # Not a comparison's opposite: NaN is refused too.
-        if type(number) not in (int, float) or not -100 <= number <= 100:
-            raise _fail(attribute.name, number, allowed)
-
-
 def _stop_strings(_instance: object, attribute: Any, value: Any) -> None:
     allowed = f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters"
     if not isinstance(value, tuple) or len(value) > MAX_STOP_STRINGS:
@@ -151,21 +116,30 @@ def _not_yet(name: str, neutral: Any) -> Any:
 _NUM_LOGPROBS = _integer(0, MAX_LOGPROBS, f"whole numbers from 0 to {MAX_LOGPROBS}", optional=True)
 
 
+# Fields that have to fit together.
+_TOGETHER = (
+    *("min_tokens", "max_tokens", "stop", "detokenize", "n", "best_of"),
+    *("allowed_token_ids", "forbidden_token_ids"),
+)
+
+
 def _checked_together(params: SamplingParams, attribute: Any, value: Any) -> Any:
     """Check a field that is set later against the others; the fields before have been checked."""
-    others = {name: getattr(params, name) for name in ("min_tokens", "max_tokens")}
-    others |= {"stop": params.stop, "detokenize": params.detokenize}
-    _check_together(**{**others, **({attribute.name: value} if attribute.name in others else {})})
+    if attribute.name in _TOGETHER:
+        others = {name: getattr(params, name) for name in _TOGETHER}
+        _check_together(**{**others, attribute.name: value})
     return value
 
 
 def _check_together(
-    *, min_tokens: int, max_tokens: int | None, stop: tuple[str, ...], detokenize: bool
+    *, min_tokens: int, max_tokens: int | None, stop: Any, detokenize: bool, **lists: Any
 ) -> None:
     if max_tokens is not None and min_tokens > max_tokens:
         raise _fail("min_tokens", min_tokens, f"at most max_tokens, {max_tokens}")
     if stop and not detokenize:
         raise RequestError("stop strings need detokenize=True.", parameter="stop")
+    checks.check_choices(lists["n"], lists["best_of"])
+    checks.check_tokens_left(lists["allowed_token_ids"], lists["forbidden_token_ids"])
 
 
 @define(kw_only=True, on_setattr=[setters.convert, setters.validate, _checked_together])
@@ -178,10 +152,18 @@ class SamplingParams:
     prompt's too. `logprobs` and `prompt_logprobs` ask for the token's own log-probability and so
     many of the most likely ones, of the model's logits before anything changes them.
 
+    `best_of` sequences are generated, and the `n` of the highest cumulative log-probability
+    returned. `bad_words` are not said, neither within a word nor after a space; their tokens
+    are looked for in what was generated. `truncate_prompt_tokens` keeps the prompt's last ones.
+
     Raises: RequestError, naming the field, the value and what is allowed.
     """
 
     n: int = field(default=1, validator=_integer(1, MAX_N, f"whole numbers from 1 to {MAX_N}"))
+    best_of: int | None = field(
+        default=None,
+        validator=_integer(1, MAX_N, f"whole numbers from n to {MAX_N}", optional=True),
+    )
     temperature: float = field(
         default=1.0, validator=_number(0.0, 1e4, "finite numbers from 0 (0 is greedy)")
     )
@@ -208,7 +190,7 @@ class SamplingParams:
     min_tokens: int = field(default=0, validator=_integer(0, None, "whole numbers from 0"))
     detokenize: bool = field(default=True, validator=_boolean)
     skip_special_tokens: bool = field(default=True, validator=_boolean)
-    spaces_between_special_tokens: bool = _not_yet("spaces_between_special_tokens", True)
+    spaces_between_special_tokens: bool = field(default=True, validator=_boolean)
     presence_penalty: float = field(
         default=0.0, validator=_number(-2.0, 2.0, "numbers from -2 to 2")
     )
@@ -221,21 +203,23 @@ class SamplingParams:
     logprobs: int | None = field(default=None, validator=_NUM_LOGPROBS)
     prompt_logprobs: int | None = field(default=None, validator=_NUM_LOGPROBS)
     logit_bias: Mapping[int, float] | None = field(
-        default=None, converter=_to_bias, validator=_bias
+        default=None, converter=checks.to_bias, validator=checks.logit_bias
     )
-    allowed_token_ids: Sequence[int] | None = _not_yet("allowed_token_ids", None)
-    bad_words: Sequence[str] | None = _not_yet("bad_words", None)
-    truncate_prompt_tokens: int | None = _not_yet("truncate_prompt_tokens", None)
+    allowed_token_ids: Sequence[int] | None = field(
+        default=None, converter=checks.to_optional_tuple, validator=checks.allowed_token_ids
+    )
+    forbidden_token_ids: Sequence[int] = field(
+        default=(), converter=_to_tuple, validator=checks.forbidden_token_ids
+    )
+    bad_words: Sequence[str] = field(default=(), converter=_to_strings, validator=checks.bad_words)
+    truncate_prompt_tokens: int | None = field(
+        default=None, validator=checks.truncate_prompt_tokens
+    )
     structured_outputs: Mapping[str, Any] | None = _not_yet("structured_outputs", None)
     extra_args: Mapping[str, Any] = field(factory=dict, converter=_to_mapping)
 
     def __attrs_post_init__(self) -> None:
-        _check_together(
-            min_tokens=self.min_tokens,
-            max_tokens=self.max_tokens,
-            stop=self.stop,
-            detokenize=self.detokenize,
-        )
+        _check_together(**{name: getattr(self, name) for name in _TOGETHER})
 
     @property
     def is_greedy(self) -> bool:
@@ -250,6 +234,17 @@ class SamplingParams:
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
         )
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are generated."""
+        return max(self.n, self.best_of or 0)
+
+    @property
+    def num_listed(self) -> int:
+        """Entries of the lists that take time to check, or to tokenize."""
+        lists = (self.allowed_token_ids or (), self.forbidden_token_ids, self.bad_words)
+        return sum(map(len, lists))
 
     def clone(self) -> SamplingParams:
         """Return an equal copy, as vLLM's scripts ask for."""
@@ -270,6 +265,9 @@ class Request:
     `seed` is drawn at admission where the user gave none. `max_tokens` is the resolved limit:
     never above what the context leaves. `stop_token_ids` unites the end tokens (unless
     `ignore_eos`) with the user's own; `eos_token_ids` says which of them are not the user's.
+    `bad_words_token_ids` are the tokens of `params.bad_words`. With `num_best` so many of the
+    `params.n` sequences are returned, the most likely ones; `hides_logprobs` where they were
+    asked for only to find these.
     """
 
     request_id: str
@@ -279,9 +277,12 @@ class Request:
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
     stop_token_ids: frozenset[int] = frozenset()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     arrival_s: float = 0.0
     cache_salt: str = ""
+    num_best: int | None = None
+    hides_logprobs: bool = False
 
 
 @define(kw_only=True)

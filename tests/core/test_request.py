@@ -62,6 +62,28 @@ from quire.errors import RequestError
         ("logit_bias", {"9" * 400: 1}),
         ("logit_bias", [1]),
         ("logit_bias", 0),
+        ("best_of", 0),
+        ("best_of", 129),
+        ("best_of", 2.0),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", [1, True]),
+        ("allowed_token_ids", 5),
+        ("allowed_token_ids", [0] * (2**18 + 1)),
+        ("forbidden_token_ids", ["1"]),
+        ("forbidden_token_ids", [1.0]),
+        ("forbidden_token_ids", [0] * (2**18 + 1)),
+        ("bad_words", [""]),
+        ("bad_words", [" \n"]),
+        ("bad_words", [5]),
+        ("bad_words", 5),
+        ("bad_words", ["x" * 257]),
+        ("bad_words", ["x"] * 257),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncate_prompt_tokens", True),
+        ("truncate_prompt_tokens", "5"),
+        ("spaces_between_special_tokens", 1),
     ],
 )
 def test_sampling_params_refuse_a_bad_value_by_name(name: str, value: Any) -> None:
@@ -74,10 +96,7 @@ def test_sampling_params_refuse_a_bad_value_by_name(name: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("allowed_token_ids", [1]),
-        ("bad_words", ["x"]),
         ("structured_outputs", {"regex": "a"}),
-        ("truncate_prompt_tokens", 5),
     ],
 )
 def test_sampling_params_refuse_by_name_what_is_not_honoured_yet(name: str, value: Any) -> None:
@@ -87,7 +106,16 @@ def test_sampling_params_refuse_by_name_what_is_not_honoured_yet(name: str, valu
 
 @pytest.mark.parametrize(
     "values",
-    [{"bad_words": []}, {"extra_args": None}, {"logit_bias": {}}, {"stop": None}, {"top_k": -1}],
+    [
+        {"bad_words": []},
+        {"bad_words": None, "allowed_token_ids": None, "truncate_prompt_tokens": None},
+        {"extra_args": None},
+        {"logit_bias": {}},
+        {"stop": None},
+        {"top_k": -1},
+        {"forbidden_token_ids": None},
+        {"best_of": 1},
+    ],
 )
 def test_sampling_params_take_neutral_values_of_vllm(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
@@ -99,6 +127,25 @@ def test_sampling_params_take_neutral_values_of_vllm(values: dict[str, Any]) -> 
 def test_sampling_params_refuse_more_min_tokens_than_max_tokens() -> None:
     with pytest.raises(RequestError, match="min_tokens is 9; allowed: at most max_tokens, 8"):
         SamplingParams(min_tokens=9, max_tokens=8)
+
+
+def test_sampling_params_refuse_fewer_sequences_than_are_returned() -> None:
+    with pytest.raises(RequestError, match="best_of is 2; allowed: at least n, 3"):
+        SamplingParams(n=3, best_of=2)
+
+
+@pytest.mark.parametrize(("n", "best_of", "count"), [(2, None, 2), (2, 2, 2), (2, 5, 5)])
+def test_as_many_sequences_are_generated_as_there_are_to_choose_from(
+    n: int, best_of: int | None, count: int
+) -> None:
+    assert SamplingParams(n=n, best_of=best_of).num_sequences == count
+
+
+def test_sampling_params_refuse_to_forbid_all_that_is_allowed() -> None:
+    with pytest.raises(RequestError, match="forbidden_token_ids has all of allowed") as caught:
+        SamplingParams(allowed_token_ids=[3, 4, 3], forbidden_token_ids=[5, 4, 3])
+
+    assert caught.value.parameter == "forbidden_token_ids"
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-40])
@@ -139,6 +186,8 @@ def test_fields_that_are_set_later_are_checked_like_the_first() -> None:
         ("min_tokens", 9),
         ("max_tokens", 1),
         ("detokenize", False),
+        ("best_of", 0),
+        ("allowed_token_ids", []),
     ):
         before = getattr(params, name)
         with pytest.raises(RequestError):

@@ -1,4 +1,4 @@
-"""Logit bias and penalties, applied by the core so that every sampler has them.
+"""Bias, penalties and bans of tokens, applied by the core so that every sampler has them.
 
 They come before the loaded logits processors and the sampler, which thus need to know nothing of
 them: a sampler that was written earlier is never wrong in silence. The cost is a read and a write
@@ -7,26 +7,18 @@ of the asking rows' logits, which a fused kernel could save.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from attrs import define
 from torch import Tensor
 
+from quire.execution.staging import to_device
+from quire.execution.token_bans import BanPlan, TokenBans
 from quire.request import SamplingParams
 from quire.scheduling.output import AddedSequence
 
 # One number a token: how often it was generated, and this bit if the prompt has it.
 IN_PROMPT = 1 << 30
-
-
-def to_device(values: Any, dtype: torch.dtype, device: str) -> Tensor:
-    """Return a small tensor on the device, without waiting for what runs there."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    if device == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @define(kw_only=True)
@@ -54,12 +46,19 @@ class _Plan:
     rows: list[int]
     penalised: _Penalised | None
     biased: _Biased | None
+    banned: BanPlan | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row of the step asks for anything."""
+        return self.penalised is None and self.biased is None and self.banned is None
 
 
 class LogitAdjustments:
     """Keep what each persistent row asks for, and count its tokens on the device.
 
-    Source: the order, bias before penalties, and their meaning are vLLM's; the repetition penalty
+    Bans come last: what is -inf stays so. Source: the order, bias before penalties, and their
+    meaning are vLLM's; the repetition penalty
     is Keskar et al., "CTRL", 2019, section 4.1, with Transformers' rule for negative logits.
     """
 
@@ -69,12 +68,14 @@ class LogitAdjustments:
         self._device = str(device)
         self._params: dict[int, SamplingParams] = {}  # of the rows that ask for anything
         self._counts: Tensor | None = None  # int32 [num_rows, vocab_size], once it is needed
+        self._bans = TokenBans(num_rows, vocab_size, self._device)
         self._plan: _Plan | None = None
 
     def add(self, added: AddedSequence) -> None:
         """Take over what a sequence asks for that takes a row, and count its known tokens."""
         params = added.params
-        if params.logit_bias is None and not params.has_penalties:
+        is_banned = self._bans.add(added)
+        if params.logit_bias is None and not params.has_penalties and not is_banned:
             if self._params.pop(added.row, None) is not None:
                 self._plan = None
             return
@@ -105,12 +106,15 @@ class LogitAdjustments:
         plan = self._plan_for(rows)
         if plan is None:
             return logits
-        logits = logits.float()
+        if plan.biased is not None or plan.penalised is not None:
+            logits = logits.float()
         if plan.biased is not None:
             where = (plan.biased.places, plan.biased.token_ids)
             logits.index_put_(where, plan.biased.values, accumulate=True)
         if plan.penalised is not None:
             self._penalise(logits, plan.penalised)
+        if plan.banned is not None:
+            self._bans.apply(logits, plan.banned)
         return logits
 
     def _penalise(self, logits: Tensor, asked: _Penalised) -> None:
@@ -125,8 +129,10 @@ class LogitAdjustments:
         logits.index_copy_(0, asked.places, own)
 
     def count(self, token_ids: Tensor, rows: list[int]) -> None:
-        """Count the sampled tokens, [len(rows)] on the device, where penalties need them."""
+        """Note the sampled tokens, [len(rows)] on the device, where later steps need them."""
         plan = self._plan_for(rows)
+        if plan is not None and plan.banned is not None:
+            self._bans.note(token_ids, plan.banned)
         if plan is None or plan.penalised is None:
             return
         assert self._counts is not None, "a row with penalties was counted"
@@ -141,10 +147,13 @@ class LogitAdjustments:
         if self._plan is None or self._plan.rows != rows:
             asking = [(i, row) for i, row in enumerate(rows) if row in self._params]
             self._plan = _Plan(
-                rows=rows, penalised=self._penalised(asking), biased=self._biased(asking)
+                rows=rows,
+                penalised=self._penalised(asking),
+                biased=self._biased(asking),
+                banned=self._bans.plan(asking),
             )
         plan = self._plan
-        return None if plan.penalised is None and plan.biased is None else plan
+        return None if plan.is_empty else plan
 
     def _penalised(self, asking: list[tuple[int, int]]) -> _Penalised | None:
         asking = [(i, row) for i, row in asking if self._params[row].has_penalties]

@@ -11,8 +11,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from quire.execution.adjustments import to_device
 from quire.execution.batch_builder import PromptRows
+from quire.execution.staging import to_device
 from quire.request import TokenLogprobs
 from quire.scheduling.output import AddedSequence
 

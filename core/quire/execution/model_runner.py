@@ -9,7 +9,7 @@ import torch
 from attrs import Factory, define
 from torch import Tensor
 
-from quire.execution.adjustments import LogitAdjustments, to_device
+from quire.execution.adjustments import LogitAdjustments
 from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
 from quire.execution.decode_step import DecodeStep
 from quire.execution.kv_cache import KVCache
@@ -17,6 +17,7 @@ from quire.execution.logprobs import LogprobRows, Scores, score_prompt
 from quire.execution.mixed_step import MixedStep
 from quire.execution.processors import ProcessorChain
 from quire.execution.sampling_rows import SamplingRows
+from quire.execution.staging import to_device
 from quire.execution.static_step import Ending, Loaded, StepTools, ending_for
 from quire.execution.step_graphs import (
     Capture,

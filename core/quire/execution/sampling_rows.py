@@ -9,8 +9,8 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
-from quire.execution.adjustments import to_device
 from quire.execution.batch_builder import BuiltBatch, Ints
+from quire.execution.staging import to_device
 from quire.interfaces.sampling import SamplingBatch
 from quire.scheduling.output import AddedSequence
 

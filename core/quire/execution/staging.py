@@ -1,14 +1,23 @@
-"""Pinned memory through which a step's integers reach the device in one copy."""
+"""Pinned memory through which what the host knows reaches the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quire.execution.block_tables import Ints
+
+
+def to_device(values: Any, dtype: torch.dtype, device: str) -> Tensor:
+    """Return a small tensor on the device, without waiting for what runs there."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Staging:

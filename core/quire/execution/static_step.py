@@ -12,10 +12,10 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from quire.execution.adjustments import to_device
 from quire.execution.batch_builder import BatchBuilder
 from quire.execution.block_tables import Ints
 from quire.execution.sampling_rows import SamplingRows
+from quire.execution.staging import to_device
 from quire.interfaces.attention import AttentionBackend
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import Model

@@ -40,6 +40,7 @@ class AddedSequence:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @define(kw_only=True)

@@ -68,6 +68,7 @@ class Step:
             params=request.params,
             seed=request.seed,
             stop_token_ids=request.stop_token_ids,
+            bad_words_token_ids=request.bad_words_token_ids,
         )
         (self.added if is_new else self.resumed).append(added)
 

@@ -39,6 +39,7 @@ RESTART_WINDOW_S = 3600.0
 STOP_GRACE_S = 5.0
 # What is shorter is tokenized at once: a thread costs more, and waits for its turn.
 INLINE_CHARS = 4096
+INLINE_ENTRIES = 16
 
 
 class AsyncEngine:
@@ -177,7 +178,7 @@ class AsyncEngine:
         stream = await self.submit(prompt, params, request_id=request_id, priority=priority)
         try:
             while not stream.is_finished:
-                if await stream.next():
+                if await stream.next() and stream.has_output:
                     yield stream.output()
         finally:
             stream.close()
@@ -221,7 +222,7 @@ class AsyncEngine:
             process = functools.partial(
                 self.frontend.inputs.process, prompt, params, request_id=request_id, **options
             )
-            if _is_short(prompt):
+            if _is_short(prompt, params):
                 return self._send(process(), prompt_text(prompt), news)
             return await self._submit_from_pool(request_id, process, prompt_text(prompt), news)
         except BaseException:
@@ -390,8 +391,10 @@ class AsyncEngine:
                 stream.fail(EngineDeadError(reason))
 
 
-def _is_short(prompt: Any) -> bool:
-    """Whether a prompt is checked and tokenized in less time than handing it to a thread takes."""
+def _is_short(prompt: Any, params: Any) -> bool:
+    """Whether a request is checked and tokenized in less time than handing it to a thread takes."""
+    if isinstance(params, SamplingParams) and params.num_listed > INLINE_ENTRIES:
+        return False
     if isinstance(prompt, RenderedChat):
         prompt = prompt.text
     return isinstance(prompt, (str, list, tuple)) and len(prompt) <= INLINE_CHARS

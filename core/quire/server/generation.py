@@ -46,14 +46,18 @@ class Usage:
 
 
 class Generation:
-    """The streams of one HTTP request. Choice `i` is prompt `i // n`, sequence `i % n`."""
+    """The streams of one HTTP request. Choice `i` is prompt `i // n`, sequence `i % n`.
+
+    Of `num_sequences` a prompt with `best_of`, which never is a stream, `n` become choices.
+    """
 
     def __init__(self, streams: Sequence[Stream], news: News, asked: Asked) -> None:
         self.streams = streams
         self.news = news
         self.n = asked.params.n
         self._generates = asked.generates
-        self._num_tokens = [0] * (len(streams) * self.n)  # by choice
+        self._width = asked.params.num_sequences
+        self._num_tokens = [0] * (len(streams) * self._width)  # by sequence
         self.usage = Usage(prompt_tokens=sum(s.num_prompt_tokens for s in streams))
         self.finish_reasons: list[str] = []
 
@@ -123,7 +127,7 @@ class Generation:
         """Return the time from token to token in one choice; None where none has two."""
         found = []
         for number, stream in enumerate(self.streams):
-            longest = max(self._num_tokens[number * self.n : (number + 1) * self.n])
+            longest = max(self._num_tokens[number * self._width : (number + 1) * self._width])
             if longest > 1 and stream.first_token_s is not None:
                 found.append((stream.last_token_s - stream.first_token_s) / (longest - 1))
         return sum(found) / len(found) if found else None
@@ -131,7 +135,7 @@ class Generation:
     def _take(self) -> Iterator[tuple[int, Delta]]:
         for number, stream in enumerate(self.streams):
             for delta in stream.take():
-                index = number * self.n + delta.index
+                index = number * self._width + delta.index
                 self._count(index, delta)
                 yield index, delta
 

@@ -36,6 +36,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     seed: int
     eos_token_ids: list[int]
     stop_token_ids: list[int]
+    bad_words_token_ids: list[tuple[int, ...]]
     priority: int
     cache_salt: str
 
@@ -158,6 +159,7 @@ def add_of(request: Request) -> Add:
         seed=request.seed,
         eos_token_ids=list(request.eos_token_ids),
         stop_token_ids=list(request.stop_token_ids),
+        bad_words_token_ids=list(request.bad_words_token_ids),
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
@@ -184,6 +186,7 @@ def request_of(message: Add, arrival_s: float) -> Request:
         seed=message.seed,
         eos_token_ids=frozenset(message.eos_token_ids),
         stop_token_ids=frozenset(message.stop_token_ids),
+        bad_words_token_ids=tuple(message.bad_words_token_ids),
         priority=message.priority,
         arrival_s=arrival_s,
         cache_salt=message.cache_salt,

@@ -88,6 +88,11 @@ class Stream:
         """Whether every sequence's end was taken."""
         return not self._unfinished
 
+    @property
+    def has_output(self) -> bool:
+        """Whether there is something to show: the best sequences are known at the end of all."""
+        return self.is_finished or self.request.num_best is None
+
     def notify(self, now_s: float) -> None:
         """Tell the reader that tokens came."""
         if self.first_token_s is None:

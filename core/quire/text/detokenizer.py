@@ -52,6 +52,10 @@ class IncrementalDetokenizer:
     there is a prompt, and a character that the prompt began and the output completes is given
     out whole. It is the same for every way to cut the output into pushes. Each token costs the
     same however long the text is.
+
+    Without `spaces_between_special_tokens` an added token that follows another one is written
+    without the space that the decoder puts between tokens; as in vLLM this matters only where
+    special tokens are shown.
     """
 
     def __init__(
@@ -59,18 +63,26 @@ class IncrementalDetokenizer:
         tokenizer: Tokenizer,
         prompt_token_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
+        *,
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._pieces = tokenizer.pieces
         self._skipped = tokenizer.skipped_token_ids if skip_special_tokens else frozenset()
         self._stream = self._pieces.new_stream()
         self._clean_up = CleanUpFilter() if tokenizer.cleans_up_spaces else None
+        # Tokens that are joined, and whether the latest shown one is such.
+        is_joining = not (skip_special_tokens or spaces_between_special_tokens)
+        self._joined = tokenizer.added_token_ids if is_joining else frozenset()
         self._prime(prompt_token_ids)
+        self._follows_joined = bool(prompt_token_ids) and prompt_token_ids[-1] in self._joined
         # The end of the prompt's text that further tokens may still change. What they leave as
         # it was belongs to the prompt, not to the output.
         self._prompt_tail = self._peek()
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take more output; return the text that has become certain."""
+        if self._joined:
+            return self._without_prompt("".join(map(self._feed_joined, token_ids)))
         return self._without_prompt(self._feed(self._pieces.kept(token_ids, self._skipped)))
 
     def finish(self) -> str:
@@ -82,6 +94,16 @@ class IncrementalDetokenizer:
 
     def _feed(self, pieces: Sequence[Piece]) -> str:
         text = "".join([self._stream.push(piece) for piece in pieces])
+        return text if self._clean_up is None else self._clean_up.push(text)
+
+    def _feed_joined(self, token_id: int) -> str:
+        piece = self._pieces[token_id]
+        if piece is None:
+            return ""
+        joins, self._follows_joined = self._follows_joined, token_id in self._joined
+        if not joins or not self._follows_joined:
+            return self._feed([piece])
+        text = self._stream.push_joined(piece)
         return text if self._clean_up is None else self._clean_up.push(text)
 
     def _peek(self) -> str:

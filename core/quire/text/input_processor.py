@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from quire.errors import RequestError
 from quire.request import Request, SamplingParams
 from quire.text.json_files import shorten
+from quire.text.token_bans import bad_words_token_ids, check_tokens_left
 from quire.text.tokenizer import Tokenizer
 
 MAX_CACHE_SALT_CHARS = 128
@@ -94,35 +95,65 @@ class InputProcessor:
         salt = _checked_salt(cache_salt if cache_salt is not None else parsed.cache_salt)
         self._check_priority(priority)
         self._check_params(params)
-        token_ids: Any = self.token_ids_of(prompt)
+        token_ids: Any = self.token_ids_of(prompt, self._longest_prompt(params))
         room = self._limits.max_model_len - len(token_ids)
         eos = frozenset() if params.ignore_eos else self._eos
+        stops = eos | frozenset(params.stop_token_ids)
+        bad_words = bad_words_token_ids(params.bad_words, self._tokenizer)
+        check_tokens_left(params, bad_words, stops, self._limits.vocab_size)
+        chooses = params.num_sequences > params.n
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
-            params=params,
+            params=_with_all_sequences(params) if chooses else params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             seed=self._draw_seed() if params.seed is None else params.seed,
             eos_token_ids=eos,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            stop_token_ids=stops,
+            bad_words_token_ids=bad_words,
             priority=priority,
             arrival_s=arrival_s,
             cache_salt=salt,
+            num_best=params.n if chooses else None,
+            hides_logprobs=chooses and params.logprobs is None,
         )
 
-    def token_ids_of(self, prompt: Any) -> tuple[int, ...]:
+    def token_ids_of(self, prompt: Any, longest: int | None = None) -> tuple[int, ...]:
         """Return a prompt's checked token ids; each is in the vocabulary and an answer fits.
 
+        Of more than `longest` the last ones are kept, and a text's begin token before them.
         Raises: RequestError, ContextLengthError.
         """
         parsed = _parse_prompt(prompt)
         token_ids = self._tokenize(parsed) if parsed.token_ids is None else parsed.token_ids
         if not token_ids:
             raise _prompt_error("prompt is empty; give at least one token.")
+        if longest is not None and len(token_ids) > longest:
+            _check_token_ids(token_ids, self._limits.vocab_size)
+            token_ids = self._shortened(token_ids, longest, is_text=parsed.token_ids is None)
         if len(token_ids) >= self._limits.max_model_len:
             raise self._too_long(f"{len(token_ids)} tokens")
         _check_token_ids(token_ids, self._limits.vocab_size)
         return tuple(token_ids)
+
+    def _longest_prompt(self, params: SamplingParams) -> int | None:
+        """Return how many tokens of a prompt are kept, None for all."""
+        longest, context = params.truncate_prompt_tokens, self._limits.max_model_len
+        if longest == -1:
+            return context - 1  # an answer has a token
+        if longest is not None and longest > context:
+            raise RequestError(
+                f"truncate_prompt_tokens is {shorten(longest)}; allowed: up to the context's "
+                f"{context} tokens, or -1.",
+                parameter="truncate_prompt_tokens",
+            )
+        return longest
+
+    def _shortened(self, token_ids: Sequence[int], longest: int, *, is_text: bool) -> list[int]:
+        tokenizer = self._tokenizer
+        begins = is_text and tokenizer is not None and tokenizer.adds_bos
+        head = list(token_ids[:1]) if begins else []
+        return head + list(token_ids[len(token_ids) - longest + len(head) :])
 
     def _tokenize(self, prompt: _Prompt) -> list[int]:
         assert prompt.text is not None, "a prompt is text or ids"
@@ -163,23 +194,25 @@ class InputProcessor:
 
     def _check_params(self, params: SamplingParams) -> None:
         vocab_size = self._limits.vocab_size
-        for token_id in params.stop_token_ids:
-            if token_id >= vocab_size:
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "forbidden_token_ids"):
+            token_ids = getattr(params, name)
+            if token_ids and max(token_ids) >= vocab_size:
+                wrong = next(token_id for token_id in token_ids if token_id >= vocab_size)
                 raise RequestError(
-                    f"stop_token_ids has {shorten(token_id)}; allowed: 0 to {vocab_size - 1}.",
-                    parameter="stop_token_ids",
-                )
-        for token_id in params.logit_bias or ():
-            if token_id >= vocab_size:
-                raise RequestError(
-                    f"logit_bias has {shorten(token_id)}; allowed: 0 to {vocab_size - 1}.",
-                    parameter="logit_bias",
+                    f"{name} has {shorten(wrong)}; allowed: 0 to {vocab_size - 1}.",
+                    parameter=name,
                 )
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer.", parameter="stop")
 
     def _draw_seed(self) -> int:
         return self._random.getrandbits(SEED_BITS_DRAWN)
+
+
+def _with_all_sequences(params: SamplingParams) -> SamplingParams:
+    """Return what the engine is asked where the best of several sequences are returned."""
+    logprobs = 0 if params.logprobs is None else params.logprobs
+    return evolve(params, n=params.num_sequences, best_of=None, logprobs=logprobs)
 
 
 def prompt_text(prompt: Any) -> str | None:

@@ -14,6 +14,7 @@ from quire.request import (
     RequestOutput,
     SequenceUpdate,
 )
+from quire.text.best_of import most_likely
 from quire.text.detokenizer import IncrementalDetokenizer
 from quire.text.logprob_entries import Entry, entry_of
 from quire.text.stop_strings import StopChecker
@@ -162,6 +163,14 @@ class _RequestState:
     def is_finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
 
+    def completions(self) -> list[CompletionOutput]:
+        """Return what is shown of the sequences; of a `best_of` the most likely ones."""
+        found = [_completion(output) for output in self.outputs]
+        request = self.request
+        if request.num_best is None:
+            return found
+        return most_likely(found, request.num_best, hides_logprobs=request.hides_logprobs)
+
 
 class OutputProcessor:
     """Every running request's outputs. Not safe for threads: one owner feeds and reads it.
@@ -221,7 +230,7 @@ class OutputProcessor:
             request_id=request_id,
             prompt=state.prompt,
             prompt_token_ids=list(state.request.prompt_token_ids),
-            outputs=[_completion(output) for output in state.outputs],
+            outputs=state.completions(),
             finished=state.is_finished,
             num_cached_tokens=state.num_cached_tokens,
             prompt_logprobs=state.prompt_logprobs,
@@ -284,7 +293,10 @@ class OutputProcessor:
         detokenizer = None
         if self._tokenizer is not None and params.detokenize:
             detokenizer = IncrementalDetokenizer(
-                self._tokenizer, request.prompt_token_ids, params.skip_special_tokens
+                self._tokenizer,
+                request.prompt_token_ids,
+                params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
         include = params.include_stop_str_in_output
         return _Output(

@@ -115,9 +115,13 @@ def _fallback_byte(token: str) -> int | None:
 
 
 class Stream(Protocol):
-    """Text that grows by pieces. `peek` is the text that `finish` would still add."""
+    """Text that grows by pieces. `peek` is the text that `finish` would still add.
+
+    `push_joined` adds a token without the space that the decoder would put before it.
+    """
 
     def push(self, piece: Piece) -> str: ...
+    def push_joined(self, piece: Piece) -> str: ...
     def peek(self) -> str: ...
     def finish(self) -> str: ...
 
@@ -136,6 +140,9 @@ class ByteLevelStream:
     def push(self, piece: Piece) -> str:
         assert isinstance(piece, bytes)
         return self._utf8.decode(piece)
+
+    def push_joined(self, piece: Piece) -> str:
+        return self.push(piece)  # no decoder of bytes adds spaces
 
     def peek(self) -> str:
         return self._utf8.getstate()[0].decode("utf-8", "replace")
@@ -212,6 +219,15 @@ class PieceStream:
             piece = self._plan.separator + piece
         return self._strip(self._run.end() + piece)
 
+    def push_joined(self, piece: Piece) -> str:
+        if isinstance(piece, int):
+            return self.push(piece)
+        assert isinstance(piece, str)
+        self._is_first = False
+        if self._plan.metaspace:
+            piece = piece.removeprefix(self._plan.metaspace).replace(self._plan.metaspace, " ")
+        return self._strip(self._run.end() + piece)
+
     def peek(self) -> str:
         return self._without_beginning(self._run.peek())
 
@@ -258,6 +274,12 @@ class WindowStream:
         self._ids = self._ids[-WINDOW_CONTEXT:]
         self._num_read = len(self._ids)
         return text
+
+    def push_joined(self, piece: Piece) -> str:
+        assert isinstance(piece, int)
+        text = self.finish()
+        self._ids, self._num_read = [piece], 1
+        return text + self._decode([piece])
 
     def peek(self) -> str:
         return self._rest() if len(self._ids) > self._num_read else ""

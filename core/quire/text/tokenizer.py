@@ -45,7 +45,9 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
         self._backend = backend
-        special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        added = backend.get_added_tokens_decoder()
+        self.added_token_ids = frozenset(added)
+        special = {i: t.content for i, t in added.items() if t.special}
         self.special_token_ids = frozenset(special)
         # The library compares spellings after the normalizer, which may change a token's own.
         spellings = frozenset(special.values())

@@ -70,6 +70,31 @@ def test_outputs_grow_to_what_the_offline_door_gives() -> None:
     with_engine(test)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bad_words": ["coffee", "milk", " the"], "forbidden_token_ids": [20, 458]},
+        {"allowed_token_ids": list(range(300, 900)), "truncate_prompt_tokens": 2},
+        {"n": 2, "best_of": 4, "temperature": 1.0, "seed": 6},
+    ],
+)
+def test_bans_and_choices_reach_the_engines_process(
+    values: dict[str, Any], engine: Running
+) -> None:
+    params = GREEDY.with_values(**values)
+    (expected,) = LLM("demo", **OPTIONS).generate("A latte with", params, use_tqdm=False)
+
+    async def test(engine: AsyncEngine) -> None:
+        outputs = [output async for output in engine.generate("A latte with", params)]
+        assert [o.token_ids for o in outputs[-1].outputs] == [o.token_ids for o in expected.outputs]
+        assert outputs[-1].prompt_token_ids == expected.prompt_token_ids
+        if params.best_of:
+            assert len(outputs) == 1
+            assert outputs[0].finished
+
+    engine.run(test)
+
+
 def test_ends_leave_nothing_behind() -> None:
     long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
 

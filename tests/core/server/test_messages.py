@@ -34,6 +34,10 @@ PARAMS = st.fixed_dictionaries(
         "logprobs": st.integers(0, 20),
         "repetition_penalty": st.floats(0.5, 2),
         "ignore_eos": st.booleans(),
+        "allowed_token_ids": st.lists(IDS, min_size=1, max_size=3),
+        "bad_words": st.just(["a", "b c"]),
+        "truncate_prompt_tokens": st.sampled_from([-1, 9]),
+        "extra_args": st.just({"watermark": {"gamma": 0.5}}),
     },
 )
 
@@ -50,6 +54,7 @@ def test_request_survives_the_way(
         seed=seed,
         eos_token_ids=frozenset({2}),
         stop_token_ids=frozenset({3, 4}),
+        bad_words_token_ids=((5,), (6, 7)),
         priority=-1,
         arrival_s=1.5,
         cache_salt=salt,

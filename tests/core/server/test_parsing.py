@@ -122,6 +122,33 @@ def test_checkpoints_defaults_give_way_to_the_body() -> None:
     assert (params.temperature, params.top_p, params.max_tokens) == (0.25, 0.9, 16)
 
 
+def test_bans_and_arguments_of_a_body_become_parameters() -> None:
+    fields = {
+        "allowed_token_ids": [1, 2],
+        "forbidden_token_ids": [3],
+        "bad_words": ["x"],
+        "truncate_prompt_tokens": -1,
+        "spaces_between_special_tokens": False,
+        "n": 2,
+        "best_of": 3,
+        "extra_args": {"dry": {"base": 2}},
+    }
+    data = json.dumps({"model": "m", "prompt": "a", **fields}).encode()
+
+    params = parse(data, CompletionRequest).sampling_params({})
+
+    want = SamplingParams(**{**fields, "max_tokens": 16})  # type: ignore[arg-type]
+    assert params == want
+
+
+def test_arguments_come_by_vllms_name_too() -> None:
+    data = b'{"model": "m", "prompt": "a", "vllm_xargs": {"dry": {"base": 2}}}'
+
+    params = parse(data, CompletionRequest).sampling_params({})
+
+    assert params.extra_args == {"dry": {"base": 2}}
+
+
 def test_items_of_a_response_become_chat_messages() -> None:
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},

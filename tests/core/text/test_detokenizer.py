@@ -164,3 +164,50 @@ def test_special_tokens_are_shown_when_asked_for(
 
 def test_ids_without_a_token_add_nothing(tokenizer: Tokenizer) -> None:
     assert "".join(stream(tokenizer, [], [[10**6, 2**31 - 1]])) == ""
+
+
+@RELAXED
+@given(prompt=any_ids, ids=any_ids, cuts=cuts)
+def test_special_tokens_are_joined_whatever_the_cuts(
+    prompt: list[int], ids: list[int], cuts: list[int], tokenizer: Tokenizer
+) -> None:
+    specials = sorted(tokenizer.added_token_ids)[:2]
+    ids = [specials[i % len(specials)] if i % 3 else i for i in ids]
+
+    def text(chunks: Sequence[Sequence[int]]) -> str:
+        detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt, False, spaces_between_special_tokens=False
+        )
+        return "".join([*map(detokenizer.push, chunks), detokenizer.finish()])
+
+    assert text(pieces(ids, cuts)) == text([ids])
+
+
+@pytest.mark.parametrize(("joins", "gap"), [(True, ""), (False, " ")])
+@pytest.mark.parametrize("kind", ["words", "wordpiece"])
+def test_spaces_between_special_tokens_are_the_decoders_or_none(
+    kind: str, joins: bool, gap: str, tokenizer_of: Callable[[str], Tokenizer]
+) -> None:
+    tokenizer = tokenizer_of(kind)
+    first, second = sorted(tokenizer.added_token_ids)[:2]
+    (word,) = tokenizer.encode("coffee", add_special_tokens=False)
+    a, b = tokenizer.id_to_token(first), tokenizer.id_to_token(second)
+
+    detokenizer = IncrementalDetokenizer(
+        tokenizer, [word], False, spaces_between_special_tokens=not joins
+    )
+    text = detokenizer.push([first, second, second, word, first]) + detokenizer.finish()
+
+    assert text == f" {a}{gap}{b}{gap}{b} coffee {a}"
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_skipped_special_tokens_are_not_joined(
+    skips: bool, tokenizer_of: Callable[[str], Tokenizer]
+) -> None:
+    tokenizer = tokenizer_of("gpt2")
+    ids = tokenizer.encode("hello <|endoftext|><|endoftext|> there")
+
+    detokenizer = IncrementalDetokenizer(tokenizer, [], skips, spaces_between_special_tokens=False)
+
+    assert detokenizer.push(ids) + detokenizer.finish() == tokenizer.decode(ids, skips)

@@ -276,3 +276,133 @@ def test_any_prompt_gives_a_request_that_cannot_fail_or_a_request_error(
         refusal = ("prompt", all(type(i) is int and 0 <= i < VOCAB for i in ids))
         assert 0 < len(ids) < len(ids) + request.max_tokens <= CONTEXT
     assert refusal == ("prompt", True)
+
+
+def forms_of(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Return the tokens of a word without and with a space, in vLLM's order."""
+    texts = (word.lstrip(), " " + word.lstrip())
+    return [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+
+
+@pytest.mark.parametrize("words", [["coffee"], [" hello", "the"], ["a b", "zq?", "over"]])
+def test_bad_words_are_tokens_with_and_without_a_space(
+    words: list[str], tokenizer: Tokenizer
+) -> None:
+    processor = build(tokenizer, vocab_size=1000)
+
+    request = processor.process([5], SamplingParams(bad_words=words), request_id="r")
+
+    found = request.bad_words_token_ids
+    for word in words:
+        bare, spaced = forms_of(word, tokenizer)
+        assert bare in found
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:  # vLLM's condition
+            assert spaced in found
+        # Whichever form is said, one that is looked for ends it.
+        assert any(spaced[-len(one) :] == one for one in found)
+    assert set(found) <= {form for word in words for form in forms_of(word, tokenizer)}
+
+
+def test_a_word_that_begins_with_its_space_is_found_in_both_forms(gpt2: Tokenizer) -> None:
+    params = SamplingParams(bad_words=["coffee"])
+
+    found = build(gpt2).process([5], params, request_id="r").bad_words_token_ids
+
+    assert {gpt2.decode(word) for word in found} == {"coffee", " coffee"}
+
+
+@pytest.mark.parametrize(
+    ("values", "parameter"),
+    [
+        ({"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [2**70]}, "allowed_token_ids"),
+        ({"forbidden_token_ids": [5, VOCAB]}, "forbidden_token_ids"),
+        ({"forbidden_token_ids": range(VOCAB)}, "forbidden_token_ids"),
+        ({"allowed_token_ids": [0, 7], "min_tokens": 2}, "min_tokens"),
+        ({"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 1}, "min_tokens"),
+        ({"forbidden_token_ids": range(8, VOCAB), "bad_words": ["x" * 99]}, "bad_words"),
+        ({"bad_words": ["\ud800"]}, "bad_words"),
+        ({"truncate_prompt_tokens": CONTEXT + 1}, "truncate_prompt_tokens"),
+    ],
+)
+def test_bans_and_lengths_that_cannot_be_served_are_refused(
+    values: dict[str, Any], parameter: str, process: Process
+) -> None:
+    values = {k: list(v) if isinstance(v, range) else v for k, v in values.items()}
+
+    with pytest.raises(RequestError) as caught:
+        process([5], params=SamplingParams(**values))
+
+    assert caught.value.parameter == parameter
+
+
+def test_bad_words_that_may_take_the_last_token_are_refused(gpt2: Tokenizer) -> None:
+    (token_id,) = gpt2.encode("a")
+    params = SamplingParams(allowed_token_ids=[token_id], bad_words=["ba"])
+
+    with pytest.raises(RequestError, match="bad_words may leave no token to generate"):
+        build(gpt2).process([5], params, request_id="r")
+
+
+def test_bad_words_need_a_tokenizer() -> None:
+    with pytest.raises(RequestError, match="bad_words need a tokenizer"):
+        build(None).process([5], SamplingParams(bad_words=["a"]), request_id="r")
+
+
+@pytest.mark.parametrize(("given", "kept"), [(1, 1), (3, 3), (CONTEXT, 31), (-1, 31)])
+def test_of_a_long_prompt_the_last_tokens_are_kept(given: int, kept: int, process: Process) -> None:
+    ids = [i % 300 for i in range(31 if given == CONTEXT else 500)]
+
+    request = process(ids, params=SamplingParams(truncate_prompt_tokens=given))
+
+    assert request.prompt_token_ids == tuple(ids[-kept:])
+
+
+@pytest.mark.parametrize("given", [3, -1, None])
+def test_short_prompt_is_kept_whole(given: int | None, process: Process) -> None:
+    request = process([1, 2, 3], params=SamplingParams(truncate_prompt_tokens=given))
+
+    assert request.prompt_token_ids == (1, 2, 3)
+
+
+def test_prompt_that_is_cut_to_the_whole_context_leaves_no_room(process: Process) -> None:
+    with pytest.raises(ContextLengthError):
+        process([5] * 99, params=SamplingParams(truncate_prompt_tokens=CONTEXT))
+
+
+def test_ids_that_are_cut_off_are_checked_too(process: Process) -> None:
+    with pytest.raises(RequestError, match="at position 0"):
+        process([VOCAB, *[5] * 9], params=SamplingParams(truncate_prompt_tokens=2))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_text_that_is_cut_keeps_its_begin_token_as_transformers(
+    length: int, tokenizer_of: Callable[[str], Tokenizer], folder_of: Callable[[str], Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    oracle = AutoTokenizer.from_pretrained(folder_of("llama3"), truncation_side="left")
+    text = "The quick brown fox jumps over the lazy dog."
+    processor = build(tokenizer_of("llama3"), vocab_size=1000)
+
+    params = SamplingParams(truncate_prompt_tokens=length)
+    request = processor.process(text, params, request_id="r")
+
+    want = oracle(text, truncation=True, max_length=length).input_ids
+    assert list(request.prompt_token_ids) == want
+
+
+@pytest.mark.parametrize("logprobs", [None, 3])
+def test_best_of_asks_the_engine_for_all_sequences_and_their_logprobs(
+    logprobs: int | None, process: Process
+) -> None:
+    request = process([5], params=SamplingParams(n=2, best_of=5, logprobs=logprobs))
+
+    assert (request.params.n, request.params.logprobs) == (5, logprobs or 0)
+    assert (request.num_best, request.hides_logprobs) == (2, logprobs is None)
+
+
+def test_best_of_as_many_as_are_returned_chooses_nothing(process: Process) -> None:
+    request = process([5], params=SamplingParams(n=2, best_of=2))
+
+    assert (request.params.n, request.num_best, request.params.logprobs) == (2, None, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -358,3 +359,47 @@ def test_without_logprobs_asked_for_there_are_none(gpt2: Tokenizer) -> None:
     assert processor.take_delta("r", 0).logprobs is None
     assert only(processor.output("r")).logprobs is None
     assert only(processor.output("r")).cumulative_logprob is None
+
+
+def run_best_of(
+    gpt2: Tokenizer, logprobs: list[list[float]], count: int, **fields: Any
+) -> RequestOutput:
+    """Run sequences of one token a log-probability; the last token ends each."""
+    processor = OutputProcessor(gpt2)
+    request = build_request(gpt2, n=len(logprobs), logprobs=0)
+    processor.add_request(evolve(request, num_best=count, **fields))
+    for index, values in enumerate(logprobs):
+        for i, value in enumerate(values):
+            finish = FinishReason.LENGTH if i == len(values) - 1 else None
+            entry = TokenLogprobs(logprob=value, rank=1)
+            processor.process([update([20 + index], finish, index=index, logprobs=(entry,))])
+    return processor.remove("r")
+
+
+def test_best_of_returns_the_highest_cumulative_logprobs_numbered_anew(gpt2: Tokenizer) -> None:
+    logprobs = [[-2.0, -3.0], [-1.0], [-0.5, -0.25, -0.125], [-9.0], [-1.0]]
+
+    output = run_best_of(gpt2, logprobs, 4)
+
+    assert output.finished
+    assert [one.index for one in output.outputs] == [0, 1, 2, 3]
+    assert [one.token_ids[0] for one in output.outputs] == [22, 21, 24, 20]
+    assert [one.cumulative_logprob for one in output.outputs] == [-0.875, -1.0, -1.0, -5.0]
+    assert [len(one.logprobs or ()) for one in output.outputs] == [3, 1, 1, 2]
+
+
+def test_best_of_hides_logprobs_that_nobody_asked_for(gpt2: Tokenizer) -> None:
+    output = run_best_of(gpt2, [[-2.0], [-1.0]], 1, hides_logprobs=True)
+
+    assert [(one.token_ids, one.logprobs) for one in output.outputs] == [([21], None)]
+
+
+def test_best_of_takes_a_sequence_that_failed_last(gpt2: Tokenizer) -> None:
+    processor = OutputProcessor(gpt2)
+    request = build_request(gpt2, n=2, logprobs=0)
+    processor.add_request(evolve(request, num_best=1))
+    entry = TokenLogprobs(logprob=-7.0, rank=1)
+    processor.process([update([], FinishReason.ERROR, index=0, error="not finite")])
+    processor.process([update([33], FinishReason.LENGTH, index=1, logprobs=(entry,))])
+
+    assert only(processor.output("r")).token_ids == [33]

@@ -198,6 +198,7 @@ class ChatCompletionRequest(
     documents: f.Refused = None
     mm_processor_kwargs: f.Refused = None
     n: f.Choices | None = None
+    best_of: f.Choices | None = None
     max_tokens: f.Count | None = None
     max_completion_tokens: f.Count | None = None
     logprobs: f.Flag | None = None
@@ -211,7 +212,6 @@ class ChatCompletionRequest(
     reasoning_effort: f.Ignored | None = None
     modalities: list[Literal["text"]] | None = None
 
-    best_of: Literal[1] | None = None
     functions: f.Refused = None
     function_call: f.Refused = None
     audio: f.Refused = None
@@ -238,8 +238,7 @@ class ChatCompletionRequest(
             raise conflict("max_completion_tokens", "differs from max_tokens; give one of them")
         if self.tool_choice == "auto" and self.tools is None:
             raise conflict("tool_choice", "needs tools; give some or leave it out")
-        if self.best_of is not None and (self.n or 1) > self.best_of:
-            raise conflict("best_of", f"is {self.best_of}, below n; leave it out")
+        self.check_best_of(self.best_of, self.n)
 
     def tool_names(self) -> list[str]:
         """Return the functions that may be called."""

@@ -19,12 +19,12 @@ class CompletionRequest(
 
     prompt: f.Prompt
     n: f.Choices | None = None
+    best_of: f.Choices | None = None
     max_tokens: f.CountOrZero | None = None
     echo: f.Flag | None = None
     logprobs: f.NumLogprobs | None = None
     add_special_tokens: f.Flag | None = None
 
-    best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
     response_format: f.Refused = None
 
@@ -58,8 +58,7 @@ class CompletionRequest(
             raise conflict("max_tokens", "is 0; allowed: whole numbers from 1, or 0 with echo")
         if self.max_tokens == 0 and self.min_tokens:
             raise conflict("min_tokens", "is above max_tokens; lower it")
-        if self.best_of is not None and (self.n or 1) > self.best_of:
-            raise conflict("best_of", f"is {self.best_of}, below n; leave it out")
+        self.check_best_of(self.best_of, self.n)
 
     def prompts(self) -> list[Any]:
         """Return each prompt: a text, or a list of token ids."""
@@ -84,7 +83,6 @@ class CompletionRequest(
         count = len(self.prompt)
         if count > f.MAX_PROMPTS:
             raise conflict("prompt", f"has {count} entries; allowed: up to {f.MAX_PROMPTS}")
-        if count * (self.n or 1) > f.MAX_CHOICES:
-            raise conflict(
-                "n", f"asks for {count * (self.n or 1)} answers; allowed: up to {f.MAX_CHOICES}"
-            )
+        name, each = ("best_of", self.best_of) if self.best_of else ("n", self.n or 1)
+        if count * each > f.MAX_CHOICES:
+            raise conflict(name, f"asks for {count * each} answers; allowed: up to {f.MAX_CHOICES}")

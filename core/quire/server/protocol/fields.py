@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
+
+from quire.request_checks import MAX_BAD_WORD_CHARS, MAX_BAD_WORDS, MAX_TOKEN_IDS
 
 MAX_TOKENS = 2**24
 MAX_TOKEN_ID = 2**31 - 1
@@ -19,6 +21,7 @@ MAX_CHOICES = 1024
 MAX_MESSAGES = 16384
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 2**18
+MAX_PROCESSORS = 64
 MAX_NAME_CHARS = 128
 MAX_TEMPLATE_VALUES = 2**16
 INT64_MAX = 2**63 - 1
@@ -62,6 +65,25 @@ StopTokenIds = Annotated[
     list[TokenId],
     Meta(max_length=MAX_STOP_TOKEN_IDS, description=f"up to {MAX_STOP_TOKEN_IDS} token ids from 0"),
 ]
+AllowedTokenIds = Annotated[
+    list[TokenId],
+    Meta(
+        min_length=1,
+        max_length=MAX_TOKEN_IDS,
+        description=f"1 to {MAX_TOKEN_IDS} token ids from 0; left out, all are",
+    ),
+]
+ForbiddenTokenIds = Annotated[
+    list[TokenId],
+    Meta(max_length=MAX_TOKEN_IDS, description=f"up to {MAX_TOKEN_IDS} token ids from 0"),
+]
+BadWords = Annotated[
+    list[Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+    Meta(
+        max_length=MAX_BAD_WORDS,
+        description=f"up to {MAX_BAD_WORDS} texts of 1 to {MAX_BAD_WORD_CHARS} characters",
+    ),
+]
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]],
     Meta(description="token ids, each with a number from -100 to 100"),
@@ -73,6 +95,14 @@ Count = Annotated[
 ]
 CountOrZero = Annotated[
     int, Meta(ge=0, le=MAX_TOKENS, description=f"whole numbers from 0 to {MAX_TOKENS}")
+]
+PromptLength = Annotated[
+    int,
+    Meta(
+        ge=-1,
+        le=MAX_TOKENS,
+        description=f"whole numbers from 1 to {MAX_TOKENS}; -1 for the model's length",
+    ),
 ]
 Choices = Annotated[int, Meta(ge=1, le=MAX_N, description=f"whole numbers from 1 to {MAX_N}")]
 NumLogprobs = Annotated[
@@ -89,6 +119,10 @@ TopK = Annotated[
 Penalty = Annotated[float, Meta(ge=-2, le=2, description="numbers from -2 to 2")]
 RepetitionPenalty = Annotated[
     float, Meta(ge=0.001, le=1000, description="numbers from 0.001 to 1000")
+]
+ExtraArguments = Annotated[
+    dict[str, Any],
+    Meta(max_length=MAX_PROCESSORS, description="arguments by the name of a logits processor"),
 ]
 CacheSalt = Annotated[
     str, Meta(min_length=1, max_length=128, description="a text of 1 to 128 characters")

@@ -46,6 +46,13 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     min_tokens: f.CountOrZero | None = None
     skip_special_tokens: f.Flag | None = None
     include_stop_str_in_output: f.Flag | None = None
+    spaces_between_special_tokens: f.Flag | None = None
+    allowed_token_ids: f.AllowedTokenIds | None = None
+    forbidden_token_ids: f.ForbiddenTokenIds | None = None
+    bad_words: f.BadWords | None = None
+    truncate_prompt_tokens: f.PromptLength | None = None
+    extra_args: f.ExtraArguments | None = None
+    vllm_xargs: f.ExtraArguments | None = None
     prompt_logprobs: f.NumLogprobs | None = None
     return_token_ids: f.Flag | None = None
     return_tokens_as_token_ids: f.Flag | None = None
@@ -62,15 +69,11 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     user: f.Ignored | None = None
 
     use_beam_search: Literal[False] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
     guided_json: f.Refused = None
     guided_regex: f.Refused = None
     guided_choice: f.Refused = None
     guided_grammar: f.Refused = None
     structured_outputs: f.Refused = None
-    allowed_token_ids: f.Refused = None
-    bad_words: f.Refused = None
-    truncate_prompt_tokens: f.Refused = None
     prompt_embeds: f.Refused = None
     logits_processors: f.Refused = None
     length_penalty: f.Refused = None
@@ -103,6 +106,20 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             raise conflict("stream_options", "needs stream; set stream to true or leave it out")
         if self.prompt_logprobs is not None and self.stream:
             raise conflict("prompt_logprobs", "cannot be streamed; set stream to false")
+        if self.extra_args is not None and self.vllm_xargs is not None:
+            raise conflict("vllm_xargs", "is the same as extra_args; give one of them")
+        check_size("extra_args", self.extra_args or self.vllm_xargs)
+        if self.bad_words is not None and not all(map(str.strip, self.bad_words)):
+            raise conflict("bad_words", "has a text of white space alone; leave it out")
+
+    def check_best_of(self, best_of: int | None, n: int | None) -> None:
+        """Refuse a choice among too few sequences, or of a stream. Raises: RequestError."""
+        if best_of is None or best_of == (n or 1):
+            return
+        if best_of < (n or 1):
+            raise conflict("best_of", f"is {best_of}, below n; raise it or leave it out")
+        if self.stream:
+            raise conflict("best_of", "is above n and cannot be streamed; set stream to false")
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return how to choose tokens and when to stop. Raises: RequestError."""

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 SAME_NAME = (
     *("n", "temperature", "top_p", "stop", "seed", "logit_bias", "presence_penalty"),
     *("frequency_penalty", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos"),
-    *("min_tokens", "skip_special_tokens", "include_stop_str_in_output"),
+    *("min_tokens", "skip_special_tokens", "include_stop_str_in_output", "best_of"),
+    *("spaces_between_special_tokens", "allowed_token_ids", "forbidden_token_ids", "bad_words"),
+    *("truncate_prompt_tokens", "extra_args"),
 )
 
 
@@ -25,6 +27,8 @@ def sampling_values(body: GenerationBody, defaults: Mapping[str, Any]) -> dict[s
     values = dict(defaults)
     given = {name: getattr(body, name, None) for name in SAME_NAME}
     given |= {"logprobs": body.num_logprobs, "prompt_logprobs": body.num_prompt_logprobs}
+    if body.vllm_xargs is not None:
+        given["extra_args"] = body.vllm_xargs
     if body.top_k is not None:
         # More tokens than any vocabulary has are all tokens.
         given["top_k"] = min(body.top_k, MAX_TOKEN_ID)
