@@ -282,6 +282,7 @@ def test_public_names_of_quire_are_pinned_and_exist() -> None:
     assert quire.__all__ == [
         "LLM",
         "AsyncEngine",
+        "BeamSearchParams",
         "CompletionOutput",
         "RequestOutput",
         "SamplingParams",

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quire.beam_search import BeamSearchParams as BeamSearchParams
     from quire.hooks.hookspecs import hookimpl as hookimpl
     from quire.llm import LLM as LLM
     from quire.request import CompletionOutput as CompletionOutput
@@ -25,12 +26,14 @@ _HOMES = {
     "SamplingParams": "quire.request",
     "RequestOutput": "quire.request",
     "CompletionOutput": "quire.request",
+    "BeamSearchParams": "quire.beam_search",
     "hookimpl": "quire.hooks.hookspecs",
 }
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",

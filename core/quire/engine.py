@@ -146,6 +146,12 @@ class Engine:
 
     def _check_extra_args(self, params: SamplingParams) -> None:
         """Refuse arguments of logits processors that are not loaded, or that refuse them."""
+        if params.beam_search is not None and self._processors:
+            raise RequestError(
+                f"beam search does not go through logits processors, and these are loaded: "
+                f"{', '.join(self._processors)}; start without --logits-processors.",
+                parameter="beam_search",
+            )
         for name, arguments in params.extra_args.items():
             if name not in self._processors:
                 loaded = ", ".join(self._processors) or "none"

@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from quire.beam_search import BeamSearchOutput, BeamSearchParams
 from quire.config import EngineConfig
 from quire.engine import Engine
 from quire.errors import RequestError
 from quire.frontend import Frontend
 from quire.request import FinishReason, Request, RequestOutput, SamplingParams
+from quire.text.beam_outputs import to_beam_output
 from quire.text.input_processor import RenderedChat, prompt_text
 from quire.text.output_processor import Delta, OutputProcessor, Processed
 from quire.text.tokenizer import Tokenizer
@@ -94,6 +96,41 @@ class LLM:
         for prompt, own, rank in zip(items, params, priorities, strict=True):
             requests.append((self._request(prompt, own, rank), prompt_text(prompt)))
         return self._run(requests, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Any,
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Search the most likely continuations of one prompt or several, all at once.
+
+        At most `concurrency_limit` prompts at a time, where it is given. What is found for a
+        prompt whose row failed is empty, with a warning.
+        Raises: RequestError before a search runs that cannot be served.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(
+                f"params is a {type(params).__name__}; allowed: BeamSearchParams.",
+                parameter="params",
+            )
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise RequestError(
+                f"concurrency_limit is {concurrency_limit}; allowed: None, or numbers from 1.",
+                parameter="concurrency_limit",
+            )
+        items, values = _as_list(prompts), SamplingParams(**params.sampling_values())
+        size = concurrency_limit or max(len(items), 1)
+        found = [
+            output
+            for begin in range(0, len(items), size)
+            for output in self.generate(
+                items[begin : begin + size], values, use_tqdm, lora_request=lora_request
+            )
+        ]
+        return [to_beam_output(output, params, self.frontend.tokenizer) for output in found]
 
     def chat(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 from attrs import Factory, define, evolve, field, fields, frozen, setters
 
 from quire import request_checks as checks
+from quire.beam_search import BeamOptions, to_beam_options
 from quire.errors import RequestError
 
 MAX_N = 128
@@ -155,6 +156,7 @@ class SamplingParams:
     `best_of` sequences are generated, and the `n` of the highest cumulative log-probability
     returned. `bad_words` are not said, neither within a word nor after a space; their tokens
     are looked for in what was generated. `truncate_prompt_tokens` keeps the prompt's last ones.
+    With `beam_search` the `n` best sequences of a search are returned, all at its end.
 
     Raises: RequestError, naming the field, the value and what is allowed.
     """
@@ -217,6 +219,7 @@ class SamplingParams:
     )
     structured_outputs: Mapping[str, Any] | None = _not_yet("structured_outputs", None)
     extra_args: Mapping[str, Any] = field(factory=dict, converter=_to_mapping)
+    beam_search: BeamOptions | None = field(default=None, converter=to_beam_options)
 
     def __attrs_post_init__(self) -> None:
         _check_together(**{name: getattr(self, name) for name in _TOGETHER})
@@ -224,7 +227,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken each time; so small a temperature rounds to it."""
-        return self.temperature < 1e-5
+        return self.temperature < 1e-5 or self.beam_search is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -234,6 +237,11 @@ class SamplingParams:
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
         )
+
+    @property
+    def num_side_by_side(self) -> int:
+        """How many sequences run at once: those to return, or the beams."""
+        return self.n if self.beam_search is None else self.beam_search.beam_width
 
     @property
     def num_sequences(self) -> int:

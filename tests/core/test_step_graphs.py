@@ -84,6 +84,7 @@ WISHES: dict[str, dict[str, Any]] = {
     "log-probabilities": {"logprobs": 2},
     "of the prompt too": {"prompt_logprobs": 1},
     "a least length": {"min_tokens": 6},
+    "a beam search": {"n": 2, "beam_search": {"beam_width": 3}},
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},

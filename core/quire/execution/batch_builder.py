@@ -13,6 +13,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from quire.execution.adjustments import to_device
 from quire.execution.block_tables import BlockTables, Ints
 from quire.execution.staging import Staging
 from quire.interfaces.attention import BatchLimits
@@ -114,6 +115,17 @@ class BatchBuilder:
             row = self.row_of[sequence_id]
             for group, block_ids in enumerate(new_blocks):
                 self.tables.append(group, row, block_ids)
+        for sequence_id, changes in output.table_changes.items():
+            for group, begin, block_ids in changes:
+                self.tables.change(group, self.row_of[sequence_id], begin, block_ids)
+        if output.chosen_token_ids:
+            self._choose(output.chosen_token_ids)
+
+    def _choose(self, chosen: dict[int, int]) -> None:
+        """Replace the last tokens of beams, which their search chose."""
+        rows = [self.row_of[sequence_id] for sequence_id in chosen]
+        given = to_device([rows, list(chosen.values())], torch.int32, str(self.device))
+        self.last_tokens.index_copy_(0, given[0].long(), given[1])
 
     def _add(self, added: AddedSequence) -> None:
         row = added.row

@@ -58,6 +58,11 @@ class BlockTables:
         if not self._shares_memory:
             self._changes[group].append((row * table.shape[1] + begin, block_ids))
 
+    def change(self, group: int, row: int, begin: int, block_ids: list[int]) -> None:
+        """Let a row's table be these blocks from a place on."""
+        self._lens[group, row] = begin
+        self.append(group, row, block_ids)
+
     def slots(self, group: int, rows: Ints, positions: Ints) -> Ints:
         """Return the slot of each token: of its row's table, at its position."""
         size = np.int32(self.block_sizes[group])

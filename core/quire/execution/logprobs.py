@@ -104,10 +104,13 @@ class LogprobRows:
 
     def add(self, added: AddedSequence) -> None:
         """Take over what a sequence asks for that takes a row."""
-        if added.params.logprobs is None:
+        num_top = added.params.logprobs
+        if added.num_candidates:
+            num_top = max(num_top or 0, added.num_candidates)
+        if num_top is None:
             self._num_top.pop(added.row, None)
         else:
-            self._num_top[added.row] = added.params.logprobs
+            self._num_top[added.row] = num_top
 
     def asks(self, rows: list[int]) -> bool:
         """Whether any of these rows wants log-probabilities."""

@@ -8,6 +8,7 @@ from quire.config import SchedulerOptions
 from quire.errors import RequestError
 from quire.request import Request
 from quire.scheduling.block_manager import BlockManager
+from quire.scheduling.sequence import Sequence
 
 
 class Admission:
@@ -25,6 +26,20 @@ class Admission:
         self._blocks = block_manager
         self._max_model_len = max_model_len
         self._clock = clock
+        assert options.max_num_batched_tokens is not None, "the start knows how many pay"
+        self._max_width = min(options.max_num_seqs, options.max_num_batched_tokens)
+
+    def sequences(self, request: Request, first_id: int) -> list[Sequence]:
+        """Return a request's sequences as they stand; of a beam search the first one alone.
+
+        Raises: RequestError where they can never be computed.
+        """
+        max_num_tokens, rank = self.max_num_tokens(request), self.rank(request)
+        n = request.params.n if request.params.beam_search is None else 1
+        found = [Sequence(first_id + i, request, i, max_num_tokens) for i in range(n)]
+        for sequence in found:
+            sequence.standing = (rank, sequence.sequence_id)
+        return found
 
     def max_num_tokens(self, request: Request) -> int:
         """Return how long a sequence of the request may become, its prompt included.
@@ -47,6 +62,8 @@ class Admission:
                 parameter="max_tokens",
             )
         max_num_tokens = min(num_prompt_tokens + request.max_tokens, self._max_model_len)
+        if request.params.beam_search is not None:
+            self._check_beams(request.params.beam_search.beam_width, request, max_num_tokens)
         if not self._blocks.can_ever_fit(max_num_tokens):
             raise RequestError(
                 f"prompt and max_tokens come to {max_num_tokens} tokens, more than the whole KV "
@@ -54,6 +71,22 @@ class Admission:
                 parameter="max_tokens",
             )
         return max_num_tokens
+
+    def _check_beams(self, width: int, request: Request, max_num_tokens: int) -> None:
+        """Refuse a search whose beams cannot all run side by side. Raises: RequestError."""
+        if width > self._max_width:
+            raise RequestError(
+                f"the beam width is {width}, but a step has room for {self._max_width} sequences. "
+                f"Lower it (over HTTP it is best_of, or n) or raise --max-num-seqs.",
+                parameter="beam_width",
+            )
+        num_shared = len(request.prompt_token_ids)
+        if not self._blocks.can_ever_fit(max_num_tokens, num_beams=width, num_shared=num_shared):
+            raise RequestError(
+                f"{width} beams of {max_num_tokens} tokens are more than the whole KV cache "
+                f"holds. Lower max_tokens or the beam width, or raise --kv-cache-memory-bytes.",
+                parameter="max_tokens",
+            )
 
     def rank(self, request: Request) -> int:
         """Return how the request stands, lower is better; arrival order decides among equals.

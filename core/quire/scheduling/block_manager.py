@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import NamedTuple
 
 from quire.errors import ConfigError
@@ -66,11 +67,12 @@ class BlockManager:
         """Share of the blocks that some table names, in the fullest group, from 0 to 1."""
         return max(1 - pool.num_free / pool.num_usable for pool in self.pools)
 
-    def can_ever_fit(self, num_tokens: int) -> bool:
-        """Whether one sequence of this length fits when nothing else is there."""
+    def can_ever_fit(self, num_tokens: int, *, num_beams: int = 1, num_shared: int = 0) -> bool:
+        """Whether beams of this length that share `num_shared` tokens fit when all is free."""
+        counts = zip(self._blocks_for(num_tokens), self._block_sizes, self.pools, strict=True)
         return all(
-            blocks <= pool.num_usable
-            for blocks, pool in zip(self._blocks_for(num_tokens), self.pools, strict=True)
+            num_beams * (blocks - num_shared // size) + num_shared // size <= pool.num_usable
+            for blocks, size, pool in counts
         )
 
     def admit(self, sequence: Sequence, *, headroom: int = 0) -> bool:
@@ -114,6 +116,33 @@ class BlockManager:
             pool.share(table)
         self._start(child, num_computed_tokens=num_computed_tokens)
         child.cache_epoch = parent.cache_epoch
+
+    def fork_all(
+        self, parent: Sequence, child: Sequence, *, num_computed_tokens: int
+    ) -> list[tuple[int, int, int]] | None:
+        """Fork, and reserve blocks for all of the child's tokens; return the copies to do.
+
+        None: too few blocks, and nothing changed.
+        """
+        self.fork(parent, child, num_computed_tokens=num_computed_tokens)
+        reservation = self.reserve(child, child.num_tokens)
+        if reservation is None:
+            self.give_back(self.detach(child))
+            return None
+        return reservation.copies
+
+    def follow(self, child: Sequence, parent: Sequence) -> list[int]:
+        """Let a sequence give up its blocks, which no step in flight names, for the parent's.
+
+        Returns from which block on its table differs from what it was, by group.
+        """
+        before = self.detach(child)
+        self.fork(parent, child, num_computed_tokens=parent.num_computed_tokens)
+        self.give_back(before)
+        return [
+            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+            for old, new in zip(before, child.block_tables, strict=True)
+        ]
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> Reservation | None:
         """Make the positions from `num_computed_tokens` up to `num_tokens` writable.

@@ -27,6 +27,7 @@ class AddedSequence:
     """A sequence that takes a row: new, or resumed after a preemption.
 
     `block_tables` holds one list of block ids a group. `token_ids` are all that the host knows.
+    A beam gives so many of its most likely tokens as `num_candidates`; 0: it is none.
     """
 
     sequence_id: int
@@ -40,6 +41,7 @@ class AddedSequence:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
+    num_candidates: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
@@ -50,6 +52,8 @@ class SchedulerOutput:
     `num_scheduled_tokens` is in the order of the batch: sequences with one token come first.
     `new_block_ids[sequence_id]` are one list a group, appended to its tables before the step.
     `block_copies` are (group, source, destination), done before the step's forward pass.
+    `table_changes[sequence_id]` are (group, place, block ids): from that place on a beam's table is
+    these. `chosen_token_ids[sequence_id]` stands for the token that was sampled last for a beam.
     `finished` and `preempted` give their rows back before `added` and `resumed` take theirs.
     """
 
@@ -60,6 +64,8 @@ class SchedulerOutput:
     preempted: list[int] = Factory(list)
     new_block_ids: dict[int, list[list[int]]] = Factory(dict)
     block_copies: list[tuple[int, int, int]] = Factory(list)
+    table_changes: dict[int, list[tuple[int, int, list[int]]]] = Factory(dict)
+    chosen_token_ids: dict[int, int] = Factory(dict)
     num_scheduled_tokens: dict[int, int] = Factory(dict)
     samples: set[int] = field(factory=set)
 
@@ -73,8 +79,8 @@ class SchedulerOutput:
 class StepResult:
     """What the runner gives back for one step: sampled tokens and failed rows, by sequence id.
 
-    `logprobs` are of the sampled tokens, `prompt_logprobs` of the prompt's tokens that this
-    step's logits foretell; only of sequences that ask for them.
+    `logprobs` are of the sampled tokens, a beam's with its candidates, `prompt_logprobs` of the
+    prompt's tokens that this step's logits foretell; only of sequences that ask for them.
     """
 
     step_id: int

@@ -13,14 +13,17 @@ from quire.config import SchedulerOptions
 from quire.errors import RequestError
 from quire.request import FinishReason, Request, SequenceUpdate
 from quire.scheduling.admission import Admission
+from quire.scheduling.beams import Beams
 from quire.scheduling.block_manager import BlockManager
 from quire.scheduling.logprobs import add_logprobs
 from quire.scheduling.output import SchedulerOutput, StepResult
 from quire.scheduling.queues import SequenceList, WaitingQueue
 from quire.scheduling.sequence import Sequence, SequenceStatus
 from quire.scheduling.step import Step
+from quire.scheduling.updates import end_of, failed_update, last_update
 
 FINISHED = SequenceStatus.FINISHED
+PARKED = SequenceStatus.PARKED
 PREEMPTED = SequenceStatus.PREEMPTED
 RUNNING = SequenceStatus.RUNNING
 
@@ -53,6 +56,9 @@ class Scheduler:
         self._in_flight: deque[Step] = deque()
         self._next_sequence_id = 0
         self._next_step_id = 1
+        self._beams = Beams(
+            block_manager, self._waiting, self._requests, self._preempt, self._finish
+        )
 
     @property
     def num_running(self) -> int:
@@ -85,13 +91,9 @@ class Scheduler:
                 f"request id {request.request_id!r} is in use; give each request its own.",
                 parameter="request_id",
             )
-        max_num_tokens = self._admission.max_num_tokens(request)
-        rank = self._admission.rank(request)
-        first_id, n = self._next_sequence_id, request.params.n
-        sequences = [Sequence(first_id + i, request, i, max_num_tokens) for i in range(n)]
-        for sequence in sequences:
-            sequence.standing = (rank, sequence.sequence_id)
-        self._next_sequence_id += n
+        sequences = self._admission.sequences(request, self._next_sequence_id)
+        self._next_sequence_id += request.params.num_side_by_side
+        self._beams.begin(sequences[0])
         self._requests[request.request_id] = sequences
         self._waiting.add_family(list(sequences))
 
@@ -104,9 +106,10 @@ class Scheduler:
         """End one sequence for a reason found outside, such as a stop string.
 
         No update follows: later tokens are discarded. One that has ended already is no error.
+        What a beam search found ended with it.
         """
         for sequence in self._requests.get(request_id, ()):
-            if sequence.index == index:
+            if sequence.index == index and sequence.beams is None:
                 self._finish(sequence, reason)
                 return
 
@@ -114,7 +117,7 @@ class Scheduler:
         if sequence.status is RUNNING:
             self._finished_ids.append(sequence.sequence_id)
             self._stop_running(sequence)
-        else:
+        elif sequence.status is not PARKED:
             self._waiting.remove(sequence)
         sequence.status = FINISHED
         sequence.finish_reason = reason
@@ -135,8 +138,11 @@ class Scheduler:
             self._admit_waiting(step)
         for sequence in step.prompts_done:
             self._waiting.release_siblings_of(sequence)
+        if step.is_empty and not self._in_flight:
+            self._make_way(step)
         if step.is_empty:
             return None
+        self._beams.tell(step)
         self._next_step_id += 1
         self._in_flight.append(step)
         output = step.to_output(finished=self._finished_ids, preempted=self._preempted_ids)
@@ -167,9 +173,13 @@ class Scheduler:
         """Schedule a running sequence that needs a block, has many tokens, or may not go on."""
         if sequence.status is not RUNNING or sequence.is_drained:
             return
+        if sequence.beams is not None and sequence.num_in_flight_tokens:
+            return  # its next token is chosen when all beams have come as far
         num_new = min(sequence.num_tokens - sequence.num_computed_tokens, step.num_spare_tokens)
         end = sequence.num_computed_tokens + num_new
-        if end <= sequence.num_reserved_tokens or self._find_blocks(sequence, end, step):
+        # Beams share blocks anew after each step.
+        has_blocks = end <= sequence.num_reserved_tokens and sequence.beams is None
+        if has_blocks or self._find_blocks(sequence, end, step):
             self._take_tokens(sequence, end, step)
 
     def _take_tokens(self, sequence: Sequence, end: int, step: Step) -> None:
@@ -182,6 +192,9 @@ class Scheduler:
             step.unfinished_chunks.append((sequence, end))
             return
         sequence.num_tokens += 1
+        if sequence.beams is not None:
+            step.beams.append(sequence)
+            return
         sequence.steady_until = min(sequence.num_reserved_tokens, sequence.max_num_tokens - 1)
         step.sampled.append(sequence)
         if self._waiting.has_siblings_of(sequence):
@@ -201,13 +214,13 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        step.add_blocks(sequence, reservation)
+        self._beams.add_blocks(sequence, reservation, step)
         return True
 
     def _blocks_are_coming_back(self) -> bool:
         """Whether a step in flight frees blocks when it is collected: better wait than preempt."""
         return any(step.releases for step in self._in_flight) or any(
-            sequence.is_drained for sequence in self._running
+            sequence.is_drained and not self._beams.waits(sequence) for sequence in self._running
         )
 
     def _choose_victim(self, needy: Sequence) -> Sequence:
@@ -228,7 +241,8 @@ class Scheduler:
         sequence.status = PREEMPTED
         sequence.num_computed_tokens = 0
         sequence.preempted_in_step = self._in_flight[-1].step_id if self._in_flight else 0
-        self._waiting.add(sequence)
+        if not self._beams.parks(sequence):
+            self._waiting.add(sequence)
         self._waiting.release_siblings_of(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
@@ -238,12 +252,23 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         sequence.row = None
         sequence.steady_until = 0
+        self._beams.forget(sequence)
         tables = self._blocks.detach(sequence)
         if self._in_flight:
             # Every step in flight may read these blocks, also as the source of a copy.
             self._in_flight[-1].releases.append(tables)
         else:
             self._blocks.give_back(tables)
+
+    def _make_way(self, step: Step) -> None:
+        """Let the best standing beam get on where beams wait for others that have no room."""
+        self._admit_waiting(step)
+        while step.is_empty and (needy := self._waiting.first()) is not None:
+            others = [s for s in self._running if s.request is not needy.request]
+            if not others:
+                return
+            self._preempt(others[-1])
+            self._admit_waiting(step)
 
     # Waiting sequences are admitted
 
@@ -261,6 +286,8 @@ class Scheduler:
         if sequence.status is PREEMPTED:
             if self._is_in_flight(sequence):
                 return False
+            if (found := self._beams.find_parent(sequence, step)) is not None:
+                return self._share(*found, sequence, step)
             # One block for each running sequence stays free, or it would soon be preempted again.
             return self._blocks.admit(sequence, headroom=len(self._running))
         if not sequence.token_ids:
@@ -284,14 +311,16 @@ class Scheduler:
 
     def _fork(self, parent: Sequence, child: Sequence, step: Step) -> bool:
         """Share the parent's prompt; its last token is computed again to get logits of its own."""
-        self._blocks.fork(parent, child, num_computed_tokens=child.num_prompt_tokens - 1)
-        reservation = self._blocks.reserve(child, child.num_prompt_tokens)
-        if reservation is None:
-            self._blocks.give_back(self._blocks.detach(child))
-            return False
         child.num_cached_tokens = parent.num_cached_tokens
-        step.block_copies.extend(reservation.copies)
-        return True
+        return self._share(parent, child.num_prompt_tokens - 1, child, step)
+
+    def _share(self, parent: Sequence, num_shared: int, child: Sequence, step: Step) -> bool:
+        """Share what the parent computed up to there, with blocks for the rest."""
+        if num_shared < child.num_prompt_tokens - 1:
+            return False  # a beam that was resumed has not come as far again
+        copies = self._blocks.fork_all(parent, child, num_computed_tokens=num_shared)
+        step.add_copies(copies or ())
+        return copies is not None
 
     def _start_running(self, sequence: Sequence, step: Step) -> None:
         """Give a sequence that has its blocks a row and its first tokens of this step."""
@@ -342,6 +371,8 @@ class Scheduler:
         updates.extend(self._update_chunks(step, errors))
         if result.logprobs or result.prompt_logprobs:
             add_logprobs(step, result, updates)
+        if step.beams:
+            updates += self._beams.update(step, result)
         for tables in step.releases:
             self._blocks.give_back(tables)
         return updates
@@ -359,32 +390,11 @@ class Scheduler:
         return failed
 
     def _end_or_go_on(self, sequence: Sequence, token_id: int) -> SequenceUpdate:
-        """Return the update for a token that may be the last one."""
-        request = sequence.request
-        num_generated = len(sequence.token_ids) - sequence.num_prompt_tokens
-        reason = None
-        if token_id in request.stop_token_ids and num_generated >= request.params.min_tokens:
-            reason = FinishReason.STOP
-        elif len(sequence.token_ids) == sequence.max_num_tokens:
-            reason = FinishReason.LENGTH
+        reason = end_of(sequence, token_id)
         if reason is not None:
             self._finish(sequence, reason)
-        is_users = reason is FinishReason.STOP and token_id not in request.eos_token_ids
-        return SequenceUpdate(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            token_ids=(token_id,),
-            finish_reason=reason,
-            stop_reason=token_id if is_users else None,
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+        return last_update(sequence, token_id, reason)
 
     def _fail(self, sequence: Sequence, errors: dict[int, str]) -> SequenceUpdate:
         self._finish(sequence, FinishReason.ERROR)
-        return SequenceUpdate(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            finish_reason=FinishReason.ERROR,
-            error=errors[sequence.sequence_id],
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+        return failed_update(sequence, errors[sequence.sequence_id])

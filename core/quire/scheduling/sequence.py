@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import enum
 import sys
+from typing import TYPE_CHECKING
 
 from quire.request import FinishReason, Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from quire.scheduling.beams import BeamGroup
 
 NEVER = sys.maxsize
 
@@ -17,6 +21,7 @@ class SequenceStatus(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"  # has a row and blocks
     PREEMPTED = "preempted"  # waits again: its blocks were needed by a better standing
+    PARKED = "parked"  # a beam without a row, whose next token depends on its siblings
     FINISHED = "finished"
 
 
@@ -31,6 +36,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "beams",
         "block_tables",
         "cache_epoch",
         "digests",
@@ -69,6 +75,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.standing = (0, sequence_id)  # lower is served first and preempted last
         self.finish_reason: FinishReason | None = None
+        self.beams: BeamGroup | None = None  # its request's, in a beam search
         self.parent: Sequence | None = None  # whose blocks it may share; forgotten once admitted
 
         self.token_ids: list[int] = []  # prompt and collected tokens; filled when first admitted

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from quire.scheduling.beam_search import num_candidates
 from quire.scheduling.block_manager import BlockTables, Reservation
 from quire.scheduling.output import AddedSequence, SchedulerOutput
 from quire.scheduling.sequence import Sequence
@@ -13,7 +16,9 @@ class Step:
     __slots__ = (
         "added",
         "admits",
+        "beams",
         "block_copies",
+        "chosen_token_ids",
         "chunks",
         "new_block_ids",
         "num_spare_tokens",
@@ -23,6 +28,7 @@ class Step:
         "sampled",
         "singles",
         "step_id",
+        "table_changes",
         "unfinished_chunks",
     )
 
@@ -36,10 +42,13 @@ class Step:
         self.resumed: list[AddedSequence] = []
         self.new_block_ids: dict[int, list[list[int]]] = {}
         self.block_copies: list[tuple[int, int, int]] = []
+        self.chosen_token_ids: dict[int, int] = {}
+        self.table_changes: dict[int, list[tuple[int, int, list[int]]]] = {}
         self.prompts_done: list[Sequence] = []  # whose siblings may fork from the next step on
 
         # Read when the step is collected.
         self.sampled: list[Sequence] = []  # get a token
+        self.beams: list[Sequence] = []  # say what their next tokens may be
         self.unfinished_chunks: list[tuple[Sequence, int]] = []  # computed up to here, no token
         self.releases: list[BlockTables] = []  # blocks that wait for this step
 
@@ -68,6 +77,7 @@ class Step:
             params=request.params,
             seed=request.seed,
             stop_token_ids=request.stop_token_ids,
+            num_candidates=0 if sequence.beams is None else num_candidates(request),
             bad_words_token_ids=request.bad_words_token_ids,
         )
         (self.added if is_new else self.resumed).append(added)
@@ -77,8 +87,16 @@ class Step:
         assert not reservation.copies, f"{sequence} runs and writes to a shared block"
         self.new_block_ids[sequence.sequence_id] = reservation.new_block_ids
 
+    def add_copies(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy blocks before the step: all at once, so none is copied from another's copy."""
+        origins = {(group, copy): source for group, source, copy in self.block_copies}
+        for group, source, copy in copies:
+            self.block_copies.append((group, origins.get((group, source), source), copy))
+
     def to_output(self, *, finished: list[int], preempted: list[int]) -> SchedulerOutput:
         """Return the difference for the runner; sequences with one token come first."""
+        samples = {sequence.sequence_id for sequence in self.sampled}
+        samples.update([beam.sequence_id for beam in self.beams])
         return SchedulerOutput(
             step_id=self.step_id,
             added=self.added,
@@ -87,6 +105,8 @@ class Step:
             preempted=preempted,
             new_block_ids=self.new_block_ids,
             block_copies=self.block_copies,
+            table_changes=self.table_changes,
+            chosen_token_ids=self.chosen_token_ids,
             num_scheduled_tokens={**self.singles, **self.chunks},
-            samples={sequence.sequence_id for sequence in self.sampled},
+            samples=samples,
         )

@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 
 from quire.errors import RequestError
 from quire.request import Request, SamplingParams
+from quire.text.beam_checks import check_beam_search
 from quire.text.json_files import shorten
 from quire.text.token_bans import bad_words_token_ids, check_tokens_left
 from quire.text.tokenizer import Tokenizer
@@ -99,6 +100,7 @@ class InputProcessor:
         room = self._limits.max_model_len - len(token_ids)
         eos = frozenset() if params.ignore_eos else self._eos
         stops = eos | frozenset(params.stop_token_ids)
+        check_beam_search(params, vocab_size=self._limits.vocab_size, num_stops=len(stops))
         bad_words = bad_words_token_ids(params.bad_words, self._tokenizer)
         check_tokens_left(params, bad_words, stops, self._limits.vocab_size)
         chooses = params.num_sequences > params.n

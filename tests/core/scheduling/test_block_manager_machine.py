@@ -62,7 +62,7 @@ class Live:
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
-    """Admits, computes, forks, preempts, frees, evicts and resets; every read is compared."""
+    """Admits, computes, forks, follows, preempts, frees, evicts, resets; compares every read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,6 +132,24 @@ class BlockManagerMachine(RuleBasedStateMachine):
         child = self._sequence(tokens, parent.sequence.request.cache_salt)
         self.manager.fork(parent.sequence, child, num_computed_tokens=shared)
         self.live.append(Live(child, parent.root))
+
+    @precondition(lambda self: len(self.live) > 1)
+    @rule(data=st.data(), token_id=st.sampled_from([0, 1]))
+    def follow(self, data: st.DataObject, token_id: int) -> None:
+        """Let a sequence give up what it has and go on from where another stands, as beams do."""
+        child, parent = data.draw(st.permutations(self.live))[:2]
+        old, new = child.sequence, parent.sequence
+        if old.request.cache_salt != new.request.cache_salt:
+            return
+        before = [list(table) for table in old.block_tables]
+        first = self.manager.follow(old, new)
+        for was, now, begin in zip(before, old.block_tables, first, strict=True):
+            assert was[:begin] == now[:begin]
+            assert was[begin : begin + 1] != now[begin : begin + 1] or begin >= len(was)
+        old.token_ids = [*new.token_ids, token_id]
+        old.num_tokens = len(old.token_ids)
+        old.digests = [list(chain) for chain in new.digests]
+        child.root = parent.root
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), how=st.sampled_from(["ends", "ends in flight", "is preempted"]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from quire.errors import RequestError
 from quire.request_checks import MAX_BAD_WORD_CHARS, MAX_BAD_WORDS, MAX_TOKEN_IDS
 
 MAX_TOKENS = 2**24
@@ -120,6 +121,10 @@ Penalty = Annotated[float, Meta(ge=-2, le=2, description="numbers from -2 to 2")
 RepetitionPenalty = Annotated[
     float, Meta(ge=0.001, le=1000, description="numbers from 0.001 to 1000")
 ]
+LengthPenalty = Annotated[float, Meta(ge=-10, le=10, description="numbers from -10 to 10")]
+EarlyStopping = Annotated[
+    bool | Literal["never"], Meta(description='true, false or "never"; of beam searches')
+]
 ExtraArguments = Annotated[
     dict[str, Any],
     Meta(max_length=MAX_PROCESSORS, description="arguments by the name of a logits processor"),
@@ -145,3 +150,8 @@ FunctionName = Annotated[
         description=f"1 to {MAX_NAME_CHARS} letters, digits and _ . -",
     ),
 ]
+
+
+def conflict(name: str, fact: str) -> RequestError:
+    """Return the error for a field that does not fit to another."""
+    return RequestError(f"{name} {fact}.", parameter=name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from quire.errors import RequestError
 from quire.request import SamplingParams
 from quire.server.protocol import fields as f
+from quire.server.protocol.beams import check_beams
+from quire.server.protocol.fields import conflict as conflict
 from quire.server.protocol.sampling import sampling_params
 
 
@@ -59,6 +60,9 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     priority: f.Integer64 | None = None
     cache_salt: f.CacheSalt | None = None
     request_id: f.RequestId | None = None
+    use_beam_search: f.Flag | None = None
+    length_penalty: f.LengthPenalty | None = None
+    early_stopping: f.EarlyStopping | None = None
 
     metadata: f.Metadata | None = None
     store: f.Flag | None = None
@@ -68,7 +72,6 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     safety_identifier: f.Ignored | None = None
     user: f.Ignored | None = None
 
-    use_beam_search: Literal[False] | None = None
     guided_json: f.Refused = None
     guided_regex: f.Refused = None
     guided_choice: f.Refused = None
@@ -76,7 +79,6 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     structured_outputs: f.Refused = None
     prompt_embeds: f.Refused = None
     logits_processors: f.Refused = None
-    length_penalty: f.Refused = None
     kv_transfer_params: f.Refused = None
     moderation: f.Refused = None
     prompt_cache_options: f.Refused = None
@@ -106,6 +108,7 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
             raise conflict("stream_options", "needs stream; set stream to true or leave it out")
         if self.prompt_logprobs is not None and self.stream:
             raise conflict("prompt_logprobs", "cannot be streamed; set stream to false")
+        check_beams(self)
         if self.extra_args is not None and self.vllm_xargs is not None:
             raise conflict("vllm_xargs", "is the same as extra_args; give one of them")
         check_size("extra_args", self.extra_args or self.vllm_xargs)
@@ -141,8 +144,3 @@ def check_size(name: str, given: Any) -> None:
             if count > f.MAX_TEMPLATE_VALUES:
                 raise conflict(name, f"has too many values; allowed: {f.MAX_TEMPLATE_VALUES}")
             todo.extend(inner)
-
-
-def conflict(name: str, fact: str) -> RequestError:
-    """Return the error for a field that does not fit to another."""
-    return RequestError(f"{name} {fact}.", parameter=name)

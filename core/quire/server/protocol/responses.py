@@ -109,6 +109,9 @@ class ResponsesRequest(
     parallel_tool_calls: f.Flag | None = None
 
     prompt_logprobs: f.Refused = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: f.Refused = None
+    early_stopping: f.Refused = None
     previous_response_id: f.Refused = None
     conversation: f.Refused = None
     max_tool_calls: f.Refused = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import RequestError
 from quire.request import SamplingParams
+from quire.server.protocol.beams import beam_values
 from quire.server.protocol.fields import MAX_TOKEN_ID
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def sampling_values(body: GenerationBody, defaults: Mapping[str, Any]) -> dict[s
         values["max_tokens"] = length
     else:
         values.setdefault("max_tokens", None)
-    return values
+    return beam_values(body, values) if body.use_beam_search else values
 
 
 def sampling_params(body: GenerationBody, defaults: Mapping[str, Any]) -> SamplingParams:
