@@ -15,7 +15,7 @@ from quire.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from quire.scheduling.beam_search import BeamSearch, Hypothesis, Move
 from quire.scheduling.block_manager import BlockManager, Reservation
 from quire.scheduling.output import StepResult
-from quire.scheduling.queues import WaitingQueue
+from quire.scheduling.queues import SequenceList, WaitingQueue
 from quire.scheduling.sequence import Sequence, SequenceStatus
 from quire.scheduling.step import Step
 
@@ -108,6 +108,14 @@ class Beams:
     def waits(self, sequence: Sequence) -> bool:
         """Whether a beam has said what its next token may be and waits for the others."""
         return sequence.beams is not None and sequence.beams.has_result(sequence)
+
+    def in_the_way(self, running: SequenceList) -> Sequence | None:
+        """Return the worst standing that runs beside the request of the first one that waits."""
+        needy = self._waiting.first()
+        if needy is None:
+            return None
+        others = [sequence for sequence in running if sequence.request is not needy.request]
+        return others[-1] if others else None
 
     def parks(self, sequence: Sequence) -> bool:
         """Whether a beam that was preempted waits for the others, not for blocks."""

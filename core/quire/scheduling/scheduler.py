@@ -263,11 +263,8 @@ class Scheduler:
     def _make_way(self, step: Step) -> None:
         """Let the best standing beam get on where beams wait for others that have no room."""
         self._admit_waiting(step)
-        while step.is_empty and (needy := self._waiting.first()) is not None:
-            others = [s for s in self._running if s.request is not needy.request]
-            if not others:
-                return
-            self._preempt(others[-1])
+        while step.is_empty and (victim := self._beams.in_the_way(self._running)) is not None:
+            self._preempt(victim)
             self._admit_waiting(step)
 
     # Waiting sequences are admitted
