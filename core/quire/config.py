@@ -279,6 +279,7 @@ class PluginOptions:
     model_implementation: str = text_setting("auto", "model plugin by name")
     sampler: str = text_setting("auto", "sampler plugin by name")
     logits_processors: tuple[str, ...] = names_setting("logits processors to load, by name")
+    grammar_backend: str = text_setting("auto", "grammar engine by name")
     disable_plugin: tuple[str, ...] = names_setting(
         "plugins that are not loaded, by entry-point name"
     )

@@ -17,6 +17,7 @@ from quire.scheduling.block_manager import BlockManager
 from quire.scheduling.output import SchedulerOutput, StepResult
 from quire.scheduling.scheduler import Scheduler
 from quire.start import Starter
+from quire.structured.engine_grammars import EngineGrammars
 
 
 @define
@@ -55,6 +56,13 @@ class Engine:
         starter = Starter(prepared)
         self._processors = starter.processors
         self.runner, self.layout = starter.start()
+        self._grammars = EngineGrammars(
+            backend=None if prepared.grammar is None else prepared.grammar.name,
+            folder=prepared.tokenizer_folder,
+            vocab_size=prepared.model_config.vocab_size,
+            registry=prepared.registry,
+        )
+        self.runner.grammars.compile = self._grammars.compiled
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]
         size = self.layout.kv_size.num_blocks
@@ -79,6 +87,7 @@ class Engine:
         """Queue a request. Raises: RequestError where it can never be served."""
         self._check_alive()
         self._check_extra_args(request.params)
+        self._grammars.admit(request)
         self.scheduler.add_request(request)
 
     def abort(self, request_id: str) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
+from quire.constraints import StructuredOutputsParams
 from quire.errors import ConfigError
-from quire.execution.model_folder import find_folder
 from quire.phases import Phases
 from quire.preparation import Prepared, prepare
 from quire.request import SamplingParams
+from quire.structured.checker import GrammarChecker
+from quire.structured.compiler import GrammarSetup
 from quire.text.chat_template import DEFAULT, ChatTemplate
 from quire.text.generation_config import GenerationDefaults
 from quire.text.input_processor import InputProcessor, RenderedChat, RequestLimits
@@ -36,7 +38,7 @@ class Frontend:
         self.defaults = GenerationDefaults.from_folder(self.prepared.folder)
         self.warnings = [*self.prepared.warnings, *self.defaults.warnings]
         with self.prepared.phases.timed("tokenizer"):
-            self._tokenizer_folder = self._find_tokenizer()
+            self._tokenizer_folder = self.prepared.tokenizer_folder()
             self.tokenizer = self._open_tokenizer()
             self.template = self._open_template()
         self._callers_template: ChatTemplate | None = None
@@ -44,19 +46,9 @@ class Frontend:
         wanted = self.config.model.max_model_len
         own = self.prepared.model_config.max_model_len
         self.max_model_len = wanted if isinstance(wanted, int) else own
+        self._eos = self._end_tokens()
+        self._grammars = self._grammar_checker()
         self.inputs = self._input_processor(self.max_model_len)
-
-    def _find_tokenizer(self) -> Path:
-        options, registry = self.config.model, self.prepared.registry
-        if options.tokenizer is None:
-            return self.prepared.folder
-        return find_folder(
-            options.tokenizer,
-            revision=None,
-            bundled=registry.names("checkpoint"),
-            open_bundled=registry.checkpoint,
-            with_weights=False,
-        )
 
     def _open_tokenizer(self) -> Tokenizer | None:
         options = self.config.model
@@ -110,19 +102,48 @@ class Frontend:
             )
         return self.template
 
-    def _input_processor(self, max_model_len: int) -> InputProcessor:
+    def _end_tokens(self) -> frozenset[int]:
         model_config = self.prepared.model_config
-        eos = self.defaults.all_eos_token_ids(
+        found = self.defaults.all_eos_token_ids(
             config_eos=model_config.eos_token_ids,
             tokenizer_eos=None if self.tokenizer is None else self.tokenizer.eos_token_id,
         )
+        # generation_config.json may name ids that the model does not have: they never come.
+        return frozenset(i for i in found if 0 <= i < model_config.vocab_size)
+
+    def _grammar_checker(self) -> GrammarChecker | str:
+        """Return what checks grammars, or why there is nothing."""
+        plugin = self.prepared.grammar
+        if plugin is None:
+            return f"no grammar engine can be used: {self.prepared.why_no_grammar}"
+        if self.tokenizer is None or not self._eos:
+            return "the checkpoint has no tokenizer, or no end token"
+        setup = GrammarSetup(
+            backend=plugin.name,
+            folder=self._tokenizer_folder,
+            vocab_size=self.prepared.model_config.vocab_size,
+            eos_token_ids=tuple(sorted(self._eos)),
+        )
+        return GrammarChecker(setup, self.prepared.registry.disabled)
+
+    def _input_processor(self, max_model_len: int) -> InputProcessor:
         limits = RequestLimits(
             max_model_len=max_model_len,
-            vocab_size=model_config.vocab_size,
-            eos_token_ids=eos,
+            vocab_size=self.prepared.model_config.vocab_size,
+            eos_token_ids=self._eos,
             has_priorities=self.config.scheduler.scheduling_policy == "priority",
         )
-        return InputProcessor(limits, tokenizer=self.tokenizer, seed=self.config.device.seed)
+        return InputProcessor(
+            limits,
+            tokenizer=self.tokenizer,
+            seed=self.config.device.seed,
+            check_grammar=self._check_grammar,
+        )
+
+    def _check_grammar(self, asked: StructuredOutputsParams) -> None:
+        if isinstance(self._grammars, str):
+            raise asked.error(f"cannot be honoured: {self._grammars.rstrip('.')}")
+        self._grammars.check(asked)
 
     def serve(self, max_model_len: int) -> None:
         """Take over the context length that the engine settled on."""
@@ -154,7 +175,9 @@ class Frontend:
         return self._callers_template
 
     def close(self) -> None:
-        """End the templates' child processes."""
+        """End the child processes of templates and grammars."""
+        if isinstance(self._grammars, GrammarChecker):
+            self._grammars.close()
         for template in (self.template, self._callers_template):
             if template is not None:
                 template.close()

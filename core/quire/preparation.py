@@ -19,6 +19,7 @@ from quire.execution.kv_format import is_scale, kv_format_of
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
 from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
 from quire.hooks.attention_choice import parts_asked_for
+from quire.hooks.grammars import select_grammar
 from quire.hooks.parser_choice import require_reasoning_parser, require_tool_call_parser
 from quire.hooks.registry import Registry, load_plugins
 from quire.hooks.selection import (
@@ -29,7 +30,7 @@ from quire.hooks.selection import (
 )
 from quire.interfaces.answer_parsing import ReasoningParser, ToolCallParser
 from quire.interfaces.model_config import ModelConfig
-from quire.interfaces.plugin import ModelPlugin, QuantizationPlugin, Selection
+from quire.interfaces.plugin import GrammarPlugin, ModelPlugin, QuantizationPlugin, Selection
 from quire.phases import Phases
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -48,9 +49,24 @@ class Prepared:
     quantization: QuantizationPlugin
     checkpoint: Checkpoint
     registry: Registry
+    grammar: GrammarPlugin | None = None
+    why_no_grammar: str = ""
     selections: list[Selection] = Factory(list)
     warnings: list[str] = Factory(list)
     phases: Phases = Factory(Phases)
+
+    def tokenizer_folder(self) -> Path:
+        """Return the folder with the tokenizer. Raises: ConfigError."""
+        wanted = self.config.model.tokenizer
+        if wanted is None:
+            return self.folder
+        return find_folder(
+            wanted,
+            revision=None,
+            bundled=self.registry.names("checkpoint"),
+            open_bundled=self.registry.checkpoint,
+            with_weights=False,
+        )
 
     def describe(self) -> str:
         """Return what is loaded, in a few words."""
@@ -93,6 +109,9 @@ def _prepare(config: EngineConfig) -> Prepared:
         quantization, quantization_choice = select_quantization(
             registry, config.plugins.quantization, _quant_method(raw, path)
         )
+    grammar, grammar_choice, why_no_grammar = select_grammar(
+        registry, config.plugins.grammar_backend
+    )
     # What is drawn at random needs no file.
     checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
@@ -108,7 +127,11 @@ def _prepare(config: EngineConfig) -> Prepared:
         quantization=quantization,
         checkpoint=checkpoint,
         registry=registry,
-        selections=[model_choice, quantization_choice],
+        grammar=grammar,
+        why_no_grammar=why_no_grammar,
+        selections=[
+            c for c in (model_choice, quantization_choice, grammar_choice) if c is not None
+        ],
         warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
     )
 

@@ -11,6 +11,7 @@ from attrs import Factory, define, evolve, field, fields, frozen, setters
 
 from quire import request_checks as checks
 from quire.beam_search import BeamOptions, to_beam_options
+from quire.constraints import StructuredOutputsParams, to_structured_outputs
 from quire.errors import RequestError
 
 MAX_N = 128
@@ -98,20 +99,6 @@ def _token_ids(_instance: object, attribute: Any, value: Any) -> None:
     for token_id in value:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise _fail(attribute.name, token_id, allowed)
-
-
-def _not_yet(name: str, neutral: Any) -> Any:
-    """A parameter of vLLM's that Quire does not honour yet: refused by name, never ignored."""
-
-    def check(_instance: object, _attribute: Any, value: Any) -> None:
-        is_empty = neutral is None and value is not None and value in ((), [], {})
-        if value != neutral and not is_empty:
-            raise RequestError(
-                f"{name} is not supported by this version of Quire; leave it at {neutral!r}.",
-                parameter=name,
-            )
-
-    return field(default=neutral, validator=check)
 
 
 _NUM_LOGPROBS = _integer(0, MAX_LOGPROBS, f"whole numbers from 0 to {MAX_LOGPROBS}", optional=True)
@@ -217,7 +204,9 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = field(
         default=None, validator=checks.truncate_prompt_tokens
     )
-    structured_outputs: Mapping[str, Any] | None = _not_yet("structured_outputs", None)
+    structured_outputs: StructuredOutputsParams | None = field(
+        default=None, converter=to_structured_outputs
+    )
     extra_args: Mapping[str, Any] = field(factory=dict, converter=_to_mapping)
     beam_search: BeamOptions | None = field(default=None, converter=to_beam_options)
 

@@ -94,17 +94,6 @@ def test_sampling_params_refuse_a_bad_value_by_name(name: str, value: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("structured_outputs", {"regex": "a"}),
-    ],
-)
-def test_sampling_params_refuse_by_name_what_is_not_honoured_yet(name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=f"{name} is not supported"):
-        SamplingParams(**{name: value})
-
-
-@pytest.mark.parametrize(
     "values",
     [
         {"bad_words": []},

@@ -53,7 +53,7 @@ def test_offline_counts_tokens_and_steps(folder: Path, capsys: pytest.CaptureFix
     assert median(found, "total_tokens_per_s") > median(found, "output_tokens_per_s") > 0
     assert found["settings"]["enable_prefix_caching"] is False
     assert found["workload"]["temperature"] == 0.6
-    assert set(found["choices"]) == {"attention", "model", "quantization", "sampler"}
+    assert set(found["choices"]) == {"attention", "grammar", "model", "quantization", "sampler"}
     assert {"checks", "weights"} <= set(found["start_s"])
 
 

@@ -75,7 +75,7 @@ def test_explain_prints_settings_choices_and_memory() -> None:
     assert settings["max_num_seqs"]["set_by"] == "default"
     choices = {choice["kind"]: choice for choice in told["choices"]}
     assert choices["attention"]["requested"] == "auto"
-    assert set(choices) == {"attention", "model", "quantization", "sampler"}
+    assert set(choices) == {"attention", "grammar", "model", "quantization", "sampler"}
     assert {"weights", "KV blocks", "activations", "graphs", "free"} <= set(told["memory"]["items"])
 
 

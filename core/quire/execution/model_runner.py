@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.execution.adjustments import LogitAdjustments
 from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
 from quire.execution.decode_step import DecodeStep
+from quire.execution.grammar_rows import GrammarRows
 from quire.execution.kv_cache import KVCache
 from quire.execution.logprobs import LogprobRows, Scores, score_prompt
 from quire.execution.mixed_step import MixedStep
@@ -96,6 +97,7 @@ class ModelRunner:
         self._sampling = SamplingRows(limits.max_num_seqs, self.vocab_size, self.device)
         self._adjustments = LogitAdjustments(limits.max_num_seqs, self.vocab_size, self.device)
         self._logprobs = LogprobRows(self.device)
+        self.grammars = GrammarRows(self.vocab_size, self.device)
         # No more than a step's own logits, whose memory is measured at the start.
         self._prompt_slice = min(limits.max_num_seqs, MAX_PROMPT_SLICE)
         self._limits = limits
@@ -167,12 +169,14 @@ class ModelRunner:
     def forward(self, output: SchedulerOutput) -> Forwarded:
         """Take over the difference, build the batch and launch the model."""
         self._processors.remove(output, self._builder.row_of)
+        self.grammars.remove(output, self._builder.row_of)
         self._builder.apply_difference(output)
         for added in (*output.added, *output.resumed):
             self._sampling.add(added)
             self._adjustments.add(added)
             self._logprobs.add(added)
             self._processors.add(added)
+            self.grammars.add(added)
         if output.block_copies:
             self._kv_cache.copy_blocks(output.block_copies)
         graphs = self._graphs_for(output)
@@ -221,6 +225,7 @@ class ModelRunner:
             bool(self._processors)
             or self._logprobs.asks(rows)
             or self._adjustments.asks(rows)
+            or self.grammars.asks(rows)
             or self._sampling.holds_back(rows)
         )
         if has_wishes:
@@ -269,6 +274,7 @@ class ModelRunner:
         logits = self._adjustments.apply(logits, rows)
         if self._processors:
             logits = self._processors.apply(logits, built, batch.rows)
+        logits = self.grammars.apply(logits, rows)
         sampled = self._sampler.sample(logits, batch)
         # A token that is out of range is reported when it is collected; the step that is
         # launched before that must not look it up.
@@ -290,6 +296,7 @@ class ModelRunner:
         if step.token_ids is None or step.status is None:
             return StepResult(step_id=step.step_id, token_ids={}, prompt_logprobs=prompts)
         tokens, errors = self._tokens_and_errors(step, step.token_ids, step.status)
+        self.grammars.accept(tokens, errors)
         return StepResult(
             step_id=step.step_id,
             token_ids=tokens,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quire.interfaces.plugin import (
         AttentionPlugin,
         CheckpointPlugin,
+        GrammarPlugin,
         LogitsProcessorPlugin,
         ModelPlugin,
         QuantizationPlugin,
@@ -101,5 +102,15 @@ def quire_tool_call_parsers() -> list[ToolCallParserPlugin]:
     """Return the tool-call parsers that the plugin offers.
 
     None of them is used unless `--tool-call-parser NAME` asks for it.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def quire_grammar_engines() -> list[GrammarPlugin]:
+    """Return the grammar engines that the plugin offers.
+
+    `--grammar-backend NAME` asks for one of them. Under `auto` the one with the highest priority
+    is used among those that can be used here.
     """
     raise NotImplementedError

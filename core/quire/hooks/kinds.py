@@ -8,6 +8,7 @@ from quire.interfaces.plugin import (
     AttentionPlugin,
     CheckpointPlugin,
     Descriptor,
+    GrammarPlugin,
     LogitsProcessorPlugin,
     ModelPlugin,
     QuantizationPlugin,
@@ -86,6 +87,13 @@ KINDS: dict[str, Kind] = {
             hook="quire_tool_call_parsers",
             descriptor=ToolCallParserPlugin,
             option="--tool-call-parser",
+        ),
+        Kind(
+            name="grammar",
+            title="grammar engine",
+            hook="quire_grammar_engines",
+            descriptor=GrammarPlugin,
+            option="--grammar-backend",
         ),
     )
 }

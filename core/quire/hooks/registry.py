@@ -16,6 +16,7 @@ from quire.interfaces.plugin import (
     AttentionPlugin,
     CheckpointPlugin,
     Descriptor,
+    GrammarPlugin,
     LogitsProcessorPlugin,
     ModelPlugin,
     QuantizationPlugin,
@@ -88,6 +89,10 @@ class Registry:
     def logits_processor(self, name: str) -> LogitsProcessorPlugin:
         """Return a logits processor. Raises: ConfigError for an unknown name."""
         return self._find("logits-processor", name, LogitsProcessorPlugin)
+
+    def grammar(self, name: str) -> GrammarPlugin:
+        """Return a grammar engine. Raises: ConfigError for an unknown name."""
+        return self._find("grammar", name, GrammarPlugin)
 
     def models_for(self, architecture: str) -> list[ModelPlugin]:
         """Return the models that claim an architecture, the highest priority first."""

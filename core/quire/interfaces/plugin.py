@@ -276,6 +276,16 @@ class ReasoningParserPlugin(Descriptor):
     """Declare a reasoning parser; `load` names an `answer_parsing.ReasoningParser`."""
 
 
+@frozen(kw_only=True)
+class GrammarPlugin(Descriptor):
+    """Declare a grammar engine; `load` names a subclass of `grammar.GrammarEngine`.
+
+    `auto` takes the highest priority among those that can be used.
+    """
+
+    priority: int = field(default=0, validator=_check_integer)
+
+
 @define(kw_only=True)
 class Selection:
     """How one plugin was chosen: requested -> used, why, and what was passed over and why.

@@ -393,8 +393,8 @@ class AsyncEngine:
 
 def _is_short(prompt: Any, params: Any) -> bool:
     """Whether a request is checked and tokenized in less time than handing it to a thread takes."""
-    if isinstance(params, SamplingParams) and params.num_listed > INLINE_ENTRIES:
+    limited = isinstance(params, SamplingParams) and params.structured_outputs is not None
+    if limited or (isinstance(params, SamplingParams) and params.num_listed > INLINE_ENTRIES):
         return False
-    if isinstance(prompt, RenderedChat):
-        prompt = prompt.text
+    prompt = prompt.text if isinstance(prompt, RenderedChat) else prompt
     return isinstance(prompt, (str, list, tuple)) and len(prompt) <= INLINE_CHARS

@@ -11,6 +11,7 @@ from quire.server.answer_logprobs import chat_logprobs
 from quire.server.answers import AnswerOptions, to_json
 from quire.server.errors import ApiError
 from quire.server.generation import Generation, Usage
+from quire.server.protocol.chat import given_fields
 from quire.server.protocol.responses import ResponsesRequest
 from quire.text.output_processor import Delta
 
@@ -137,13 +138,18 @@ class ResponseAnswers:
             "top_logprobs": asked.top_logprobs or 0,
             "tool_choice": asked.tool_choice or "auto",
             "tools": asked.tools or [],
-            "text": {"format": {"type": "text"}},
+            "text": self._text_options(),
             "truncation": "disabled",
             "background": False,
             "store": False,
             "metadata": asked.metadata or {},
             "usage": None if usage is None else _usage(usage),
         }
+
+    def _text_options(self) -> dict[str, Any]:
+        """Return the form that was asked for, as OpenAI repeats it."""
+        given = None if self._asked.text is None else self._asked.text.format
+        return {"format": {"type": "text"} if given is None else given_fields(given)}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

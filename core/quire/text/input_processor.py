@@ -7,12 +7,13 @@ length. Nothing that passes here can raise inside a step.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 from attrs import evolve, frozen
 
+from quire.constraints import StructuredOutputsParams
 from quire.errors import RequestError
 from quire.request import Request, SamplingParams
 from quire.text.beam_checks import check_beam_search
@@ -58,11 +59,20 @@ class _Prompt:
 
 
 class InputProcessor:
-    """Builds requests. Safe for threads. `seed` starts the seeds of unseeded requests."""
+    """Builds requests. Safe for threads. `seed` starts the seeds of unseeded requests.
+
+    `check_grammar` raises RequestError for a form of answers that cannot be honoured.
+    """
 
     def __init__(
-        self, limits: RequestLimits, *, tokenizer: Tokenizer | None, seed: int = 0
+        self,
+        limits: RequestLimits,
+        *,
+        tokenizer: Tokenizer | None,
+        seed: int = 0,
+        check_grammar: Callable[[StructuredOutputsParams], None] | None = None,
     ) -> None:
+        self._check_grammar = check_grammar
         self._limits = limits
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
@@ -97,6 +107,7 @@ class InputProcessor:
         self._check_priority(priority)
         self._check_params(params)
         token_ids: Any = self.token_ids_of(prompt, self._longest_prompt(params))
+        self._check_structured(params)
         room = self._limits.max_model_len - len(token_ids)
         eos = frozenset() if params.ignore_eos else self._eos
         stops = eos | frozenset(params.stop_token_ids)
@@ -206,6 +217,20 @@ class InputProcessor:
                 )
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer.", parameter="stop")
+
+    def _check_structured(self, params: SamplingParams) -> None:
+        asked = params.structured_outputs
+        if asked is None:
+            return
+        if params.ignore_eos:
+            raise asked.error("ends with an end token; leave ignore_eos out")
+        if params.min_tokens:
+            raise asked.error("ends where its grammar does; leave min_tokens out")
+        if asked.is_json and (params.stop or params.stop_token_ids):
+            raise asked.error("asks for JSON, which a stop would cut; leave stop out")
+        if self._check_grammar is None:
+            raise asked.error("needs a grammar engine")
+        self._check_grammar(asked)
 
     def _draw_seed(self) -> int:
         return self._random.getrandbits(SEED_BITS_DRAWN)

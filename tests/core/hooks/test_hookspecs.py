@@ -16,6 +16,7 @@ from quire.hooks.registry import load_plugins
 from quire.interfaces.plugin import (
     CheckpointPlugin,
     Descriptor,
+    GrammarPlugin,
     LogitsProcessorPlugin,
     QuantizationPlugin,
     ReasoningParserPlugin,
@@ -105,6 +106,12 @@ def test_quire_tool_call_parsers_brings_a_parser(installed: Installed) -> None:
     parser = ToolCallParserPlugin(name="mine", load=LOAD)
 
     assert offered(installed, "tool-call-parser", parser) is parser
+
+
+def test_quire_grammar_engines_brings_an_engine(installed: Installed) -> None:
+    engine = GrammarPlugin(name="mine", load=LOAD, priority=5)
+
+    assert offered(installed, "grammar", engine) is engine
 
 
 @pytest.mark.parametrize("hook", [kind.hook for kind in KINDS.values()])

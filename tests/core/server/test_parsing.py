@@ -93,8 +93,8 @@ def test_any_values_give_parameters_or_one_error(
         ({"temperature": "hot"}, 'temperature is "hot"; allowed: '),
         ({"n": 0}, "n is 0; allowed: "),
         (
-            {"guided_json": {}},
-            "guided_json is not supported by this version of Quire; leave it out.",
+            {"prompt_embeds": "AAAA"},
+            "prompt_embeds is not supported by this version of Quire; leave it out.",
         ),
         ({"max_tokens": -1}, "max_tokens is -1; allowed: "),
         ({"prompt": [-1]}, "prompt[0] is out of range; allowed: a text, texts, token ids from 0"),

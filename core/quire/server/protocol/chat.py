@@ -72,14 +72,6 @@ class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     function: Function
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The form of an answer: text, since this version enforces no grammar."""
-
-    type: Annotated[Literal["text"], Meta(description="text; others are not supported yet")]
-    json_schema: f.Refused = None
-    schema: f.Refused = None
-
-
 Messages = Annotated[
     list[Message],
     Meta(
@@ -204,7 +196,6 @@ class ChatCompletionRequest(
     logprobs: f.Flag | None = None
     top_logprobs: f.NumLogprobs | None = None
     tool_choice: ToolChoice | None = None
-    response_format: ResponseFormat | None = None
     add_special_tokens: Literal[False] | None = None
 
     parallel_tool_calls: f.Flag | None = None

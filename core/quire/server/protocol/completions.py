@@ -26,7 +26,6 @@ class CompletionRequest(
     add_special_tokens: f.Flag | None = None
 
     suffix: Literal[""] | None = None
-    response_format: f.Refused = None
 
     @property
     def num_logprobs(self) -> int | None:

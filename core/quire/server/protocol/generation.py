@@ -12,6 +12,7 @@ from quire.server.protocol import fields as f
 from quire.server.protocol.beams import check_beams
 from quire.server.protocol.fields import conflict as conflict
 from quire.server.protocol.sampling import sampling_params
+from quire.server.protocol.structured import Constrained
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -22,7 +23,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     include_obfuscation: f.Flag | None = None
 
 
-class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class GenerationBody(Constrained, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Fields of every route that generates; null is as good as absent.
 
     First OpenAI's, then vLLM's; then those that change nothing, and those that are refused.
@@ -72,11 +73,6 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     safety_identifier: f.Ignored | None = None
     user: f.Ignored | None = None
 
-    guided_json: f.Refused = None
-    guided_regex: f.Refused = None
-    guided_choice: f.Refused = None
-    guided_grammar: f.Refused = None
-    structured_outputs: f.Refused = None
     prompt_embeds: f.Refused = None
     logits_processors: f.Refused = None
     kv_transfer_params: f.Refused = None

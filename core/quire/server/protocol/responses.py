@@ -10,6 +10,7 @@ from msgspec import Meta
 from quire.server.protocol import fields as f
 from quire.server.protocol.chat import ToolChoice, check_tools, given_fields
 from quire.server.protocol.generation import GenerationBody, conflict
+from quire.server.protocol.structured import FormatType, SchemaObject, form_of
 
 
 class ResponsePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -63,11 +64,11 @@ class FlatTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
 class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The form of an answer."""
 
-    type: Annotated[Literal["text"], Meta(description="text; others are not supported yet")]
-    name: f.Refused = None
-    schema: f.Refused = None
-    strict: f.Refused = None
-    description: f.Refused = None
+    type: FormatType
+    name: f.FunctionName | None = None
+    schema: SchemaObject | None = None
+    strict: f.Flag | None = None
+    description: str | None = None
 
 
 class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +109,7 @@ class ResponsesRequest(
     ) = None
     parallel_tool_calls: f.Flag | None = None
 
+    response_format: f.Refused = None
     prompt_logprobs: f.Refused = None
     use_beam_search: Literal[False] | None = None
     length_penalty: f.Refused = None
@@ -133,6 +135,13 @@ class ResponsesRequest(
     def tool_names(self) -> list[str]:
         """Return the functions that may be called."""
         return [] if self.tool_choice == "none" else [tool.name for tool in self.tools or ()]
+
+    def forms(self) -> list[dict[str, Any]]:
+        """Return the forms that the body asks for, `text.format` among them."""
+        given = None if self.text is None else self.text.format
+        if given is None:
+            return super().forms()
+        return super().forms() + form_of(given.type, given.schema, asked_as="text.format")
 
     def check(self) -> None:
         """Refuse fields that do not fit together. Raises: RequestError."""

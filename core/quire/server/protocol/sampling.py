@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quire.constraints import StructuredOutputsParams
 from quire.errors import RequestError
 from quire.request import SamplingParams
 from quire.server.protocol.beams import beam_values
@@ -30,6 +31,9 @@ def sampling_values(body: GenerationBody, defaults: Mapping[str, Any]) -> dict[s
     given |= {"logprobs": body.num_logprobs, "prompt_logprobs": body.num_prompt_logprobs}
     if body.vllm_xargs is not None:
         given["extra_args"] = body.vllm_xargs
+    form = body.form()
+    if form is not None:
+        given["structured_outputs"] = StructuredOutputsParams(**form)
     if body.top_k is not None:
         # More tokens than any vocabulary has are all tokens.
         given["top_k"] = min(body.top_k, MAX_TOKEN_ID)

@@ -1,0 +1,94 @@
+"""The contract of grammar engines, which say what tokens may come next. Never imports torch."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from quire.constraints import GrammarKind, GrammarSource
+
+__all__ = [
+    "CompiledGrammar",
+    "GrammarEngine",
+    "GrammarKind",
+    "GrammarMatcher",
+    "GrammarSource",
+    "GrammarStuck",
+    "GrammarVocabulary",
+]
+
+
+class GrammarStuck(Exception):
+    """A matcher that cannot go on, as where a limit is met; ends that sequence alone."""
+
+
+@frozen(kw_only=True)
+class GrammarVocabulary:
+    """The tokens of a model.
+
+    `tokens[i]` are the bytes that token i adds to a text, empty for ids that must never come.
+    `special_token_ids` are no text. `eos_token_ids` end an answer. `vocab_size` is the model's,
+    at least `len(tokens)`. `encode` gives the token ids of a text.
+    """
+
+    tokens: Sequence[bytes]
+    special_token_ids: frozenset[int]
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    encode: Callable[[str], list[int]]
+
+
+class GrammarMatcher(abc.ABC):
+    """Where one sequence stands in its grammar."""
+
+    @abc.abstractmethod
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        """Write which tokens may come next: bit i % 32 of `mask[i // 32]` for token i.
+
+        `mask` is [ceil(vocab_size / 32)] with any values before. End tokens may come where the
+        grammar may end, and nowhere else; other special tokens never may.
+        Raises: GrammarStuck.
+        """
+
+    @abc.abstractmethod
+    def accept(self, token_id: int) -> None:
+        """Go on by a token, an end token included. Raises: GrammarStuck for one that may not come.
+
+        A token that may not come leaves the matcher unusable.
+        """
+
+    @abc.abstractmethod
+    def is_terminated(self) -> bool:
+        """Whether nothing but an end token may come, or one has."""
+
+
+class CompiledGrammar(abc.ABC):
+    """A grammar that sequences can start on; shared, never changed."""
+
+    @abc.abstractmethod
+    def start(self) -> GrammarMatcher:
+        """Return a matcher at the beginning."""
+
+
+class GrammarEngine(abc.ABC):
+    """Compile grammars for one vocabulary.
+
+    It is made twice: in a process that compiles a request's grammar first, and is killed where
+    that takes too long, and in the engine's. Both must come to the same answer.
+    """
+
+    @abc.abstractmethod
+    def __init__(self, vocabulary: GrammarVocabulary) -> None:
+        """Prepare for a vocabulary."""
+
+    @abc.abstractmethod
+    def compile(self, source: GrammarSource) -> CompiledGrammar:
+        """Compile a grammar.
+
+        Raises: ValueError saying in a sentence what cannot be honoured, naming the keyword. What
+        is not enforced exactly is refused, never ignored.
+        """

@@ -1,0 +1,1 @@
+"""Constrained output between the doors and grammar engines: checks, processes, caches."""

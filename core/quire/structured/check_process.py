@@ -1,0 +1,89 @@
+"""The child that compiles grammars of strangers first: `python -m quire.structured.check_process`.
+
+A JSON line on standard input says how; each later line is a grammar, answered by one line: "" or
+what is wrong with it. It is killed where an answer takes too long, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from quire.constraints import GrammarKind, GrammarSource
+from quire.hooks.registry import load_plugins
+from quire.interfaces.grammar import CompiledGrammar, GrammarStuck
+from quire.structured.compiler import GrammarCompiler, GrammarSetup
+
+# A walk of random tokens meets what is compiled only when it is reached, as a regex's states.
+WALK_TOKENS = 64
+WALK_S = 0.3
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    first = json.loads(sys.stdin.readline())
+    setup = GrammarSetup(
+        backend=first["backend"],
+        folder=Path(first["folder"]),
+        vocab_size=first["vocab_size"],
+        eos_token_ids=tuple(first["eos_token_ids"]),
+    )
+    compiler = GrammarCompiler(setup, load_plugins(first["disabled"]))
+    compiler.engine()
+    _limit_memory(first["memory_bytes"])
+    _say("")
+    for line in sys.stdin:
+        _say(_answer(compiler, json.loads(line), setup.vocab_size))
+
+
+def _answer(compiler: GrammarCompiler, asked: dict[str, str], vocab_size: int) -> str:
+    try:
+        source = GrammarSource(kind=GrammarKind(asked["kind"]), text=asked["text"])
+        _walk(compiler.compile(source), vocab_size)
+    except (ValueError, GrammarStuck) as error:
+        return str(error) or type(error).__name__
+    except MemoryError:
+        return "compiling it takes more memory than is allowed"
+    except RecursionError:
+        return "it is nested too deeply"
+    except Exception as error:  # noqa: BLE001  an engine's fault ends no other request
+        return f"the grammar engine failed: {type(error).__name__}: {str(error)[:120]}"
+    return ""
+
+
+def _walk(grammar: CompiledGrammar, vocab_size: int) -> None:
+    """Follow random tokens for a while. Raises: GrammarStuck where the engine cannot go on."""
+    draw, matcher = random.Random(0), grammar.start()
+    mask = np.zeros((vocab_size + 31) // 32, np.int32)
+    until = time.monotonic() + WALK_S
+    for _ in range(WALK_TOKENS):
+        if matcher.is_terminated() or time.monotonic() > until:
+            return
+        matcher.fill_mask(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        if not len(allowed):
+            raise GrammarStuck("no token can continue it")
+        matcher.accept(int(draw.choice(allowed)))
+
+
+def _limit_memory(extra_bytes: int) -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = size + extra_bytes
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _say(answer: str) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Compile a grammar in a process that can be killed, before a request that asks for it is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import OrderedDict
+
+from quire.constraints import GrammarSource, StructuredOutputsParams
+from quire.errors import RequestError
+from quire.structured.compiler import GrammarSetup
+
+CHECK_S = 0.8
+START_S = 60.0
+MEMORY_BYTES = 2**30
+NUM_PROCESSES = 2
+MAX_KEPT = 1024
+MAX_KEPT_CHARS = 2**23
+MAX_ANSWER_BYTES = 2**16
+TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simplify it"
+
+
+class CheckStopped(Exception):
+    """The child took too long or ended."""
+
+
+class CheckProcess:
+    """One child; it has loaded the engine once it is made. Raises: CheckStopped."""
+
+    def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "quire.structured.check_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            start_new_session=True,
+        )
+        self._finalizer = weakref.finalize(self, _end, self._process)
+        first = {
+            "backend": setup.backend,
+            "folder": str(setup.folder),
+            "vocab_size": setup.vocab_size,
+            "eos_token_ids": list(setup.eos_token_ids),
+            "disabled": list(disabled),
+            "memory_bytes": MEMORY_BYTES,
+        }
+        self.ask(first, START_S)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may be asked."""
+        return self._process.poll() is None
+
+    def ask(self, message: object, seconds: float) -> str:
+        """Return the answer to a message. Raises: CheckStopped; the child is gone then."""
+        assert self._process.stdin is not None, "it was opened with a pipe"
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+            answer: str = json.loads(self._line(seconds))
+            return answer
+        except (OSError, ValueError, TimeoutError) as error:
+            self.close()
+            raise CheckStopped(str(error)) from error
+
+    def _line(self, seconds: float) -> bytes:
+        assert self._process.stdout is not None, "it was opened with a pipe"
+        source = self._process.stdout.fileno()
+        until, line = time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([source], [], [], max(until - time.monotonic(), 0))
+            part = os.read(source, MAX_ANSWER_BYTES) if ready else b""
+            if not part:
+                raise TimeoutError("no answer")
+            line += part
+        return line
+
+    def close(self) -> None:
+        """End the child. Calling it again does nothing."""
+        self._finalizer()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # what was still to be written
+                pipe.close()
+
+
+class GrammarChecker:
+    """Answer whether a grammar can be honoured, each content once; safe for threads.
+
+    Children are started when first needed, up to `NUM_PROCESSES`.
+    """
+
+    def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...] = ()) -> None:
+        self._setup = setup
+        self._disabled = disabled
+        self._idle: list[CheckProcess] = []
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(NUM_PROCESSES)
+        self._answers: OrderedDict[GrammarSource, str] = OrderedDict()
+        self._chars = 0
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of children that wait for work."""
+        return [process.pid for process in self._idle]
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""
+        source = params.source
+        with self._lock:
+            answer = self._answers.get(source)
+        if answer is None:
+            answer = self._ask(source)
+            if answer != TOO_LONG:  # which a busy machine may be to blame for
+                self._keep(source, answer)
+        if answer:
+            raise params.error(f"cannot be honoured: {answer.rstrip('.')}")
+
+    def close(self) -> None:
+        """End all children that are idle."""
+        with self._lock:
+            processes, self._idle = self._idle, []
+        for process in processes:
+            process.close()
+
+    def _ask(self, source: GrammarSource) -> str:
+        with self._slots:
+            try:
+                process = self._take()
+            except CheckStopped as error:
+                raise RequestError(
+                    "structured_outputs cannot be checked: the process that compiles grammars "
+                    "does not start; look at the grammar engine's installation.",
+                    parameter="structured_outputs",
+                ) from error
+            try:
+                answer = process.ask({"kind": source.kind, "text": source.text}, CHECK_S)
+            except CheckStopped:
+                return TOO_LONG
+            with self._lock:
+                self._idle.append(process)
+            return answer
+
+    def _take(self) -> CheckProcess:
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if process.is_alive:
+                    return process
+                process.close()
+        return CheckProcess(self._setup, self._disabled)
+
+    def _keep(self, source: GrammarSource, answer: str) -> None:
+        with self._lock:
+            if source in self._answers:
+                return
+            self._answers[source] = answer
+            self._chars += len(source.text)
+            while len(self._answers) > MAX_KEPT or self._chars > MAX_KEPT_CHARS:
+                oldest, _ = self._answers.popitem(last=False)
+                self._chars -= len(oldest.text)

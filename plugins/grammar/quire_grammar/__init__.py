@@ -1,0 +1,1 @@
+"""Grammar engines that come with Quire."""

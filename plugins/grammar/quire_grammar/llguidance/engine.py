@@ -1,0 +1,122 @@
+"""Grammars compiled and matched by llguidance (Rust); limits are the library's own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from quire.interfaces.grammar import (
+    CompiledGrammar,
+    GrammarEngine,
+    GrammarKind,
+    GrammarMatcher,
+    GrammarSource,
+    GrammarStuck,
+    GrammarVocabulary,
+)
+
+# Between JSON's tokens; without an end, a model that likes spaces would never finish.
+WHITESPACE = r"[ \n\t]{1,16}"
+# Of an object, which JSON's own grammar would let any value be.
+ANY_OBJECT = '{"type": "object"}'
+OWN_SETTINGS = "x-guidance"
+# How the library marks a token that is no text.
+SPECIAL = b"\xff"
+MAX_ERROR_CHARS = 200
+
+
+class _Tokens:
+    """What the library asks of a tokenizer."""
+
+    def __init__(self, vocabulary: GrammarVocabulary) -> None:
+        special = vocabulary.special_token_ids | set(vocabulary.eos_token_ids)
+        # An end token may be one that the tokenizer does not know.
+        missing = max(0, max(special) + 1 - len(vocabulary.tokens))
+        tokens = [*vocabulary.tokens, *[b""] * missing]
+        self.tokens = [SPECIAL + token if i in special else token for i, token in enumerate(tokens)]
+        self.special_token_ids = sorted(special)
+        self.eos_token_id = vocabulary.eos_token_ids[0]
+        self.bos_token_id = None
+        self._encode = vocabulary.encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._encode(text.decode())
+
+
+class LLGuidanceEngine(GrammarEngine):
+    """Compile with llguidance."""
+
+    def __init__(self, vocabulary: GrammarVocabulary) -> None:
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Tokens(vocabulary)),
+            n_vocab=vocabulary.vocab_size,
+            eos_token=list(vocabulary.eos_token_ids),
+        )
+
+    def compile(self, source: GrammarSource) -> CompiledGrammar:
+        """Compile a grammar and look at its first tokens."""
+        matcher = LLMatcher(self._tokenizer, _to_grammar(source), log_level=0)
+        if not matcher.is_error():
+            matcher.deep_copy().compute_bitmask()
+        probe = matcher.deep_copy()
+        if not probe.is_error():
+            probe.compute_bitmask()
+        if probe.is_error():
+            raise ValueError(_reason(probe))
+        return _Compiled(matcher)
+
+
+class _Compiled(CompiledGrammar):
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def start(self) -> GrammarMatcher:
+        return _Matcher(self._matcher.deep_copy())
+
+
+class _Matcher(GrammarMatcher):
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def is_terminated(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarStuck(_reason(self._matcher))
+
+
+def _to_grammar(source: GrammarSource) -> str:
+    """Return the source in the library's own form. Raises: ValueError."""
+    if source.kind is GrammarKind.REGEX:
+        return LLMatcher.grammar_from_regex(source.text)
+    if source.kind is GrammarKind.LARK:
+        return LLMatcher.grammar_from_lark(source.text)
+    if source.kind is GrammarKind.CHOICE:
+        choices = " | ".join(json.dumps(text) for text in source.choices)
+        return LLMatcher.grammar_from_lark(f"start: {choices}")
+    text = source.text if source.kind is GrammarKind.JSON_SCHEMA else ANY_OBJECT
+    schema = json.loads(text)
+    if isinstance(schema, dict) and OWN_SETTINGS in schema:
+        raise ValueError(f"keyword {OWN_SETTINGS!r} is not supported")
+    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return the first line of the library's error, which tells its state after it."""
+    text = matcher.get_error().partition("\n<state>")[0]
+    if text.startswith("NoExtension"):
+        return "nothing can match it"
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_ERROR_CHARS else line[: MAX_ERROR_CHARS - 3] + "..."
