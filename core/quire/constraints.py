@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attrs import define, field, fields, frozen
+from attrs import field, fields, frozen
 
 from quire.errors import RequestError
 
@@ -49,12 +49,12 @@ class GrammarSource:
         return found
 
 
-@define(kw_only=True)
+@frozen(kw_only=True)
 class StructuredOutputsParams:
     """Ask for one form of the answer; exactly one field is given.
 
-    `json` is a schema as a mapping, a boolean or JSON text; `grammar` is Lark. `asked_as` is the
-    field that errors name. Source: names of vLLM's class.
+    `json` is a schema as a mapping, a boolean or JSON text, and is kept as text; `grammar` is
+    Lark. `asked_as` is the field that errors name. Source: names of vLLM's class.
     Raises: RequestError.
     """
 
@@ -75,7 +75,15 @@ class StructuredOutputsParams:
         if len(given) != 1:
             what = f"has {' and '.join(given)}" if given else "has no form"
             raise self.error(f"{what}; give exactly one of {', '.join(FORMS)}")
-        self.source  # noqa: B018  its checks
+        # What was given may be changed later, and is not kept.
+        if self.json is not None:
+            object.__setattr__(self, "json", self._schema_text())
+        elif self.choice is not None:
+            object.__setattr__(self, "choice", self._checked_choices())
+        elif self.regex is not None:
+            self._text(self.regex, "regex", MAX_REGEX_CHARS)
+        elif self.grammar is not None:
+            self._text(self.grammar, "grammar", MAX_GRAMMAR_CHARS)
 
     def error(self, fact: str) -> RequestError:
         """Return the error of a constraint, naming the field that asked for it."""
@@ -88,17 +96,15 @@ class StructuredOutputsParams:
 
     @property
     def source(self) -> GrammarSource:
-        """The grammar as a text. Raises: RequestError where it is no text, or too large."""
+        """The grammar as a text."""
         if self.json is not None:
-            return GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=self._schema_text())
+            return GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=self.json)
         if self.regex is not None:
-            text = self._text(self.regex, "regex", MAX_REGEX_CHARS)
-            return GrammarSource(kind=GrammarKind.REGEX, text=text)
+            return GrammarSource(kind=GrammarKind.REGEX, text=self.regex)
         if self.grammar is not None:
-            text = self._text(self.grammar, "grammar", MAX_GRAMMAR_CHARS)
-            return GrammarSource(kind=GrammarKind.LARK, text=text)
+            return GrammarSource(kind=GrammarKind.LARK, text=self.grammar)
         if self.choice is not None:
-            return GrammarSource(kind=GrammarKind.CHOICE, text=self._choice_text(self.choice))
+            return GrammarSource(kind=GrammarKind.CHOICE, text=json.dumps(self.choice))
         return GrammarSource(kind=GrammarKind.JSON_OBJECT, text="")
 
     def _text(self, value: Any, what: str, most: int) -> str:
@@ -156,15 +162,16 @@ class StructuredOutputsParams:
                     inner.extend(value)
             level = inner
 
-    def _choice_text(self, choices: Any) -> str:
-        allowed = f"1 to {MAX_CHOICES} texts that are not empty"
+    def _checked_choices(self) -> tuple[str, ...]:
+        choices, allowed = self.choice, f"1 to {MAX_CHOICES} texts that are not empty"
         if not isinstance(choices, (list, tuple)) or not 0 < len(choices) <= MAX_CHOICES:
             raise self.error(f"has a choice that is not allowed; give {allowed}")
         for text in choices:
             if not isinstance(text, str) or not text:
                 raise self.error(f"has a choice that is not allowed; give {allowed}")
             self._text(text, "choice", MAX_GRAMMAR_CHARS)
-        return self._text(json.dumps(list(choices)), "choice", MAX_GRAMMAR_CHARS)
+        self._text(json.dumps(choices), "choice", MAX_GRAMMAR_CHARS)
+        return tuple(choices)
 
 
 FORMS = ("json", "regex", "choice", "grammar", "json_object")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import random
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from quire.structured.compiler import GrammarCompiler, GrammarSetup
 # A walk of random tokens meets what is compiled only when it is reached, as a regex's states.
 WALK_TOKENS = 64
 WALK_S = 0.3
+ORPHAN_S = 10.0
 
 
 def main() -> None:
@@ -40,7 +42,11 @@ def main() -> None:
     _limit_memory(first["memory_bytes"])
     _say("")
     for line in sys.stdin:
-        _say(_answer(compiler, json.loads(line), setup.vocab_size))
+        # Ended by the kernel where its parent, which would kill it earlier, is gone.
+        signal.setitimer(signal.ITIMER_REAL, ORPHAN_S)
+        answer = _answer(compiler, json.loads(line), setup.vocab_size)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _say(answer)
 
 
 def _answer(compiler: GrammarCompiler, asked: dict[str, str], vocab_size: int) -> str:

@@ -24,6 +24,7 @@ NUM_PROCESSES = 2
 MAX_KEPT = 1024
 MAX_KEPT_CHARS = 2**23
 MAX_ANSWER_BYTES = 2**16
+PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simplify it"
 
 
@@ -40,7 +41,7 @@ class CheckProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=_environment(),
             start_new_session=True,
         )
         self._finalizer = weakref.finalize(self, _end, self._process)
@@ -91,6 +92,12 @@ class CheckProcess:
     def close(self) -> None:
         """End the child. Calling it again does nothing."""
         self._finalizer()
+
+
+def _environment() -> dict[str, str]:
+    """Return no secrets, and where this process finds its modules."""
+    found = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
+    return {**found, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
