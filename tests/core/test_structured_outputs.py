@@ -77,10 +77,10 @@ def drawn(form: dict[str, Any] | None = None, **values: Any) -> SamplingParams:
     return SamplingParams(**given, structured_outputs=form)
 
 
-def check_schemas(llm: LLM, seeds: range, prompt: str) -> int:
+def check_schemas(llm: LLM, seeds: range, prompt: str, *, max_tokens: int = 600) -> int:
     """Generate for one schema a seed; return how many answers ended by themselves."""
     schemas = [SchemaMaker(seed).make() for seed in seeds]
-    params = [drawn({"json": s}, seed=i, max_tokens=600) for i, s in enumerate(schemas)]
+    params = [drawn({"json": s}, seed=i, max_tokens=max_tokens) for i, s in enumerate(schemas)]
     outputs = llm.generate([prompt] * len(schemas), params, **QUIET)
     num_ended = 0
     for schema, output in zip(schemas, outputs, strict=True):
@@ -105,7 +105,7 @@ def test_answers_of_1000_schemas_parse_and_validate(llm: LLM) -> None:
 def test_answers_of_1000_schemas_of_the_demo_parse_and_validate() -> None:
     llm = LLM("demo", max_num_seqs=64)
 
-    assert check_schemas(llm, range(3000, 4000), "What would you like?") > 750
+    assert check_schemas(llm, range(3000, 4000), "What would you like?", max_tokens=150) > 400
 
     llm.frontend.close()
 
