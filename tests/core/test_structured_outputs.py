@@ -286,6 +286,19 @@ def test_a_matcher_that_fails_ends_its_own_row_alone(
     assert not llm.engine.runner.grammars.asks([0, 1, 2]) or not llm.engine.has_unfinished()
 
 
+def test_a_form_whose_tokens_other_parameters_forbid_fails_alone(llm: LLM) -> None:
+    forbidden = llm.get_tokenizer().encode("ab")
+    params = [
+        drawn({"regex": "[ab]{3}"}, forbidden_token_ids=forbidden),
+        drawn({"regex": "[ab]{3}"}, forbidden_token_ids=forbidden[:1]),
+    ]
+    with pytest.warns(UserWarning, match="other parameters forbid every token"):
+        outputs = llm.generate(["p", "q"], params, **QUIET)
+
+    assert [o.outputs[0].finish_reason for o in outputs] == ["error", "stop"]
+    assert outputs[1].outputs[0].text == "bbb"
+
+
 def test_a_request_that_is_aborted_leaves_nothing(llm: LLM) -> None:
     stream = llm.stream("s", drawn({"regex": "[ab]{100}"}))
     next(stream)

@@ -97,6 +97,8 @@ class GrammarRows:
         """Go on by the tokens of a step, by sequence id; what cannot is moved to `errors`."""
         if not self._matchers and not self._stuck:
             return
+        for sequence_id in errors.keys() & self._matchers.keys():
+            errors[sequence_id] += ", or other parameters forbid every token that its form allows"
         for sequence_id in [i for i in tokens if i in self._matchers or i in self._stuck]:
             try:
                 if sequence_id not in self._stuck:
