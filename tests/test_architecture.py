@@ -20,6 +20,7 @@ PACKAGES = {
     "quire": ROOT / "core/quire",
     "quire_kernels": ROOT / "csrc/quire_kernels",
     "quire_attention": ROOT / "plugins/attention/quire_attention",
+    "quire_grammar": ROOT / "plugins/grammar/quire_grammar",
     "quire_models": ROOT / "plugins/models/quire_models",
     "quire_parsers": ROOT / "plugins/parsing/quire_parsers",
     "quire_quant": ROOT / "plugins/quant/quire_quant",

@@ -100,15 +100,19 @@ class GrammarRows:
         for sequence_id in errors.keys() & self._matchers.keys():
             errors[sequence_id] += ", or other parameters forbid every token that its form allows"
         for sequence_id in [i for i in tokens if i in self._matchers or i in self._stuck]:
-            try:
-                if sequence_id not in self._stuck:
-                    for token_id in tokens[sequence_id]:
-                        self._matchers[sequence_id].accept(token_id)
-            except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequence
-                self._stop(sequence_id, error)
+            self._go_on(sequence_id, tokens[sequence_id])
             if sequence_id in self._stuck:
                 errors[sequence_id] = self._stuck[sequence_id]
                 del tokens[sequence_id]
+
+    def _go_on(self, sequence_id: int, token_ids: list[int]) -> None:
+        if sequence_id in self._stuck:
+            return
+        try:
+            for token_id in token_ids:
+                self._matchers[sequence_id].accept(token_id)
+        except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequence
+            self._stop(sequence_id, error)
 
     def _stop(self, sequence_id: int, error: Exception) -> None:
         kind = "" if isinstance(error, GrammarStuck) else f"{type(error).__name__}: "
