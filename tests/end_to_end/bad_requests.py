@@ -297,7 +297,7 @@ RESPONSES: list[Case] = [
         ("prompt_logprobs", 1),
         ("tools", [{"type": "web_search"}]),
         ("tool_choice", "required"),
-        ("text", {"format": {"type": "json_object"}}),
+        ("text", {"format": {"type": "json_schema"}}),
         ("n", 2),
         ("messages", []),
         ("top_logprobs", 21),

@@ -141,7 +141,7 @@ class ResponsesRequest(
         given = None if self.text is None else self.text.format
         if given is None:
             return super().forms()
-        return super().forms() + form_of(given.type, given.schema, asked_as="text.format")
+        return super().forms() + form_of(given.type, given.schema, asked_as="text")
 
     def check(self) -> None:
         """Refuse fields that do not fit together. Raises: RequestError."""
