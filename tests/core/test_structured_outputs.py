@@ -250,6 +250,7 @@ def test_logprobs_are_of_the_models_own_logits(llm: LLM) -> None:
     [
         ({"ignore_eos": True}, "ignore_eos"),
         ({"min_tokens": 2}, "min_tokens"),
+        ({"beam_search": {"beam_width": 2}}, "beam search"),
         ({"stop": "x"}, "stop"),
         ({"stop_token_ids": [4]}, "stop"),
     ],

@@ -107,7 +107,6 @@ class InputProcessor:
         self._check_priority(priority)
         self._check_params(params)
         token_ids: Any = self.token_ids_of(prompt, self._longest_prompt(params))
-        self._check_structured(params)
         room = self._limits.max_model_len - len(token_ids)
         eos = frozenset() if params.ignore_eos else self._eos
         stops = eos | frozenset(params.stop_token_ids)
@@ -217,6 +216,7 @@ class InputProcessor:
                 )
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer.", parameter="stop")
+        self._check_structured(params)
 
     def _check_structured(self, params: SamplingParams) -> None:
         asked = params.structured_outputs
@@ -224,6 +224,8 @@ class InputProcessor:
             return
         if params.ignore_eos:
             raise asked.error("ends with an end token; leave ignore_eos out")
+        if params.beam_search is not None:
+            raise asked.error("cannot limit a beam search; leave one of them out")
         if params.min_tokens:
             raise asked.error("ends where its grammar does; leave min_tokens out")
         if asked.is_json and (params.stop or params.stop_token_ids):
