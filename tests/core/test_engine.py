@@ -315,6 +315,7 @@ def test_engine_says_what_it_chose_and_where_the_memory_goes(engine: Engine) -> 
     assert {choice.kind: choice.used for choice in engine.selections} == {
         "model": "llama",
         "quantization": "none",
+        "grammar": "llguidance",
         "attention": "sdpa",
         "sampler": "reference",
     }

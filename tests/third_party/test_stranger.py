@@ -158,7 +158,7 @@ def test_wheel_holds_every_package_and_its_data(wheel: Path) -> None:
     assert expected - names == set()
     assert {name.split("/")[0] for name in names} == {
         *("quire", "quire_kernels", "quire_attention", "quire_models", "quire_quant"),
-        *("quire_sampling", "quire-0.1.0.dist-info"),
+        *("quire_sampling", "quire_parsers", "quire_grammar", "quire-0.1.0.dist-info"),
     }
 
 

@@ -218,6 +218,7 @@ def test_plugins_of_every_kind_are_chosen_through_the_one_door(story: Story) -> 
     assert {choice.kind: choice.used for choice in story.engine.selections} == {
         "model": "fake-model",
         "quantization": "fake-int4",
+        "grammar": "llguidance",
         "attention": "fake",
         "sampler": "fake-sampler",
     }
