@@ -26,12 +26,12 @@ from torch import Tensor
 from quire_kernels import costs
 from quire_kernels.activation import silu
 from quire_kernels.overlap import let_next_begin, options, prefetch, wait_for_previous
+from quire_kernels.parts import MAX_TILES, counters, sum_of_parts
 from quire_kernels.rounding import rounded
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Beyond so many rows cuBLAS, which shares tiles between multiprocessors, is as fast.
 MAX_ROWS = 128
-_MAX_TILES = 1024
 
 
 @triton.jit
@@ -40,16 +40,6 @@ def _leave(part_ptr, at, inside, sums, up_sums, whole, GATED: tl.constexpr):
     tl.store(part_ptr + at, sums, mask=inside)
     if GATED:
         tl.store(part_ptr + whole + at, up_sums, mask=inside)
-
-
-@triton.jit
-def _sum_of_parts(part_ptr, at, inside, num_parts, part_stride):
-    """Add up what the programs of a tile left, part after part."""
-    sums = tl.load(part_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
-    for part in range(1, num_parts):
-        more = part_ptr + part * part_stride + at
-        sums += tl.load(more, mask=inside, other=0.0, cache_modifier=".cg")
-    return sums
 
 
 @triton.jit(do_not_specialize=["num_rows"], launch_metadata=costs.of_product)
@@ -126,9 +116,9 @@ def _few_rows_kernel(
         if came < num_parts - 1:
             return
         tl.store(counts_ptr + pid, 0)
-        sums = _sum_of_parts(part_ptr, at, inside, num_parts, kinds * whole)
+        sums = sum_of_parts(part_ptr, at, inside, num_parts, kinds * whole)
         if GATED:
-            up_sums = _sum_of_parts(part_ptr + whole, at, inside, num_parts, kinds * whole)
+            up_sums = sum_of_parts(part_ptr + whole, at, inside, num_parts, kinds * whole)
     if BIASED:
         bias = tl.load(bias_ptr + outputs, mask=outputs < num_out, other=0.0)
         sums += bias.to(tl.float32)[:, None]
@@ -165,7 +155,7 @@ def plan(num_rows: int, num_out: int, size: int, *, gated: bool = False) -> Plan
     3072 x 1024 6.1 and 7.9 for 16 rows, 9.6 and 8.2 for 128.
     """
     tiles = triton.cdiv(num_out, 64)
-    if size % 128 or size < 512 or num_out < 256 or tiles > _MAX_TILES // 2:
+    if size % 128 or size < 512 or num_out < 256 or tiles > MAX_TILES // 2:
         return None
     fetch = 512 if num_rows == 16 else 0
     if gated:
@@ -199,17 +189,6 @@ def serves(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
     return plan(rows, num_out, size, gated=gated) is not None
 
 
-@functools.cache
-def _counts(device: torch.device, address: int) -> Tensor:
-    """Return counters that are zero between launches, for the products with one weight.
-
-    Launches that read the same weight are behind one another in a stream; those of two models may
-    overlap. Whatever weight is at an address later finds zeros again.
-    """
-    del address
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
     """Return the product, [num_rows, num_out]."""
     (num_rows, size), num_out = x.shape, weight.shape[0]
@@ -222,7 +201,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fal
     if chosen.parts > 1:
         shape = (chosen.parts, 2 if gated else 1, num_out, num_rows)
         part = torch.empty(shape, dtype=torch.float32, device=x.device)
-        counts = _counts(x.device, weight.data_ptr())
+        counts = counters(x.device, weight.data_ptr())
     if x.is_cuda:
         _compile_together(x.dtype, x.device, bias is not None)
     tiles = triton.cdiv(num_out, chosen.outputs) * triton.cdiv(num_rows, chosen.rows)

@@ -16,8 +16,8 @@ from attrs import frozen
 from torch import Tensor
 
 from quire_kernels import costs
-from quire_kernels.few_rows import _counts, _sum_of_parts
 from quire_kernels.overlap import let_next_begin, options, prefetch, wait_for_previous
+from quire_kernels.parts import counters, sum_of_parts
 from quire_kernels.rounding import rounded
 
 # Tiles of a large GPU, one an SM; of half as many and fewer columns are cut.
@@ -120,7 +120,7 @@ def _fp8_gemm_kernel(
         if came < PARTS - 1:
             return
         tl.store(counts_ptr + tile, 0)
-        sums = _sum_of_parts(part_ptr, at, inside, PARTS, stride)
+        sums = sum_of_parts(part_ptr, at, inside, PARTS, stride)
     if HEIGHT == 0:
         sums *= tl.load(weight_scales_ptr + weight_rows)[:, None]
         sums *= tl.load(x_scales_ptr + (x_rows * 0 if ONE_SCALE else x_rows))[None, :]
@@ -210,7 +210,7 @@ def linear(
     if chosen.parts > 1:
         shape = (chosen.parts, num_rows, num_out)
         part = torch.empty(shape, dtype=torch.float32, device=x.device)
-        counts = _counts(x.device, weight.data_ptr())
+        counts = counters(x.device, weight.data_ptr())
     tiles = triton.cdiv(num_out, chosen.outputs) * triton.cdiv(num_rows, chosen.rows)
     _fp8_gemm_kernel[(tiles, chosen.parts)](
         x,

@@ -13,7 +13,7 @@ from torch import Tensor
 from quire_kernels import ops
 
 pytest.importorskip("triton")
-from quire_kernels import few_rows
+from quire_kernels import few_rows, parts
 
 # Triton's interpreter cuts numbers off where a GPU rounds them to bfloat16.
 DTYPES = st.sampled_from(
@@ -107,6 +107,21 @@ def test_plans_cut_whole_blocks_and_fit_the_counters(rows: int, num_out: int, si
         if plan is not None:
             assert size % plan.block == 0
             assert plan.parts <= size // plan.block
-            assert -(-num_out // plan.outputs) <= few_rows._MAX_TILES
+            assert -(-num_out // plan.outputs) <= few_rows.MAX_TILES
             tile = (plan.outputs * (2 if gated else 1) + plan.rows) * plan.block * 2
             assert plan.stages * tile <= 220 * 1024
+
+
+def test_counters_made_within_a_capture_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_COUNTERS", {})
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: draw(4))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device = torch.device("cuda")
+
+    captured = parts.counters(device, 64)
+
+    assert parts.counters(device, 64) is not captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = parts.counters(device, 64)
+    assert parts.counters(device, 64) is kept
+    assert parts.counters(device, 128) is not kept

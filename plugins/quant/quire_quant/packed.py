@@ -288,6 +288,32 @@ class PackedProduct(LayerMethod):
         return found
 
 
+class TiedPackedProduct(PackedProduct):
+    """A head may be tied to the embedding: it has no weights then, and multiplies with that's.
+
+    `create_weights`, which a tied head is not asked for, sets `is_tied` to False.
+    """
+
+    def __init__(self, form: PackedForm) -> None:
+        super().__init__(form)
+        self.is_tied = True
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product."""
+        if not self.is_tied:
+            return super().apply(layer, x, bias)
+        assert isinstance(x, Tensor)
+        return ops.linear(x, layer.get_weight("weight"), bias)
+
+    def dequantize(self, layer: WeightLayer) -> Tensor | None:
+        """Return the whole weight; a tied head's is not quantized."""
+        if self.is_tied:
+            return layer.get_weight("weight").float()
+        return super().dequantize(layer)
+
+
 def tensor_name(spec: LinearSpec | EmbeddingSpec, part: int, name: str) -> str:
     """Return the checkpoint's name of a projection's tensor."""
     return f"{part_names(spec)[part]}.{name}"

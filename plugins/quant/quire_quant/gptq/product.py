@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from quire.interfaces.quantization import QuantizedActivation, ShardRule, WeightLayer
-from quire_kernels import ops
+from quire.interfaces.quantization import ShardRule, WeightLayer
 from quire_quant.input_order import input_order, plain_indices, reorder
 from quire_quant.packed import (
     PackedForm,
-    PackedProduct,
+    TiedPackedProduct,
     as_bytes,
     check_scales,
     pack,
@@ -20,16 +18,12 @@ from quire_quant.packed import (
 )
 
 
-class GptqProduct(PackedProduct):
-    """Codes of an output lie along the inputs in int32; `g_idx` names each input's group.
-
-    A head that is tied to the embedding creates no weights: it multiplies with the embedding's.
-    """
+class GptqProduct(TiedPackedProduct):
+    """Codes of an output lie along the inputs in int32; `g_idx` names each input's group."""
 
     def __init__(self, form: PackedForm, zero_offset: int) -> None:
         super().__init__(form)
         self.zero_offset = zero_offset
-        self.is_tied = True
 
     def create_weights(self, layer: WeightLayer) -> None:
         """Register `qweight`, `qzeros`, `scales` and `g_idx` as the checkpoint has them."""
@@ -91,18 +85,3 @@ class GptqProduct(PackedProduct):
         indices = layer.get_weight("g_idx").data
         indices.copy_(plain_indices(form, indices.device))
         settle_scales(layer.get_weight("scales").data, form.bits)
-
-    def apply(
-        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
-    ) -> Tensor:
-        """Return the product."""
-        if not self.is_tied:
-            return super().apply(layer, x, bias)
-        assert isinstance(x, Tensor)
-        return ops.linear(x, layer.get_weight("weight"), bias)
-
-    def dequantize(self, layer: WeightLayer) -> Tensor | None:
-        """Return the whole weight; a tied head's is not quantized."""
-        if self.is_tied:
-            return layer.get_weight("weight").float()
-        return super().dequantize(layer)

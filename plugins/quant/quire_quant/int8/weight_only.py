@@ -8,28 +8,28 @@ from torch import Tensor
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     LinearSpec,
-    QuantizedActivation,
     ShardRule,
     WeightLayer,
 )
-from quire_kernels import ops
 from quire_quant.int8.formats import Scheme
 from quire_quant.narrow_scales import narrow_scales
-from quire_quant.packed import PackedForm, PackedProduct, check_scales, held_bytes
+from quire_quant.packed import (
+    PackedForm,
+    PackedProduct,
+    TiedPackedProduct,
+    check_scales,
+    held_bytes,
+)
 
 MIDDLE = 128
 
 
-class StoredWeightOnly(PackedProduct):
-    """A checkpoint's weight int8 with a scale a projection, an output or a group of inputs.
-
-    A head that is tied to the embedding creates no weights: it multiplies with the embedding's.
-    """
+class StoredWeightOnly(TiedPackedProduct):
+    """A checkpoint's weight int8 with a scale a projection, an output or a group of inputs."""
 
     def __init__(self, spec: LinearSpec | EmbeddingSpec, scheme: Scheme) -> None:
         super().__init__(PackedForm.of(spec, 8, scheme.group_size))
         self.scheme = scheme
-        self.is_tied = True
 
     def create_weights(self, layer: WeightLayer) -> None:
         """Register `weight` int8 and `weight_scale`, without memory until they are filled."""
@@ -71,21 +71,6 @@ class StoredWeightOnly(PackedProduct):
     def loaded_bytes(self, layer: WeightLayer) -> int:
         """Return the bytes of values, scales and zeros."""
         return 0 if self.is_tied else held_bytes(self.form)
-
-    def apply(
-        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
-    ) -> Tensor:
-        """Return the product."""
-        if not self.is_tied:
-            return super().apply(layer, x, bias)
-        assert isinstance(x, Tensor)
-        return ops.linear(x, layer.get_weight("weight"), bias)
-
-    def dequantize(self, layer: WeightLayer) -> Tensor | None:
-        """Return the whole weight; a tied head's is not quantized."""
-        if self.is_tied:
-            return layer.get_weight("weight").float()
-        return super().dequantize(layer)
 
 
 class RoundedWeightOnly(PackedProduct):

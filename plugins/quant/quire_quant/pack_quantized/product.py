@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.interfaces.quantization import QuantizedActivation, ShardRule, WeightLayer
-from quire_kernels import ops
+from quire.interfaces.quantization import ShardRule, WeightLayer
 from quire_quant.input_order import input_order, plain_indices, reorder
 from quire_quant.narrow_scales import narrow_scales
 from quire_quant.packed import (
     PackedForm,
-    PackedProduct,
+    TiedPackedProduct,
     as_bytes,
     held_bytes,
     pack,
@@ -22,17 +21,13 @@ from quire_quant.packed import (
 )
 
 
-class PackQuantizedProduct(PackedProduct):
-    """Codes of an output lie along the inputs in int32, those below the middle being negative.
-
-    A head that is tied to the embedding creates no weights: it multiplies with the embedding's.
-    """
+class PackQuantizedProduct(TiedPackedProduct):
+    """Codes of an output lie along the inputs in int32, those below the middle being negative."""
 
     def __init__(self, form: PackedForm, *, symmetric: bool, has_order: bool) -> None:
         super().__init__(form)
         self.symmetric = symmetric
         self.has_order = has_order
-        self.is_tied = True
 
     def create_weights(self, layer: WeightLayer) -> None:
         """Register the checkpoint's tensors; scales in float32, whose range holds them all.
@@ -140,18 +135,3 @@ class PackQuantizedProduct(PackedProduct):
             return 0
         order = 4 * len(self.form.part_sizes) * self.form.in_features if self.has_order else 0
         return held_bytes(self.form) + order
-
-    def apply(
-        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
-    ) -> Tensor:
-        """Return the product."""
-        if not self.is_tied:
-            return super().apply(layer, x, bias)
-        assert isinstance(x, Tensor)
-        return ops.linear(x, layer.get_weight("weight"), bias)
-
-    def dequantize(self, layer: WeightLayer) -> Tensor | None:
-        """Return the whole weight; a tied head's is not quantized."""
-        if self.is_tied:
-            return layer.get_weight("weight").float()
-        return super().dequantize(layer)
