@@ -19,6 +19,8 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+# Tokens of a group, of which a draw takes one before a token.
+_GROUP = 64
 
 
 @functools.cache
@@ -210,21 +212,49 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) ->
     return [c0, c1, c2, c3]
 
 
-def gumbel_noise(seed: Tensor, child: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """Return the Gumbel noise of every token: float32 [num_rows, vocab_size].
+def gumbel_noise(
+    seed: Tensor,
+    child: Tensor,
+    position: Tensor,
+    size: int,
+    *,
+    first: Tensor | None = None,
+    stage: int = 0,
+) -> Tensor:
+    """Return the Gumbel noise of `size` tokens, or groups with `stage` 1: [num_rows, size].
 
-    `seed`, `child`, `position` int64 [num_rows]. A pure function of (seed, child, position,
-    token id); `quire.interfaces.sampling.Sampler` defines it.
+    Float32. `seed`, `child`, `position` int64 [num_rows]; `first` int64 [num_rows], multiples of
+    four, says where each row begins, by default at 0. A pure function of these and the place, which
+    `quire.interfaces.sampling.Sampler` defines.
     """
-    quads = torch.arange((vocab_size + 3) // 4, device=seed.device)[None, :]
-    zero = torch.zeros_like(position)[:, None]
-    counter = (quads, position[:, None], child[:, None], zero)
+    quads = torch.arange((size + 3) // 4, device=seed.device)[None, :]
+    if first is not None:
+        quads = quads + first[:, None] // 4
+    last = torch.full_like(position, stage)[:, None]
+    counter = (quads, position[:, None], child[:, None], last)
     lanes = torch.stack(philox_4x32(counter, seed[:, None]), dim=-1)
-    uniform = (lanes.flatten(1)[:, :vocab_size].float() + 0.5) * 2.0**-32
+    uniform = (lanes.flatten(1)[:, :size].float() + 0.5) * 2.0**-32
     # Rounded to float32 the largest are 1, whose noise is -inf: then a token that a filter
     # dropped could be drawn.
     uniform.clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
+
+
+def draw(scores: Tensor, seed: Tensor, child: Tensor, position: Tensor) -> Tensor:
+    """Return a token a row, int64 [num_rows], drawn with the probabilities softmax(scores).
+
+    `scores` float32 [num_rows, vocab_size], -inf where a token is left out; `seed`, `child` and
+    `position` int64 [num_rows]. A row that is not finite gets some token.
+    Source: `quire.interfaces.sampling.Sampler` defines the draw.
+    """
+    padded = functional.pad(scores, (0, -scores.shape[1] % _GROUP), value=float("-inf"))
+    groups = padded.unflatten(1, (-1, _GROUP))
+    noise = gumbel_noise(seed, child, position, groups.shape[1], stage=1)
+    group = (groups.logsumexp(dim=-1) + noise).argmax(dim=-1, keepdim=True)
+    inside = groups.take_along_dim(group.unsqueeze(-1), dim=1).squeeze(1)
+    first = group[:, 0] * _GROUP
+    noise = gumbel_noise(seed, child, position, _GROUP, first=first)
+    return first + (inside + noise).argmax(dim=-1)
 
 
 def rotate_and_write(
@@ -362,6 +392,5 @@ def sample(
     if filters is not None:
         top_k, top_p, min_p = filters
         scaled = keep_min_p(keep_top_k_top_p(scaled, top_k, top_p), min_p)
-    scores = scaled + gumbel_noise(seed, child, position, logits.shape[1])
-    token_ids = torch.where(temperature > 0, scores.argmax(dim=-1), token_ids)
+    token_ids = torch.where(temperature > 0, draw(scaled, seed, child, position), token_ids)
     return token_ids, best.isfinite().logical_not_().int()

@@ -1,7 +1,7 @@
-"""Sampling in Triton: finds rows that are not finite and draws, without storing any noise.
+"""Sampling in Triton: finds rows that are not finite and draws, reading the logits once.
 
-    logits row  [ block | block | block | ... ]   a program each: best score, its token, flags
-                    `-------`-------'             a program a row: the best of the blocks
+    logits row  [ block | block | block | ... ]   a program each: masses of its groups, flags
+                    `-------`-------'             a program a row: the best group's best token
 
 `quire.interfaces.sampling.Sampler` defines the draw, `filters` what the filters leave of a row.
 """
@@ -12,26 +12,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.language.extra.cuda import libdevice
 
 from quire_kernels import costs
 from quire_kernels.filters import cut_rows
 from quire_kernels.token_order import key_of, order_of, value_of_key
 
-# The interpreter has none of the GPU's own functions.
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 _UNIT = tl.constexpr(2.0**-32)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# The largest error of rough noise: log2 near 1 may err by 2**-22, and 1 - x is rounded; at 1/32
-# that is some 1e-5 of the inner logarithm, which the outer one turns into an absolute error.
-_ROUGH = tl.constexpr(3e-5)
+_BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
 # Of -inf and inf, by `key_of`.
 _KEY_OF_NOTHING = tl.constexpr(-0x7F800001)
 _KEY_OF_INFINITY = tl.constexpr(0x7F800000)
-_BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
-# Rows that fill a GPU with 4,096 tokens a program; fewer are cut finer.
-_MANY_ROWS = 8
+_NO_INDEX = tl.constexpr(0x7FFFFFFF)
+# Tokens of a group, and of a program. A group's mass must not depend on the batch, so neither does
+# how a row is cut.
+_GROUP = tl.constexpr(64)
+_BLOCK = 4096
 
 
 @triton.jit
@@ -55,163 +52,121 @@ def gumbel(lane):
 
 
 @triton.jit
-def rough_log2(x):
-    """Return the GPU's own logarithm, one instruction instead of twenty."""
-    return tl.log2(x) if _INTERPRETED else libdevice.fast_log2f(x)
-
-
-@triton.jit
-def rough_gumbel(lane):
-    """Return `gumbel(lane)` with an error of at most ROUGH.
-
-    Below 1/32 the logarithm of 1 - x is a series, where 1 - x would lose digits.
-    """
-    x = (lane.to(tl.float32) + 0.5) * _UNIT
-    near = x * (1.0 + x * (0.5 + x * (0.33333333 + x * 0.25)))
-    far = rough_log2(tl.maximum(1.0 - x, 1.0 - _BELOW_ONE)) * -_LN_2
-    return rough_log2(tl.where(x < 0.03125, near, far)) * -_LN_2
-
-
-@triton.jit
-def lanes_of(first, seed, child, position, BLOCK: tl.constexpr):
-    """Return the random 32-bit numbers of BLOCK tokens from `first`, a multiple of four."""
-    quads = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+def noise_of(first, seed, child, position, STAGE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the Gumbel noise of COUNT tokens or groups from `first`, a multiple of four."""
+    quads = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
     zero = quads * 0
     at, of = zero + position.to(tl.uint32), zero + child.to(tl.uint32)
-    a, b, c, d = tl.philox(seed, quads, at, of, zero)
+    a, b, c, d = tl.philox(seed, quads, at, of, zero + STAGE)
     # Each interleaving doubles the distance of what was there: a . c . , then a b c d.
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return gumbel(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
 
 
 @triton.jit
-def rough_winner(score, temperature, lanes, columns):
-    """Return a tile's first and last column that may be the best by exact noise.
-
-    Where no column is near the peak, for it is not finite, the first is behind the last.
-    """
-    rough = score * (1.0 / temperature) + rough_gumbel(lanes)
-    peak = tl.max(rough, axis=0)
-    # Twice the errors of two noises, and of two quotients of this size.
-    is_near = rough >= peak - (4 * _ROUGH + 1e-6 * tl.abs(peak))
-    first = tl.min(tl.where(is_near, columns, 0x7FFFFFFF), axis=0)
-    return first, tl.max(tl.where(is_near, columns, -1), axis=0)
+def first_of_best(score, index):
+    """Return the index of the largest score, the lowest among equals; a NaN is the least."""
+    keys = key_of(tl.where(score == score, score, float("-inf")))
+    return tl.min(tl.where(keys == tl.max(keys, axis=0), index, _NO_INDEX), axis=0)
 
 
 @triton.jit
-def drawn_score(logit_ptr, token, temperature, seed, child, position):
-    """Return a token's logit over the temperature, with its noise; `logit_ptr` is the logit's."""
-    one = tl.arange(0, 1)
-    token = one + token
-    zero = token.to(tl.uint32) * 0
-    at, of = zero + position.to(tl.uint32), zero + child.to(tl.uint32)
-    a, b, c, d = tl.philox(seed, (token // 4).to(tl.uint32), at, of, zero)
-    place = token % 4
-    lane = tl.where(place < 2, tl.where(place == 0, a, b), tl.where(place == 2, c, d))
-    score = tl.load(logit_ptr + one).to(tl.float32)
-    return tl.max(tl.div_rn(score, one.to(tl.float32) + temperature) + gumbel(lane), axis=0)
+def kept_scores(row_ptr, columns, temperature, cut, VOCAB: tl.constexpr, FILTERED: tl.constexpr):
+    """Load logits over the temperature; -inf for NaN and what the filters drop."""
+    score = tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
+    score = tl.where(score != score, float("-inf"), score)
+    score = tl.div_rn(score, tl.zeros_like(score) + temperature)
+    if FILTERED:
+        score = tl.where(order_of(score, columns) >= cut, score, float("-inf"))
+    return score
 
 
 @triton.jit
-def exact_winner(
-    row_ptr, first, cut, temperature, seed, child, position,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, FILTERED: tl.constexpr,
+def flag_of(key):
+    """Return 0 if the largest key is that of -inf, 1 if it is finite, else 2."""
+    return tl.where(key == _KEY_OF_NOTHING, 0, tl.where(key < _KEY_OF_INFINITY, 1, 2))
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["temperature_ptr", "cut_ptr"], launch_metadata=costs.of_tensors
+)
+def _block_kernel(
+    logits_ptr, logits_stride, temperature_ptr, cut_ptr, mass_ptr, best_ptr, token_ptr, flag_ptr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
+    FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """Return the best score by exact noise of BLOCK tokens from `first`, and its token.
+    """Find the logarithms of the masses of a block's groups, or of a greedy row the best token.
 
-    A part at a time, so that it needs few registers beside what mostly runs.
+    Whole numbers are compared where NaN must be seen: an SM reduces them in one instruction a warp.
     """
-    best, token = float("-inf"), first
-    for begin in range(first, first + BLOCK, PART):
-        columns = begin + tl.arange(0, PART)
-        score = tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf"))
-        score = score.to(tl.float32)
-        score = tl.where(score != score, float("-inf"), score)
-        score = tl.div_rn(score, tl.zeros_like(score) + temperature)
-        any_left = True
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, row_ptr = split * BLOCK, logits_ptr + row * logits_stride
+    columns = first + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
+    temperature = tl.load(temperature_ptr + row)
+    is_drawn = temperature > 0
+    flag = 1
+    if FILTERED or not is_drawn:
+        keys = key_of(tl.where(logits != logits, float("-inf"), logits))
+        top = tl.max(tl.where(logits != logits, _NO_INDEX, keys), axis=0)
+        flag = flag_of(top)
+    out = row * SPLITS + split
+    if is_drawn:
+        factor = 1.0 / temperature
         if FILTERED:
-            left = order_of(score, columns) >= cut
-            score = tl.where(left, score, float("-inf"))
-            any_left = tl.max(score, axis=0) > float("-inf")
-        if any_left:
-            score += gumbel(lanes_of(begin, seed, child, position, PART))
-            keys = key_of(score)
-            top = tl.max(keys, axis=0)
-            if value_of_key(top) > best:
-                best = value_of_key(top)
-                token = tl.min(tl.where(keys == top, columns, 0x7FFFFFFF), axis=0)
-    return best, token
+            cut, factor = tl.load(cut_ptr + row), 1.0
+            logits = kept_scores(row_ptr, columns, temperature, cut, VOCAB, FILTERED)
+        peak = tl.max(logits, axis=0)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        mass = tl.exp2((logits - base) * (tl.minimum(factor, _LARGEST) * _LOG2_E))
+        masses = tl.sum(tl.reshape(mass, [BLOCK // _GROUP, _GROUP]), axis=1)
+        if not FILTERED:
+            # NaN, or +inf less itself, is in the sum.
+            total = tl.sum(masses, axis=0)
+            flag = tl.where(total != total, 2, tl.where(peak == float("-inf"), 0, 1))
+        groups = first // _GROUP + tl.arange(0, BLOCK // _GROUP)
+        masses = tl.log(masses) + base * factor
+        tl.store(mass_ptr + row * GROUPS + groups, masses, mask=groups < GROUPS)
+    else:
+        keys = key_of(tl.where(logits != logits, float("-inf"), logits))
+        best = tl.max(keys, axis=0)
+        tl.store(best_ptr + out, value_of_key(best))
+        tl.store(token_ptr + out, tl.min(tl.where(keys == best, columns, _NO_INDEX), axis=0))
+    tl.store(flag_ptr + out, flag)
 
 
 @triton.jit(
     do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "child_ptr", "position_ptr"],
     launch_metadata=costs.of_tensors,
 )
-def _draw_kernel(
-    logits_ptr, logits_stride, temperature_ptr, seed_ptr, child_ptr, position_ptr, cut_ptr,
-    best_ptr, token_ptr, flag_ptr,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, SPLITS: tl.constexpr,
-    FILTERED: tl.constexpr,
+def _row_kernel(
+    logits_ptr, logits_stride, temperature_ptr, cut_ptr, mass_ptr, best_ptr, token_ptr, flag_ptr,
+    seed_ptr, child_ptr, position_ptr, token_id_ptr, status_ptr,
+    VOCAB: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, FILTERED: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Find the best score of a block of a row; flags: 0 all -inf, 1 finite, above not finite.
-
-    Where no filter reads the scores, rough noise mostly tells the winner, and exact noise is made
-    for it alone. Whole numbers are compared: an SM reduces them in one instruction a warp.
-    """
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, row_ptr = split * BLOCK, logits_ptr + row * logits_stride
-    columns = first + tl.arange(0, BLOCK)
-    score = tl.load(row_ptr + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
-    is_nan = score != score
-    score = tl.where(is_nan, float("-inf"), score)
-    keys = key_of(score)
-    top = tl.max(tl.where(is_nan, 0x7FFFFFFF, keys), axis=0)
-    flag = tl.where(top == _KEY_OF_NOTHING, 0, tl.where(top < _KEY_OF_INFINITY, 1, 2))
-
+    """Draw a group by its mass and a token of it, or take the best block's token."""
+    row, splits = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED_SPLITS)
+    at, inside = row * SPLITS + splits, splits < SPLITS
     temperature = tl.load(temperature_ptr + row)
-    best, token = value_of_key(tl.minimum(top, _KEY_OF_INFINITY)), first
     if temperature > 0:
         seed, child = tl.load(seed_ptr + row), tl.load(child_ptr + row)
         position = tl.load(position_ptr + row)
-        last, cut = first - 1, 0
+        groups = tl.arange(0, PADDED_GROUPS)
+        at_group = mass_ptr + row * GROUPS + groups
+        score = tl.load(at_group, mask=groups < GROUPS, other=float("-inf"))
+        score += noise_of(0, seed, child, position, 1, PADDED_GROUPS)
+        first, cut = first_of_best(score, groups) * _GROUP, 0
         if FILTERED:
             cut = tl.load(cut_ptr + row)
-        else:
-            lanes = lanes_of(first, seed, child, position, BLOCK)
-            token, last = rough_winner(score, temperature, lanes, columns)
-        # Below that 1 / temperature may overflow, and tell nothing.
-        if (token == last) & (temperature > 1e-30):
-            best = drawn_score(row_ptr + token, token, temperature, seed, child, position)
-        else:
-            best, token = exact_winner(
-                row_ptr, first, cut, temperature, seed, child, position, VOCAB, BLOCK, PART,
-                FILTERED,
-            )  # fmt: skip
+        columns, row_ptr = first + tl.arange(0, _GROUP), logits_ptr + row * logits_stride
+        score = kept_scores(row_ptr, columns, temperature, cut, VOCAB, FILTERED)
+        score += noise_of(first, seed, child, position, 0, _GROUP)
+        token = first_of_best(score, columns)
     else:
-        token = tl.min(tl.where(keys == top, columns, 0x7FFFFFFF), axis=0)
-        token = tl.where(flag == 1, token, first)
-    out = row * SPLITS + split
-    tl.store(best_ptr + out, best)
-    tl.store(token_ptr + out, token)
-    tl.store(flag_ptr + out, flag)
-
-
-@triton.jit
-def _pick_kernel(
-    best_ptr,
-    token_ptr,
-    flag_ptr,
-    token_id_ptr,
-    status_ptr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Take the best block's token; among equals the first, which has the lowest token."""
-    row, splits = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at, inside = row * SPLITS + splits, splits < SPLITS
-    best = tl.load(best_ptr + at, mask=inside, other=float("-inf"))
-    _, index = tl.max(best, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        best = tl.load(best_ptr + at, mask=inside, other=float("-inf"))
+        token = tl.load(token_ptr + row * SPLITS + first_of_best(best, splits))
     flag = tl.max(tl.load(flag_ptr + at, mask=inside, other=0), axis=0)
-    tl.store(token_id_ptr + row, tl.load(token_ptr + row * SPLITS + index).to(tl.int64))
+    tl.store(token_id_ptr + row, token.to(tl.int64))
     tl.store(status_ptr + row, (flag != 1).to(tl.int32))
 
 
@@ -230,31 +185,25 @@ def sample(
     if num_rows == 0:
         return token_ids, status
     cut = None if filters is None else cut_rows(logits, temperature, filters)
-    block = 4096 if num_rows >= _MANY_ROWS else 1024
-    splits = triton.cdiv(vocab_size, block)
+    splits, groups = triton.cdiv(vocab_size, _BLOCK), triton.cdiv(vocab_size, _GROUP.value)
+    masses = torch.empty((num_rows, groups), dtype=torch.float32, device=logits.device)
     best = torch.empty((num_rows, splits), dtype=torch.float32, device=logits.device)
-    tokens = torch.empty((num_rows, splits), dtype=torch.int32, device=logits.device)
-    flags = torch.empty((num_rows, splits), dtype=torch.int32, device=logits.device)
-    _draw_kernel[(num_rows, splits)](
-        logits,
-        logits.stride(0),
-        temperature,
+    tokens, flags = torch.empty((2, num_rows, splits), dtype=torch.int32, device=logits.device)
+    found = (logits, logits.stride(0), temperature, cut, masses, best, tokens, flags)
+    sizes = {"VOCAB": vocab_size, "SPLITS": splits, "GROUPS": groups, "FILTERED": cut is not None}
+    _block_kernel[(num_rows, splits)](*found, **sizes, BLOCK=_BLOCK, num_warps=4)
+    # Four numbers of a counter at least.
+    padded = max(4, triton.next_power_of_2(groups))
+    _row_kernel[(num_rows,)](
+        *found,
         seed,
         child,
         position,
-        cut,
-        best,
-        tokens,
-        flags,
-        VOCAB=vocab_size,
-        BLOCK=block,
-        PART=min(block, 1024),
-        SPLITS=splits,
-        FILTERED=cut is not None,
-        num_warps=8 if block == 4096 else 4,
-    )
-    padded = triton.next_power_of_2(splits)
-    _pick_kernel[(num_rows,)](
-        best, tokens, flags, token_ids, status, SPLITS=splits, BLOCK=padded, num_warps=1
+        token_ids,
+        status,
+        **sizes,
+        PADDED_SPLITS=triton.next_power_of_2(splits),
+        PADDED_GROUPS=padded,
+        num_warps=8 if padded > 256 else 1,
     )
     return token_ids, status

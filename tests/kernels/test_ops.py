@@ -154,9 +154,9 @@ def plain_philox(counter: list[int], seed: int) -> list[int]:
     return counter
 
 
-def plain_noise(seed: int, child: int, position: int, token_id: int) -> float:
-    """The definition in `quire.interfaces.sampling.Sampler`, one token at a time."""
-    lane = plain_philox([token_id // 4, position, child, 0], seed)[token_id % 4]
+def plain_noise(seed: int, child: int, position: int, at: int, stage: int = 0) -> float:
+    """The definition in `quire.interfaces.sampling.Sampler`, one token or group at a time."""
+    lane = plain_philox([at // 4, position, child, stage], seed)[at % 4]
     v = (lane + 0.5) / 2**32
     return -math.log(-math.log1p(-v))
 
@@ -180,6 +180,48 @@ def test_gumbel_noise_follows_its_definition(
     assert noise.dtype is torch.float32
     want = [plain_noise(seed % 2**64, child, position, t) for t in range(vocab_size)]
     torch.testing.assert_close(noise[0].double(), torch.tensor(want).double(), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([1, 63, 64, 65, 200]),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_draw_takes_a_group_and_then_a_token(
+    seed: int, position: int, vocab_size: int, logits_seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(logits_seed)
+    scores = torch.randn(1, vocab_size, generator=generator) * 3
+    scores[torch.rand(scores.shape, generator=generator) < 0.3] = -math.inf
+    scores[0, logits_seed % vocab_size] = 1.0
+    signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+
+    token = ops.draw(scores, signed, torch.tensor([3]), torch.tensor([position])).item()
+
+    groups = scores[0].double().split(64)
+    of_group = [plain_noise(seed, 3, position, g, 1) for g in range(len(groups))]
+    masses = [float(group.logsumexp(0)) + x for group, x in zip(groups, of_group, strict=True)]
+    best = max(range(len(groups)), key=lambda g: masses[g])
+    tokens = range(64 * best, min(64 * best + 64, vocab_size))
+    assert token == max(
+        tokens, key=lambda t: scores[0, t].item() + plain_noise(seed, 3, position, t)
+    )
+
+
+def test_draws_over_many_groups_follow_the_distribution() -> None:
+    scores = torch.linspace(-3.0, 2.0, 300).roll(77)
+    scores[:70] = -math.inf
+    positions = torch.arange(100_000)
+
+    tokens = ops.draw(scores.expand(100_000, -1), positions * 0 + 5, positions * 0, positions)
+
+    expected = scores.softmax(0)[70:] * 100_000
+    counts = torch.bincount(tokens, minlength=300)
+    assert counts[:70].sum() == 0
+    # Chi-square with 229 degrees of freedom exceeds 350 less than once in a million.
+    assert ((counts[70:] - expected).square() / expected).sum().item() < 350
 
 
 def test_gumbel_noise_of_a_row_does_not_depend_on_the_others() -> None:

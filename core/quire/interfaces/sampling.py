@@ -69,10 +69,17 @@ class Sampler(abc.ABC):
     """Draw one token a row.
 
     A draw is a pure function of (seed, child index, position, token id), the same in every
-    sampler and on every device: token t gets Philox4x32-10 output lane t % 4 for counter
-    (t // 4, position, child index, 0) and the seed's 64 bits as key; with x that lane, in
-    float32, v = min((x + 0.5) / 2**32, 1 - 2**-24) and g = -log(-log1p(-v)), the token of the
-    largest logit / temperature + g among those that the filters leave is drawn.
+    sampler and on every device, and made in two stages, so that noise is needed for few tokens.
+    With s the logit / temperature of a token, -inf where the filters drop it:
+
+    1. Tokens 64 g to 64 g + 63 are group g. The group of the largest logsumexp(s) + G(g, 1) wins.
+    2. Of its tokens that of the largest s + G(token id, 0) is drawn.
+
+    G(i, stage) is Gumbel noise: with x the Philox4x32-10 output lane i % 4 for counter
+    (i // 4, position, child index, stage) and the seed's 64 bits as key, in float32,
+    v = min((x + 0.5) / 2**32, 1 - 2**-24) and G = -log(-log1p(-v)).
+    A group wins as often as its probability says, since the largest of its tokens' s + noise
+    would be distributed as its logsumexp(s) + noise.
     Filters apply in this order: temperature, top_k, top_p, min_p.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Gumbel-max.
 

@@ -150,10 +150,12 @@ def _in_words(row: Row, found: Draws, i: int, token: int) -> str:
     best, scores = int(found.best[i]), found.scores[i]
     if not bool(found.allowed.perhaps[token]):
         return f"token {token}, which the filters drop, instead of token {best} ({row})"
-    return (
-        f"token {token} of score {scores[token].item():.6g} instead of token {best} of "
-        f"{scores[best].item():.6g} ({row})"
-    )
+    groups = [one // found.group_size for one in (token, best)]
+    if groups[0] == groups[1]:
+        told = [f"score {scores[one].item():.6g}" for one in (token, best)]
+    else:
+        told = [f"group {group} of score {found.low[i, group].item():.6g}" for group in groups]
+    return f"token {token} of {told[0]} instead of token {best} of {told[1]} ({row})"
 
 
 def _judge_logprob(case: SamplerCase, done: Sampled, i: int, row: Row) -> str | None:

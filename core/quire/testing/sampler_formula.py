@@ -18,6 +18,8 @@ from quire.testing.sampler_cases import Row, top_k_of
 
 MASK = 0xFFFFFFFF
 EPS = torch.finfo(torch.float32).eps
+# Tokens of a group, of which a draw takes one before a token.
+GROUP_SIZE = 64
 
 
 @frozen(kw_only=True)
@@ -34,6 +36,8 @@ class Mistake:
     stops_short: bool = False
     lanes_in_a_row: bool = False
     min_p_of_one: bool = False
+    group_size: int = GROUP_SIZE
+    stages: tuple[int, int] = (1, 0)
 
 
 RIGHT = Mistake()
@@ -54,6 +58,9 @@ MISTAKES = [
     Mistake(words="top_p drops the token that reaches it", stops_short=True),
     Mistake(words="the filters are applied before the temperature", filters_first=True),
     Mistake(words="min_p is taken of 1 instead of the most likely token", min_p_of_one=True),
+    Mistake(words="tokens are drawn without groups", group_size=2**30),
+    Mistake(words="groups have the noise of tokens", stages=(0, 0)),
+    Mistake(words="the two stages' noise is exchanged", stages=(0, 1)),
     Mistake(words="a counter's four lanes are not four tokens in a row", lanes_in_a_row=True),
 ]
 
@@ -78,20 +85,22 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> list[Te
     return [c0, c1, c2, c3]
 
 
-def uniforms(row: Row, vocab_size: int, mistake: Mistake = RIGHT, *, num_draws: int = 1) -> Tensor:
-    """Return the float32 numbers in (0, 1) of every token, [num_draws, vocab_size].
+def uniforms(
+    row: Row, size: int, mistake: Mistake = RIGHT, *, num_draws: int = 1, stage: int = 0
+) -> Tensor:
+    """Return the float32 numbers in (0, 1) of every token or group, [num_draws, size].
 
     Draws are at the row's position and those after it.
     """
-    quads = torch.arange((vocab_size + 3) // 4).expand(num_draws, -1)
+    quads = torch.arange((size + 3) // 4).expand(num_draws, -1)
     position = row.position + mistake.position_shift + torch.arange(num_draws)[:, None]
     if mistake.changes.get("position") is not None:
         position = position * 0
-    child, zero = torch.full_like(quads, row.child), torch.zeros_like(quads)
+    child, last = torch.full_like(quads, row.child), torch.full_like(quads, stage)
     seed = row.seed & ((1 << mistake.seed_bits) - 1)
-    lanes = philox((quads, position & MASK, child, zero), seed)
+    lanes = philox((quads, position & MASK, child, last), seed)
     joined = torch.cat(lanes, 1) if mistake.lanes_in_a_row else torch.stack(lanes, -1).flatten(1)
-    return ((joined[:, :vocab_size].float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return ((joined[:, :size].float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 @define(kw_only=True)
@@ -166,34 +175,68 @@ def _inside_p(values: Tensor, kept: Tensor, row: Row, mistake: Mistake) -> tuple
 
 @define(kw_only=True)
 class Draws:
-    """What a row may give: `scores` [num_draws, vocab_size], and how near two may be confused."""
+    """What a row may give: the scores of tokens and of groups, and how near two may be confused.
+
+    `scores` [num_draws, vocab_size]. Groups of `group_size` have scores [num_draws, num_groups] of
+    what surely is left, `low`, and of what perhaps is, `high`.
+    """
 
     allowed: Allowed
     scores: Tensor
     near: float
+    low: Tensor
+    high: Tensor
+    near_groups: float
+    group_size: int
 
     @property
     def best(self) -> Tensor:
-        """The tokens of the largest scores, [num_draws]."""
-        return self.scores.masked_fill(~self.allowed.surely, -math.inf).argmax(1)
+        """The tokens that are drawn, [num_draws]."""
+        return self._among(self.low.argmax(1)).argmax(1)
+
+    def _among(self, groups: Tensor) -> Tensor:
+        """Return the scores of one group a draw, what surely is left of it; -inf for all else."""
+        own = torch.arange(self.scores.shape[1]) // self.group_size == groups[:, None]
+        return self.scores.masked_fill(~(own & self.allowed.surely), -math.inf)
 
     def may_be(self, tokens: Tensor) -> Tensor:
         """Answer which of the tokens [num_draws] may be drawn, as far as float32 can tell."""
-        left = self.allowed.perhaps[tokens]
-        surely = self.scores.masked_fill(~self.allowed.surely, -math.inf).amax(1)
-        return left & (self.scores.gather(1, tokens[:, None])[:, 0] >= surely - self.near)
+        groups = tokens // self.group_size
+        wins = self.high.gather(1, groups[:, None])[:, 0] >= self.low.amax(1) - self.near_groups
+        best = self._among(groups).amax(1)
+        is_best = self.scores.gather(1, tokens[:, None])[:, 0] >= best - self.near
+        return self.allowed.perhaps[tokens] & wins & is_best
 
 
 def draw(logits: Tensor, row: Row, mistake: Mistake = RIGHT, *, num_draws: int = 1) -> Draws:
-    """Return the draws of one row: the largest scaled logit plus noise."""
+    """Return the draws of one row: of a group by its mass and noise, then of one of its tokens."""
     found = allowed(logits, row, mistake)
     changed = evolve(row, **mistake.changes)
-    uniform = uniforms(changed, len(logits), mistake, num_draws=num_draws)
-    scores = found.scaled - torch.log(-torch.log1p(-uniform.double()))
     temperature = torch.tensor(changed.temperature, dtype=torch.float32)
-    plain = logits.float() / temperature - torch.log(-torch.log1p(-uniform))
-    usable = scores.isfinite()
-    error = (plain.double() - scores)[usable].abs().max().item()
-    # Each of the two scores may err by twice as much as plain PyTorch, plus one rounding.
-    near = 2 * (2 * error + EPS * scores[usable].abs().max().item())
-    return Draws(allowed=found, scores=scores, near=near)
+    plain = logits.float() / temperature
+
+    def noisy(exact: Tensor, single: Tensor, stage: int) -> tuple[Tensor, float]:
+        uniform = uniforms(changed, exact.shape[-1], mistake, num_draws=num_draws, stage=stage)
+        scores = exact - torch.log(-torch.log1p(-uniform.double()))
+        rounded = single - torch.log(-torch.log1p(-uniform))
+        usable = scores.isfinite()
+        error = (rounded.double() - scores)[usable].abs().max().item()
+        # Each of the two scores may err by twice as much as plain PyTorch, plus one rounding.
+        return scores, 2 * (2 * error + EPS * scores[usable].abs().max().item())
+
+    size = min(mistake.group_size, len(logits))
+    scores, near = noisy(found.scaled, plain, mistake.stages[1])
+    least, most = (_masses(found.scaled, kept, size) for kept in (found.surely, found.perhaps))
+    low, near_groups = noisy(least, _masses(plain, found.surely, size), mistake.stages[0])
+    high = noisy(most, most.float(), mistake.stages[0])[0]
+    return Draws(
+        allowed=found, scores=scores, near=near,
+        low=low, high=high, near_groups=near_groups, group_size=size,
+    )  # fmt: skip
+
+
+def _masses(scaled: Tensor, kept: Tensor, size: int) -> Tensor:
+    """Return the logarithms of the groups' masses, [num_groups]."""
+    left = scaled.masked_fill(~kept, -math.inf)
+    padded = torch.nn.functional.pad(left, (0, -len(left) % size), value=-math.inf)
+    return padded.unflatten(0, (-1, size)).logsumexp(1)

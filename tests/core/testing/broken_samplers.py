@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quire.interfaces.sampling import SampledTokens, SamplingBatch
 from quire.testing.sampler_cases import Row
+from quire.testing.sampler_formula import GROUP_SIZE
 
 BROKEN: dict[str, type[PlainSampler]] = {}
 SAYS: dict[str, str] = {}
@@ -61,16 +62,39 @@ class RowInTheCounter(PlainSampler):
 
 @broken("unseeded", "instead of token")
 class Unseeded(PlainSampler):
-    def noise(self, batch: SamplingBatch, vocab_size: int) -> Tensor:
-        return -torch.log(torch.empty(len(batch.seed), vocab_size).exponential_())
+    def noise(self, batch: SamplingBatch, count: int, *, stage: int = 0) -> Tensor:
+        return -torch.log(torch.empty(len(batch.seed), count).exponential_())
 
 
 @broken("uniform-noise", "instead of token")
 class UniformNoise(PlainSampler):
     """Right tokens, wrong distribution."""
 
-    def noise(self, batch: SamplingBatch, vocab_size: int) -> Tensor:
-        return super().noise(batch, vocab_size).neg().exp().neg().exp()
+    def noise(self, batch: SamplingBatch, count: int, *, stage: int = 0) -> Tensor:
+        return super().noise(batch, count, stage=stage).neg().exp().neg().exp()
+
+
+@broken("no-groups", "tokens are drawn without groups")
+class NoGroups(PlainSampler):
+    def taken(self, scaled: Tensor, i: int) -> int:
+        return int((scaled + self.noises[i]).argmax())
+
+
+@broken("one-noise-for-both-stages", "groups have the noise of tokens")
+class OneNoise(PlainSampler):
+    def noise(self, batch: SamplingBatch, count: int, *, stage: int = 0) -> Tensor:
+        return super().noise(batch, count)
+
+
+@broken("largest-token-for-the-mass", "instead of token")
+class LargestForTheMass(PlainSampler):
+    """Takes a group by its most likely token."""
+
+    def taken(self, scaled: Tensor, i: int) -> int:
+        best = torch.stack([group.amax() for group in scaled.split(GROUP_SIZE)])
+        first = GROUP_SIZE * int((best + self.group_noises[i]).argmax())
+        group = slice(first, first + GROUP_SIZE)
+        return first + int((scaled[group] + self.noises[i][group]).argmax())
 
 
 @broken("top-k-one-too-many", "top_k keeps one token too many")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quire.interfaces.sampling import RowStatus, SampledTokens, Sampler, SamplingBatch
 from quire.testing.sampler_cases import Row
-from quire.testing.sampler_formula import uniforms
+from quire.testing.sampler_formula import GROUP_SIZE, uniforms
 
 
 class PlainSampler(Sampler):
@@ -19,7 +19,9 @@ class PlainSampler(Sampler):
     def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         if batch.suppressed is not None:
             logits[batch.suppressed] = float("-inf")
-        tokens, logprobs, self.noises = [], [], self.noise(batch, logits.shape[1])
+        tokens, logprobs, size = [], [], logits.shape[1]
+        self.noises = self.noise(batch, size)
+        self.group_noises = self.noise(batch, -(-size // GROUP_SIZE), stage=1)
         for i in range(len(logits)):
             token, logprob = self.drawn(logits[i], batch, i)
             tokens.append(token)
@@ -38,8 +40,14 @@ class PlainSampler(Sampler):
         if batch.temperature[i] == 0:
             return self.greedy(logits), 0.0
         scaled = self.filtered(logits.float(), batch, i)
-        token = int((scaled + self.noises[i]).argmax())
+        token = self.taken(scaled, i)
         return token, float(scaled.log_softmax(0)[token])
+
+    def taken(self, scaled: Tensor, i: int) -> int:
+        masses = torch.stack([group.logsumexp(0) for group in scaled.split(GROUP_SIZE)])
+        first = GROUP_SIZE * int((masses + self.group_noises[i]).argmax())
+        group = slice(first, first + GROUP_SIZE)
+        return first + int((scaled[group] + self.noises[i][group]).argmax())
 
     def greedy(self, logits: Tensor) -> int:
         return int(logits.argmax())
@@ -69,17 +77,17 @@ class PlainSampler(Sampler):
     def keep_min_p(self, scaled: Tensor, min_p: Tensor) -> Tensor:
         return scaled.masked_fill(scaled < scaled.max() + min_p.log(), float("-inf"))
 
-    def noise(self, batch: SamplingBatch, vocab_size: int) -> Tensor:
+    def noise(self, batch: SamplingBatch, count: int, *, stage: int = 0) -> Tensor:
         columns = (batch.seed, batch.child_index, batch.position)
         given = zip(*(column.tolist() for column in columns), strict=True)
         rows = [self.counter(*values, i) for i, values in enumerate(given)]
         if not rows:
-            return torch.empty(0, vocab_size)
+            return torch.empty(0, count)
         first, size = rows[0], len(rows)
         if rows == [evolve(first, position=first.position + i) for i in range(size)]:
-            found = uniforms(first, vocab_size, num_draws=size)
+            found = uniforms(first, count, num_draws=size, stage=stage)
         else:
-            found = torch.cat([uniforms(row, vocab_size) for row in rows])
+            found = torch.cat([uniforms(row, count, stage=stage) for row in rows])
         return -torch.log(-torch.log1p(-found))
 
     def counter(self, seed: int, child: int, position: int, i: int) -> Row:

@@ -10,7 +10,7 @@ from quire_kernels import ops
 
 
 class ReferenceSampler(Sampler):
-    """Filter by temperature, top-k, top-p, min-p, then draw by the Gumbel-max rule.
+    """Filter by temperature, top-k, top-p, min-p, then draw by the Gumbel-max rule, a group first.
 
     Source: the order of the filters is vLLM's; the draw is `quire.interfaces.sampling.Sampler`'s.
     """
@@ -36,6 +36,4 @@ class ReferenceSampler(Sampler):
             scaled = ops.keep_top_k_top_p(scaled, batch.top_k, batch.top_p)
         if batch.any_min_p:
             scaled = ops.keep_min_p(scaled, batch.min_p)
-        vocab_size = logits.shape[1]
-        noise = ops.gumbel_noise(batch.seed, batch.child_index, batch.position, vocab_size)
-        return (scaled + noise).argmax(dim=-1)
+        return ops.draw(scaled, batch.seed, batch.child_index, batch.position)
