@@ -346,6 +346,24 @@ def test_norm_product_and_silu_in_one_pass_are_the_steps(rows: int, gated: bool)
 
 @pytest.mark.gpu
 @ON_A_GPU
+@pytest.mark.parametrize("outputs", [96, 512, 8192])
+@pytest.mark.parametrize("rows", [9, 64, 100, 256, 300])
+def test_silu_behind_a_product_of_many_rows_is_the_steps(rows: int, outputs: int) -> None:
+    kernels = built_kernels()
+    if not kernels.has_many_rows:
+        pytest.skip("only Hopper has the kernels of many rows")
+    weight, x = make_weight(outputs, 1024, 128), draw(rows, 1024, dtype=torch.bfloat16)
+    assert product.fuses_silu_mul(x, weight)
+    poison(rows, outputs // 2, dtype=x.dtype)
+
+    out = product.linear_silu_mul(x, weight)
+
+    gate, up = exact_product(x, weight, None).chunk(2, 1)
+    check(out, gate * gate.sigmoid() * up, ops.silu_mul(plain_product(x, weight, None)))
+
+
+@pytest.mark.gpu
+@ON_A_GPU
 @pytest.mark.parametrize("rows", [1, 8, 40, 1500])
 def test_product_can_be_captured(rows: int) -> None:
     built_kernels()

@@ -45,17 +45,13 @@ class Kernels:
         self._arrived = torch.zeros(4 * self._num_sms, dtype=torch.int32, device=device)
 
     def takes_few_rows(self, x: Tensor, weight: TiledWeight, parts: int = 1) -> bool:
-        """Answer whether `few_rows` takes these rows.
-
-        Where it would not have two blocks an SM `many_rows` is faster: 4 rows through
-        14336 -> 4096 took 29.6 us and 25.0 on an H200.
-        """
+        """Answer whether `few_rows` takes these rows: they and a tile's sums have room."""
         rows, size = x.shape
-        # See `few_rows_shared_bytes` in few_rows.cuh.
-        ring = 64 * (512 + 48 * _groups_of_a_tile(weight))
-        shared = rows * ((size + 8) * 2 + 1280 * parts) + ring + 16 + 256
-        limit = self._shared_bytes // 2 - 1024 if self.has_many_rows else self._shared_bytes
-        return rows <= MAX_FEW_ROWS and shared <= limit
+        # See `few_rows_bytes` and `tile_sum_bytes` in few_rows.cuh.
+        stride = -(-size // 128) * 128 + 8
+        ring = 80 * (1024 + 48 * _groups_of_a_step(weight))
+        shared = rows * (2 * stride + 1280 * parts) + 16 + 512 + ring
+        return rows <= MAX_FEW_ROWS and shared <= self._shared_bytes
 
     def few_rows(
         self,
@@ -82,13 +78,23 @@ class Kernels:
             arguments.residual_stride = residual.stride(0)
             arguments.norm, arguments.total = norm_weight.data_ptr(), total.data_ptr()
         self._call(self._loaded.quire_packed_few_rows, arguments)
-        name = f"few_rows<{_kind(x, weight)}, {1 + gated}>(quire::PackedArguments)"
+        kind = f"{_type(x)}, {_groups_of_a_step(weight)}, {1 + gated}"
+        name = f"few_rows<{kind}>(quire::PackedArguments)"
         costs.tell(lambda: _cost(name, x, weight, out))
         return total
 
-    def many_rows(self, x: Tensor, weight: TiledWeight, bias: Tensor | None, out: Tensor) -> None:
-        """Write the product of any number of rows into `out`."""
+    def many_rows(
+        self,
+        x: Tensor,
+        weight: TiledWeight,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        gated: bool = False,
+    ) -> None:
+        """Write the product of any number of rows into `out`; `gated` as in `few_rows`."""
         arguments = self._arguments(x, weight, bias, out)
+        arguments.gated = gated
         tile_rows, splits = plan(x.shape[0], weight.out_features, weight.in_features, self._num_sms)
         arguments.tile_rows, arguments.splits = tile_rows, splits
         if splits > 1:
@@ -98,8 +104,9 @@ class Kernels:
             arguments.partial = partial.data_ptr()
             arguments.arrived = self._arrived.data_ptr()
         self._call(self._loaded.quire_packed_many_rows, arguments)
-        dtype, groups = _kind(x, weight).split(", ")
-        name = f"many_rows<{dtype}, {tile_rows}, {groups}>(CUtensorMap_st, quire::PackedArguments)"
+        groups = _groups_of_a_tile(weight)
+        name = f"many_rows<{_type(x)}, {tile_rows}, {groups}>"
+        name += "(CUtensorMap_st, quire::PackedArguments)"
         costs.tell(lambda: _cost(name, x, weight, out))
 
     def widen(self, weight: TiledWeight, dtype: torch.dtype) -> Tensor:
@@ -108,7 +115,8 @@ class Kernels:
         wide = torch.empty(shape, dtype=dtype, device=self._device)
         arguments = self._arguments(wide, weight, None, wide)
         self._call(self._loaded.quire_packed_widen, arguments)
-        name = f"widen<{_kind(wide, weight)}>(quire::PackedArguments)"
+        kind = f"{_type(wide)}, {_groups_of_a_tile(weight)}"
+        name = f"widen<{kind}>(quire::PackedArguments)"
         costs.tell(lambda: {**_cost(name, wide[:0], weight, wide), "flops": 0})
         return wide
 
@@ -151,10 +159,12 @@ def _groups_of_a_tile(weight: TiledWeight) -> int:
     return 2 if weight.group_size == 32 else 1
 
 
-def _kind(x: Tensor, weight: TiledWeight) -> str:
-    """Return the kernels' parameters: the type, and the groups of a tile."""
-    kind = "__nv_bfloat16" if x.dtype == torch.bfloat16 else "__half"
-    return f"{kind}, {_groups_of_a_tile(weight)}"
+def _groups_of_a_step(weight: TiledWeight) -> int:
+    return {32: 4, 64: 2}.get(weight.group_size, 1)
+
+
+def _type(x: Tensor) -> str:
+    return "__nv_bfloat16" if x.dtype == torch.bfloat16 else "__half"
 
 
 def _cost(name: str, x: Tensor, weight: TiledWeight, out: Tensor) -> dict[str, Any]:

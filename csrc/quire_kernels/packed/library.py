@@ -21,7 +21,7 @@ TILE_ROWS = (16, 32, 64, 96, 128, 192, 256)
 
 _POINTERS = "x residual norm total tiles scales zeros bias out partial arrived"
 _LONGS = "x_stride residual_stride out_stride scale_stride zero_stride"
-_INTEGERS = "rows num_out in_features group_shift dtype gated tile_rows splits num_sms"
+_INTEGERS = "rows num_out in_features group_shift dtype gated tile_rows splits num_sms all_at_once"
 
 
 class Arguments(ctypes.Structure):

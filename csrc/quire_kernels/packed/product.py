@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quire_kernels import ops
 from quire_kernels.packed import calls
-from quire_kernels.packed.layout import TiledWeight, widened
+from quire_kernels.packed.layout import TILE_OUT, TiledWeight, widened
 
 # From so many rows on a wide weight and cuBLAS take less time than the codes. One H200, the four
 # products of a layer of Llama-3.1-8B: 698 us and 724 wide at 1,024 rows, 1,354 and 1,271 at 2,048.
@@ -40,12 +40,12 @@ def linear(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:
 def write_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None, out: Tensor) -> None:
     """Write the product into `out` [rows, out_features], which may be cut from wider rows."""
     rows = x.shape[0]
-    if not x.is_cuda:
-        out.copy_(ops.linear(x, widened(weight).to(x.dtype), bias))
-        return
     if rows == 0:
         return
     x = _aligned(x)
+    if not serves(x.device, x.dtype):
+        out.copy_(ops.linear(x, widened(weight).to(x.dtype), bias))
+        return
     kernels = calls.kernels(x.device)
     if kernels is not None and kernels.takes_few_rows(x, weight):
         kernels.few_rows(x, weight, bias, out)
@@ -82,10 +82,32 @@ def _aligned(x: Tensor) -> Tensor:
 
 def fuses_norm(x: Tensor, weight: TiledWeight, *, gated: bool = False) -> bool:
     """Whether a norm before a product is part of its kernel: for few rows, where it is built."""
-    if not x.is_cuda:
-        return False
-    kernels = calls.kernels(x.device)
+    kernels = _compiled(x)
     return kernels is not None and kernels.takes_few_rows(x, weight, 2 if gated else 1)
+
+
+def fuses_silu_mul(x: Tensor, weight: TiledWeight) -> bool:
+    """Whether SiLU behind a product is part of its kernel: for many rows, where it is built."""
+    kernels = _compiled(x)
+    return (
+        kernels is not None
+        and kernels.has_many_rows
+        and 0 < x.shape[0] < WIDE_ROWS
+        and weight.out_features % (2 * TILE_OUT) == 0
+    )
+
+
+def _compiled(x: Tensor) -> calls.Kernels | None:
+    return calls.kernels(x.device) if x.is_cuda and x.dtype in _DTYPES else None
+
+
+def linear_silu_mul(x: Tensor, weight: TiledWeight) -> Tensor:
+    """Return silu of the first half of the outputs times the second, where `fuses_silu_mul`."""
+    x, out = _aligned(x), x.new_empty(x.shape[0], weight.out_features // 2)
+    kernels = _compiled(x)
+    assert kernels is not None, "fuses_silu_mul says that there are none"
+    kernels.many_rows(x, weight, None, out, gated=True)
+    return out
 
 
 def add_rms_norm_linear(

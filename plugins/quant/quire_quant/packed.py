@@ -252,10 +252,10 @@ class PackedProduct(LayerMethod):
                 out[:, outputs] = ops.linear(ordered, wide, part)
         return out
 
-    def _fuses_norm(self, layer: WeightLayer, x: Tensor, *, gated: bool = False) -> bool:
-        if not self.is_tiled or self.form.bits != 4 or self.num_orders:
-            return False
-        return product.fuses_norm(x, self._tiled(layer), gated=gated)
+    def _whole(self, layer: WeightLayer) -> layout.TiledWeight | None:
+        """Return the tiles of all outputs, None where they are none or the inputs have an order."""
+        is_one = self.is_tiled and self.form.bits == 4 and not self.num_orders
+        return self._tiled(layer) if is_one else None
 
     def apply_after_norm(
         self,
@@ -265,17 +265,24 @@ class PackedProduct(LayerMethod):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
         """Offer it for few tokens on a GPU, unless the inputs have an order."""
-        if not self._fuses_norm(layer, addends[0]):
+        weight = self._whole(layer)
+        if weight is None or not product.fuses_norm(addends[0], weight):
             return None
-        return product.add_rms_norm_linear(addends, norm, self._tiled(layer), bias)
+        return product.add_rms_norm_linear(addends, norm, weight, bias)
 
     def apply_gated_after_norm(
         self, layer: WeightLayer, addends: tuple[Tensor, Tensor], norm: tuple[Tensor, float]
     ) -> tuple[Tensor, Tensor] | None:
-        """Offer it for the same."""
-        if not self._fuses_norm(layer, addends[0], gated=True):
+        """Offer it for the same, and SiLU behind the product for more."""
+        weight = self._whole(layer)
+        if weight is None:
             return None
-        return product.add_rms_norm_linear(addends, norm, self._tiled(layer), None, gated=True)
+        if product.fuses_norm(addends[0], weight, gated=True):
+            return product.add_rms_norm_linear(addends, norm, weight, None, gated=True)
+        if not product.fuses_silu_mul(addends[0], weight):
+            return None
+        normed, total = ops.add_rms_norm(*addends, *norm)
+        return product.linear_silu_mul(normed, weight), total
 
     def dequantize(self, layer: WeightLayer) -> Tensor | None:
         """Return the whole weight, float32, its columns in the order of the inputs."""

@@ -28,7 +28,7 @@ struct PackedArguments {
     // [num_out] or null.
     const void* bias;
     void* out;
-    // Sums of splits, and how many blocks of a tile have stored theirs: zeros before and after.
+    // Sums of splits, and how many blocks of a tile have stored theirs and gone: zeros before and after.
     float* partial;
     int32_t* arrived;
     // Strides in elements, of zeros in bytes.
@@ -49,6 +49,8 @@ struct PackedArguments {
     int32_t tile_rows;
     int32_t splits;
     int32_t num_sms;
+    // Whether all blocks of `many_rows` are on the GPU at the same time; the launch says so.
+    int32_t all_at_once;
     float eps;
 };
 

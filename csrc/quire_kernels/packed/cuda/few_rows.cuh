@@ -1,74 +1,192 @@
 // Products of up to 8 rows, alone or with the norm before and SiLU after.
 //
-// A block of 8 warps makes 16 outputs (of each of two parts, gated) and goes on to others. Its warps
-// take turns at tiles of 64 inputs; each has its own copied, seven tiles ahead and before the kernel
+// A block of 16 warps makes tiles of 16 outputs (of each of two parts, gated). Its warps take turns at
+// steps of 128 inputs, and each has its own next four copied, the first of them before the kernel
 // before has ended:
 //
-//     tile of inputs   0    1    2   ...   7    8    9  ...
-//     warp             0    1    2   ...   7    0    1  ...
+//     step of inputs   0    1    2   ...   15   16   17  ...
+//     warp             0    1    2   ...   15    0    1  ...
 //
-// Sums of a group are scaled in float32; those of the warps are added in their order at the end.
+// Sums of a group are scaled in float32; those of the warps lie in shared memory for all of the
+// block's tiles, and are added in their order at the end.
+//
+// Copies complete in their order, which loads into registers do not: there, waiting for the oldest of
+// four steps was waiting for nearly all, and one row through 4096 -> 57344 took 25 us on an H200.
 #pragma once
 
-#include "ring.cuh"
+#include "../../attention/cuda/tensor_cores.cuh"
+#include "arguments.h"
+#include "codes.cuh"
 
 namespace quire {
 
-constexpr int FEW_WARPS = 8;
+constexpr int FEW_WARPS = 16;
 constexpr int FEW_THREADS = 32 * FEW_WARPS;
-constexpr int FEW_DEPTH = 8;
 constexpr int FEW_ROWS = 8;
-// Blocks an SM, where rows leave room for them.
-constexpr int FEW_BLOCKS = 3;
+constexpr int FEW_DEPTH = 5;
+constexpr int STEP_IN = 2 * TILE_IN;
 // Floats between the sums of two rows, so that lanes write to different banks.
 constexpr int SUM_STRIDE = 20;
 
-// Bytes of shared memory: rows of x, a row's end of zeros, sums of two tiles, squares, and rings.
-template <int GROUPS, int PARTS>
-int few_rows_shared_bytes(int rows, int in_features) {
-    const int sums = 2 * PARTS * FEW_WARPS * rows * SUM_STRIDE * 4;
-    const int rings = FEW_WARPS * TileRing<GROUPS, FEW_DEPTH>::BYTES;
-    return rows * (in_features + 8) * 2 + 16 + sums + FEW_ROWS * FEW_WARPS * 4 + rings;
+__host__ __device__ constexpr int steps_of(int in_features) {
+    return (in_features + STEP_IN - 1) / STEP_IN;
 }
 
-// Which tile of its outputs and inputs a warp fetches next.
-template <int PARTS>
-struct FewTurns {
-    const PackedArguments& a;
-    const int tiles, chunks, warp;
-    int tile, part = 0, chunk;
+// Elements between two rows of x in shared memory: whole steps, and banks that differ.
+__host__ __device__ constexpr int row_stride(int in_features) {
+    return steps_of(in_features) * STEP_IN + 8;
+}
 
-    template <typename Ring>
-    __device__ __forceinline__ void begin(Ring& ring) {
-        chunk = warp;
-        if (tile < tiles) ring.go_to(a, tile + part * tiles);
+// A step in shared memory: two tiles of codes, and of each of GROUPS groups the scales of 16 outputs,
+// their zero points and 8 bytes of nothing.
+constexpr int GROUP_BYTES = 48;
+__host__ __device__ constexpr int step_bytes(int groups) { return 2 * TILE_BYTES + groups * GROUP_BYTES; }
+
+// Bytes of shared memory: steps on their way, rows, squares; and the sums of a tile.
+constexpr int few_rows_bytes(int rows, int in_features, int groups) {
+    const int rings = FEW_WARPS * FEW_DEPTH * step_bytes(groups);
+    return rings + rows * row_stride(in_features) * 2 + 16 + FEW_ROWS * FEW_WARPS * 4;
+}
+
+constexpr int tile_sum_bytes(int rows, int parts) {
+    return parts * FEW_WARPS * rows * SUM_STRIDE * 4;
+}
+
+// The steps of a warp, on their way to a ring of its own. At most FEW_DEPTH - 1 are.
+template <int GROUPS, int PARTS>
+struct Steps {
+    static constexpr int BYTES = step_bytes(GROUPS);
+    const PackedArguments& a;
+    const int tiles, steps, warp, lane;
+    const uint32_t begin;
+    uint32_t head, tail;
+    // Which is fetched next, and where the tile's codes and what this lane copies of groups begin.
+    int tile, part = 0, step;
+    const uint8_t *codes_at, *group_at;
+    int group_stride;
+
+    __device__ __forceinline__ Steps(const PackedArguments& a, void* rings, int tiles)
+        : a(a),
+          tiles(tiles),
+          steps(steps_of(a.in_features)),
+          warp(threadIdx.x / 32),
+          lane(threadIdx.x % 32),
+          begin(static_cast<uint32_t>(__cvta_generic_to_shared(rings)) +
+                warp * FEW_DEPTH * BYTES),
+          head(begin),
+          tail(begin),
+          tile(blockIdx.x) {
+        go_to_tile();
     }
 
-    // Each warp has as many turns as those with the most, of which it skips what it has not.
-    template <typename Ring>
-    __device__ __forceinline__ void fetch(Ring& ring) {
-        const bool is_wanted = chunk < chunks && tile < tiles;
-        ring.fetch(is_wanted ? chunk : 0, is_wanted);
-        chunk += FEW_WARPS;
-        if (chunk - warp < chunks) return;
-        if (++part == PARTS) part = 0, tile += gridDim.x;
-        begin(ring);
+    // Lanes 0 to 7 copy two scales each, 8 and 9 eight zero points; 16 to 25 those of another group.
+    __device__ __forceinline__ void go_to_tile() {
+        const int place = tile + part * tiles, own = lane % 16;
+        step = warp;
+        codes_at = a.tiles + int64_t(place) * (a.in_features / TILE_IN) * TILE_BYTES +
+                   warp * 2 * TILE_BYTES + lane * 16;
+        group_at = own < 8 ? reinterpret_cast<const uint8_t*>(a.scales) + place * 32 + 4 * own
+                           : a.zeros + place * 8 + 4 * (own - 8);
+        group_stride = static_cast<int>(own < 8 ? a.scale_stride * 2 : a.zero_stride);
+    }
+
+    __device__ __forceinline__ uint32_t behind(uint32_t slot) const {
+        return slot + BYTES == begin + FEW_DEPTH * BYTES ? begin : slot + BYTES;
+    }
+
+    // Ask for the next step; behind the last for nothing.
+    __device__ __forceinline__ void fetch() {
+        if (tile < tiles && step < steps) {
+            const bool has_second = (step + 1) * STEP_IN <= a.in_features;
+            copy_16_bytes(tail + lane * 16, codes_at, true);
+            copy_16_bytes(tail + TILE_BYTES + lane * 16, codes_at + (has_second ? TILE_BYTES : 0),
+                          has_second);
+            fetch_groups();
+            codes_at += FEW_WARPS * 2 * TILE_BYTES;
+            step += FEW_WARPS;
+            if (step >= steps) {
+                if (++part == PARTS) part = 0, tile += gridDim.x;
+                go_to_tile();
+            }
+        }
+        copies_commit();
+        tail = behind(tail);
+    }
+
+    __device__ __forceinline__ void fetch_groups() {
+#pragma unroll
+        for (int first = 0; first < GROUPS; first += 2) {
+            const int i = first + lane / 16;
+            // Behind the last input there is no group, and nothing to scale.
+            const int input = min(step * STEP_IN + i * (STEP_IN / GROUPS), a.in_features - 1);
+            const uint8_t* four = group_at + int64_t(input >> a.group_shift) * group_stride;
+            asm volatile(
+                "{\n.reg .pred copies;\nsetp.ne.s32 copies, %2, 0;\n"
+                "@copies cp.async.ca.shared.global [%0], [%1], 4;\n}\n" ::"r"(
+                    tail + 2 * TILE_BYTES + i * GROUP_BYTES + 4 * (lane % 16)),
+                "l"(four), "r"(int(lane % 16 < 10 && i < GROUPS))
+                : "memory");
+        }
+    }
+
+    // Wait for the oldest step. The slot of the one before it is free then.
+    __device__ __forceinline__ void wait() const {
+        copies_wait<FEW_DEPTH - 2>();
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void advance() { head = behind(head); }
+
+    // This lane's codes of 64 inputs of the oldest step: a word for each 16.
+    __device__ __forceinline__ uint4 codes(int half) const {
+        uint4 found;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+                     : "r"(head + half * TILE_BYTES + lane * 16)
+                     : "memory");
+        return found;
+    }
+
+    // The scale of output lane / 4 + 8 * h.
+    __device__ __forceinline__ float scale(int group, int h) const {
+        uint16_t found;
+        asm volatile("ld.shared.u16 %0, [%1];"
+                     : "=h"(found)
+                     : "r"(of_group(group) + lane / 4 * 2 + 16 * h)
+                     : "memory");
+        return __half2float(bits_as<__half>(found));
+    }
+
+    template <typename T>
+    __device__ __forceinline__ uint32_t offset(int group, int h) const {
+        uint32_t eight;
+        asm volatile("ld.shared.u32 %0, [%1];"
+                     : "=r"(eight)
+                     : "r"(of_group(group) + 32 + 4 * h)
+                     : "memory");
+        return offset_of<T>(eight >> (lane & 28) & 15);
+    }
+
+    __device__ __forceinline__ uint32_t of_group(int group) const {
+        return head + 2 * TILE_BYTES + group * GROUP_BYTES;
     }
 };
 
-// Put the rows of x into shared memory, normed or as they are; all threads meet behind it.
+// Put the rows of x into shared memory, normed or as they are, and zeros behind them; all threads meet
+// behind it.
 template <typename T>
 __device__ __forceinline__ void stage_rows(const PackedArguments& a, T* rows, float* squares) {
     using N = Number<T>;
-    const int vectors = a.in_features / 8, stride = a.in_features + 8;
+    const int vectors = a.in_features / 8, stride = row_stride(a.in_features);
     const T* norm = static_cast<const T*>(a.norm);
     for (int n = 0; n < a.rows; ++n) {
         const T* x = static_cast<const T*>(a.x) + n * a.x_stride;
         const T* residual = static_cast<const T*>(a.residual) + n * a.residual_stride;
         float sum = 0.0f;
-        for (int v = threadIdx.x; v < vectors; v += FEW_THREADS) {
-            uint4 own = *reinterpret_cast<const uint4*>(x + 8 * v);
-            if (norm != nullptr) {
+        for (int v = threadIdx.x; v < stride / 8; v += FEW_THREADS) {
+            uint4 own = make_uint4(0, 0, 0, 0);
+            if (v < vectors) own = *reinterpret_cast<const uint4*>(x + 8 * v);
+            if (norm != nullptr && v < vectors) {
                 const uint4 other = *reinterpret_cast<const uint4*>(residual + 8 * v);
                 T* added = reinterpret_cast<T*>(&own);
                 const T* addend = reinterpret_cast<const T*>(&other);
@@ -97,133 +215,127 @@ __device__ __forceinline__ void stage_rows(const PackedArguments& a, T* rows, fl
         for (int w = 0; w < FEW_WARPS; ++w) sum += squares[n * FEW_WARPS + w];
         const float scale = rsqrtf(sum / a.in_features + a.eps);
         for (int v = threadIdx.x; v < vectors; v += FEW_THREADS) {
-            T* own = rows + n * stride + 8 * v;
+            uint4* place = reinterpret_cast<uint4*>(rows + n * stride + 8 * v);
+            uint4 own = *place;
+            const uint4 weights = *reinterpret_cast<const uint4*>(norm + 8 * v);
+            T* values = reinterpret_cast<T*>(&own);
+            const T* factors = reinterpret_cast<const T*>(&weights);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const float normed = N::wide(N::rounded(N::wide(own[i]) * scale));
-                own[i] = N::rounded(normed * N::wide(norm[8 * v + i]));
+                const float normed = N::wide(N::rounded(N::wide(values[i]) * scale));
+                values[i] = N::rounded(normed * N::wide(factors[i]));
             }
+            *place = own;
         }
     }
     __syncthreads();
 }
 
-// sums += the weights of the ring's oldest tile * 64 inputs of all rows. `first` and `second` are where
-// this lane's rows of the inputs' matrices lie, of the first 32 and the other 32.
-template <typename T, int GROUPS>
-__device__ __forceinline__ void multiply_tile(float (&sums)[4],
-                                              const TileRing<GROUPS, FEW_DEPTH>& ring,
-                                              uint32_t first, uint32_t second) {
-    uint32_t x[2][4];
-    load_matrices(x[0], first);
-    load_matrices(x[1], second);
-    const uint4 codes = ring.codes();
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+// sums += the weights of the oldest step * 128 inputs of all rows. `at` is where this lane's row of
+// the first inputs' matrices lies, and `apart` how far those of 32 inputs are from each other.
+template <typename T, int GROUPS, int PARTS>
+__device__ __forceinline__ void multiply_step(float (&sums)[4], const Steps<GROUPS, PARTS>& from,
+                                              uint32_t at, uint32_t apart) {
+    const uint4 halves[2] = {from.codes(0), from.codes(1)};
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
-        const float scales[2] = {__half2float(ring.scale(group, 0)),
-                                 __half2float(ring.scale(group, 1))};
-        const uint32_t offsets[2] = {ring.template offset<T>(group, 0),
-                                     ring.template offset<T>(group, 1)};
+        const float scales[2] = {from.scale(group, 0), from.scale(group, 1)};
+        const uint32_t offsets[2] = {from.template offset<T>(group, 0),
+                                     from.template offset<T>(group, 1)};
         // Two chains, for a product waits for the one before.
         float part[2][4] = {};
 #pragma unroll
-        for (int step = group * 4 / GROUPS; step < (group + 1) * 4 / GROUPS; ++step) {
-            uint32_t weights[4];
+        for (int pair = group * 4 / GROUPS; pair < (group + 1) * 4 / GROUPS; ++pair) {
+            const uint4& codes = halves[pair / 2];
+            const uint32_t words[2] = {pair % 2 ? codes.z : codes.x, pair % 2 ? codes.w : codes.y};
+            uint32_t x[4];
+            load_matrices(x, at + pair * apart);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                weights[i] = bits_as<uint32_t>(code_pair<T>(words[step], i, offsets[i % 2]));
+            for (int k = 0; k < 2; ++k) {
+                uint32_t weights[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    weights[i] = bits_as<uint32_t>(code_pair<T>(words[k], i, offsets[i % 2]));
+                }
+                multiply<T>(part[k], weights, x[2 * k], x[2 * k + 1]);
             }
-            multiply<T>(part[step % 2], weights, x[step / 2][step % 2 * 2],
-                        x[step / 2][step % 2 * 2 + 1]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] += scales[i / 2] * (part[0][i] + part[1][i]);
     }
 }
 
-// Add the warps' sums of one output and row, and write it.
+// Add the warps' sums of each output and row, and write them.
 template <typename T, int PARTS>
-__device__ __forceinline__ void finish_tile(const PackedArguments& a, const float* sums, int tile) {
+__device__ __forceinline__ void finish(const PackedArguments& a, const float* sums, int tiles) {
     using N = Number<T>;
-    const int n = threadIdx.x / TILE_OUT, place = threadIdx.x % TILE_OUT;
-    if (n >= a.rows) return;
-    float found[PARTS];
+    const int own_tiles = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+    for (int i = threadIdx.x; i < own_tiles * a.rows * TILE_OUT; i += FEW_THREADS) {
+        const int place = i % TILE_OUT, n = i / TILE_OUT % a.rows, k = i / TILE_OUT / a.rows;
+        float found[PARTS];
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        found[part] = 0.0f;
+        for (int part = 0; part < PARTS; ++part) {
+            const float* own = sums + (k * PARTS + part) * FEW_WARPS * a.rows * SUM_STRIDE;
+            found[part] = 0.0f;
 #pragma unroll
-        for (int w = 0; w < FEW_WARPS; ++w) {
-            found[part] += sums[((part * FEW_WARPS + w) * a.rows + n) * SUM_STRIDE + place];
+            for (int w = 0; w < FEW_WARPS; ++w) {
+                found[part] += own[(w * a.rows + n) * SUM_STRIDE + place];
+            }
         }
+        const int output = (blockIdx.x + k * gridDim.x) * TILE_OUT + place;
+        if (a.bias != nullptr) found[0] += N::wide(static_cast<const T*>(a.bias)[output]);
+        T result = N::rounded(found[0]);
+        if (PARTS == 2) {
+            const float gate = N::wide(result);
+            const float opened = N::wide(N::rounded(gate / (1.0f + __expf(-gate))));
+            result = N::rounded(opened * N::wide(N::rounded(found[PARTS - 1])));
+        }
+        static_cast<T*>(a.out)[n * a.out_stride + output] = result;
     }
-    const int output = tile * TILE_OUT + place;
-    if (a.bias != nullptr) found[0] += N::wide(static_cast<const T*>(a.bias)[output]);
-    T result = N::rounded(found[0]);
-    if (PARTS == 2) {
-        const float gate = N::wide(result);
-        const float opened = N::wide(N::rounded(gate / (1.0f + __expf(-gate))));
-        result = N::rounded(opened * N::wide(N::rounded(found[PARTS - 1])));
-    }
-    static_cast<T*>(a.out)[n * a.out_stride + output] = result;
 }
 
-// GROUPS: how many groups of inputs a tile crosses.
+// GROUPS: how many groups a step of inputs crosses.
 template <typename T, int GROUPS, int PARTS>
-__global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS) few_rows(const PackedArguments a) {
+__global__ void __launch_bounds__(FEW_THREADS, 1) few_rows(const PackedArguments a) {
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_begin();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tiles = a.num_out / TILE_OUT / PARTS, chunks = a.in_features / TILE_IN;
-    const int turns = (chunks + FEW_WARPS - 1) / FEW_WARPS;
-    const int stride = a.in_features + 8;
-    T* rows = reinterpret_cast<T*>(shared);
+    const int tiles = a.num_out / TILE_OUT / PARTS, stride = row_stride(a.in_features);
+    T* rows = reinterpret_cast<T*>(shared + FEW_WARPS * FEW_DEPTH * step_bytes(GROUPS));
     uint4* nothing = reinterpret_cast<uint4*>(rows + a.rows * stride);
-    float* all_sums = reinterpret_cast<float*>(nothing + 1);
-    const int half_size = PARTS * FEW_WARPS * a.rows * SUM_STRIDE;
-    float* squares = all_sums + 2 * half_size;
-    uint8_t* rings = reinterpret_cast<uint8_t*>(squares + FEW_ROWS * FEW_WARPS);
-    using Ring = TileRing<GROUPS, FEW_DEPTH>;
-    Ring ring(a, rings + warp * Ring::BYTES, lane);
-    FewTurns<PARTS> next{a, tiles, chunks, warp, int(blockIdx.x)};
-    next.begin(ring);
-    for (int i = 0; i < FEW_DEPTH - 1; ++i) next.fetch(ring);
+    float* squares = reinterpret_cast<float*>(nothing + 1);
+    float* sums = squares + FEW_ROWS * FEW_WARPS;
+    Steps<GROUPS, PARTS> steps(a, shared, tiles);
+    for (int i = 0; i < FEW_DEPTH - 1; ++i) steps.fetch();
     if (threadIdx.x == 0) *nothing = make_uint4(0, 0, 0, 0);
     wait_for_previous();
     stage_rows<T>(a, rows, squares);
 
-    const int n = lane % 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = lane % 8;
     const bool is_row = n < a.rows;
     const T* own = is_row ? rows + n * stride + lane / 8 * 8 : reinterpret_cast<T*>(nothing);
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-    // Who writes into a half again has met all others behind the tile between.
-    int half = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, half ^= 1) {
-        float* sums = all_sums + half * half_size;
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-            float found[4] = {};
+    const uint32_t apart = is_row ? TILE_IN : 0;
+    float* place = sums + warp * a.rows * SUM_STRIDE + lane / 4;
+    const int own_tiles = (tiles - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+    // Sums lie in the order of tiles and parts.
+    for (int left = own_tiles * PARTS; left > 0; --left) {
+        float found[4] = {};
 #pragma unroll 2
-            for (int turn = 0; turn < turns; ++turn) {
-                ring.wait();
-                next.fetch(ring);
-                const int chunk = turn * FEW_WARPS + warp;
-                if (chunk < chunks) {
-                    const uint32_t first = from + (is_row ? chunk * TILE_IN * 2 : 0);
-                    multiply_tile<T, GROUPS>(found, ring, first, first + (is_row ? 64 : 0));
-                }
-                ring.advance();
-            }
-            float* place = sums + (part * FEW_WARPS + warp) * a.rows * SUM_STRIDE + lane / 4;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = 2 * (lane % 4) + i % 2;
-                if (row < a.rows) place[row * SUM_STRIDE + i / 2 * 8] = found[i];
-            }
+        for (int step = warp; step < steps.steps; step += FEW_WARPS) {
+            steps.wait();
+            steps.fetch();
+            multiply_step<T>(found, steps, from + (is_row ? step * STEP_IN * 2 : 0), apart);
+            steps.advance();
         }
-        __syncthreads();
-        finish_tile<T, PARTS>(a, sums, tile);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = 2 * (lane % 4) + i % 2;
+            if (row < a.rows) place[row * SUM_STRIDE + i / 2 * 8] = found[i];
+        }
+        place += FEW_WARPS * a.rows * SUM_STRIDE;
     }
+    __syncthreads();
+    finish<T, PARTS>(a, sums, tiles);
 }
 
 }  // namespace quire

@@ -6,7 +6,11 @@
 // registers, while the products with those before run; x is the other factor as it lies in shared
 // memory. Having codes copied for all, ten copies of 512 bytes or less a step, took 0.7 us a step.
 //
-// Blocks that share outputs and rows leave sums; the last of them to come adds all in their order.
+// Blocks that share outputs and rows leave each other sums. Where all are on the GPU at once each adds
+// those of some rows, else the last of them to come those of all; always in their order.
+//
+// Gated, a block makes 64 outputs of each part: the first warpgroup silu's argument, the second what
+// it is multiplied with.
 #pragma once
 
 #include "register_products.cuh"
@@ -47,16 +51,28 @@ struct ManyMemory {
     }
 };
 
-// What a block works on: 128 outputs, ROWS rows and the tiles of inputs [first, end).
+// What a block works on: 128 outputs (gated, from `output` of each part 64), ROWS rows and the tiles
+// of inputs [first, end).
 struct ManyPlace {
     int output, row, first, end, number;
+
+    // The first of 16 outputs, by their number in the block, and whether there are any.
+    __device__ __forceinline__ int first_of(const PackedArguments& a, int tile) const {
+        if (!a.gated) return output + tile * TILE_OUT;
+        return tile / 4 * (a.num_out / 2) + output + tile % 4 * TILE_OUT;
+    }
+
+    __device__ __forceinline__ bool has(const PackedArguments& a, int tile) const {
+        return a.gated ? output + tile % 4 * TILE_OUT < a.num_out / 2
+                       : output + tile * TILE_OUT < a.num_out;
+    }
 
     template <int ROWS>
     static __device__ __forceinline__ ManyPlace of(const PackedArguments& a) {
         const int row_tiles = (a.rows + ROWS - 1) / ROWS;
         const int number = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
         const int chunks = a.in_features / TILE_IN;
-        return {number / row_tiles * 128, number % row_tiles * ROWS,
+        return {number / row_tiles * (a.gated ? 64 : 128), number % row_tiles * ROWS,
                 int(int64_t(chunks) * split / a.splits),
                 int(int64_t(chunks) * (split + 1) / a.splits), number};
     }
@@ -97,6 +113,8 @@ struct ManyConsumer {
     Ring ring;
     float sums[ROWS / 2];
     int slot = 0, parity = 0, fetched;
+    // Eights of rows that this block writes.
+    int first_eight = 0, end_eight = ROWS / 8;
     const bool has_outputs;
 
     // The first tiles are on their way while the kernel before ends.
@@ -111,8 +129,8 @@ struct ManyConsumer {
           lane(thread % 32),
           ring(a, memory.rings + tile * Ring::BYTES, lane),
           fetched(place.first),
-          has_outputs(place.output + tile * TILE_OUT < a.num_out) {
-        ring.go_to(a, has_outputs ? place.output / TILE_OUT + tile : 0);
+          has_outputs(place.has(a, tile)) {
+        ring.go_to(a, has_outputs ? place.first_of(a, tile) / TILE_OUT : 0);
         for (int i = 0; i < Ring::BYTES / Ring::SLOT_BYTES - 1; ++i) fetch();
     }
 
@@ -184,8 +202,8 @@ struct ManyConsumer {
         pin(sums);
     }
 
-    // Store the sums; of the block that comes last, replace them by all blocks'. Returns whether this
-    // is that block.
+    // Leave the sums to the others, and replace those of the rows that this block writes by all
+    // blocks'. Returns whether there are such rows.
     __device__ __forceinline__ bool gather() {
         const int64_t all = int64_t(place.number) * a.splits;
         float4* partial = reinterpret_cast<float4*>(a.partial);
@@ -193,34 +211,70 @@ struct ManyConsumer {
             return partial + ((all + split) * (ROWS / 8) + i) * Shape::CONSUMERS + thread;
         };
         const int split = blockIdx.x % a.splits;
+        if (a.all_at_once) {
+            first_eight = ROWS / 8 * split / a.splits;
+            end_eight = ROWS / 8 * (split + 1) / a.splits;
+        }
 #pragma unroll
         for (int i = 0; i < ROWS / 8; ++i) {
+            if (a.all_at_once && i >= first_eight && i < end_eight) continue;
             __stcg(at(split, i), make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2],
                                              sums[4 * i + 3]));
         }
         __threadfence();
         consumers_meet();
+        int* arrived = a.arrived + place.number;
         if (thread == 0) {
-            const int before = atomicAdd(&a.arrived[place.number], 1);
-            *memory.is_last = before == a.splits - 1;
-            if (before == a.splits - 1) a.arrived[place.number] = 0;
+            const int before = atomicAdd(arrived, 1);
+            *memory.is_last = a.all_at_once || before == a.splits - 1;
+            if (a.all_at_once) {
+                while (*static_cast<volatile int*>(arrived) < a.splits) {
+                }
+                // Who leaves last makes it zero again.
+                if (atomicAdd(arrived, 1) == 2 * a.splits - 1) *arrived = 0;
+            } else if (before == a.splits - 1) {
+                *arrived = 0;
+            }
         }
         consumers_meet();
         if (!*memory.is_last) return false;
         __threadfence();
+        // The order of the sum must not depend on who came last.
+        if (!a.all_at_once) {
 #pragma unroll
-        for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.0f;
+            for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.0f;
+        }
         for (int other = 0; other < a.splits; ++other) {
+            if (a.all_at_once && other == split) continue;
+            add_sums(at(other, 0));
+        }
+        return first_eight < end_eight;
+    }
+
+    // Add a block's sums of the rows that this block writes; several are on their way at a time.
+    __device__ __forceinline__ void add_sums(const float4* from) {
+        constexpr int BATCH = ROWS % 64 == 0 ? 8 : ROWS % 32 == 0 ? 4 : 2;
+        static_assert(ROWS / 8 % BATCH == 0, "whole batches");
 #pragma unroll
-            for (int i = 0; i < ROWS / 8; ++i) {
-                const float4 found = __ldcg(at(other, i));
-                sums[4 * i] += found.x;
-                sums[4 * i + 1] += found.y;
-                sums[4 * i + 2] += found.z;
-                sums[4 * i + 3] += found.w;
+        for (int first = 0; first < ROWS / 8; first += BATCH) {
+            float4 found[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int eight = first + i;
+                found[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (eight >= first_eight && eight < end_eight) {
+                    found[i] = __ldcg(from + eight * Shape::CONSUMERS);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                float* four = sums + 4 * (first + i);
+                four[0] += found[i].x;
+                four[1] += found[i].y;
+                four[2] += found[i].z;
+                four[3] += found[i].w;
             }
         }
-        return true;
     }
 
     static __device__ __forceinline__ void consumers_meet() {
@@ -229,8 +283,8 @@ struct ManyConsumer {
 
     // Turn the output round in shared memory, so that rows of it are written 16 bytes at a time.
     __device__ __forceinline__ void write() {
-        const int output = place.output + tile * TILE_OUT + lane / 4;
-        if (a.bias != nullptr && output < a.num_out) {
+        const int output = place.first_of(a, tile) + lane / 4;
+        if (a.bias != nullptr && has_outputs) {
             const T* bias = static_cast<const T*>(a.bias) + output;
             const float low = N::wide(bias[0]), high = N::wide(bias[8]);
 #pragma unroll
@@ -252,14 +306,37 @@ struct ManyConsumer {
                 : "memory");
         }
         consumers_meet();
-        constexpr int VECTORS = Shape::OUTPUTS / 8;
-        const int first = place.output + thread % VECTORS * 8;
-        T* out = static_cast<T*>(a.out);
-        for (int n = thread / VECTORS; n < ROWS; n += Shape::CONSUMERS / VECTORS) {
-            if (place.row + n >= a.rows || first >= a.num_out) break;
-            *reinterpret_cast<uint4*>(out + (place.row + n) * a.out_stride + first) =
-                *reinterpret_cast<const uint4*>(turned + n * Shape::OUT_STRIDE +
-                                                thread % VECTORS * 8);
+        if (a.gated) {
+            write_rows<Shape::OUTPUTS / 16>(turned, a.num_out / 2, [](const T* from) {
+                uint4 found = *reinterpret_cast<const uint4*>(from);
+                const uint4 factors = *reinterpret_cast<const uint4*>(from + Shape::OUTPUTS / 2);
+                T* values = reinterpret_cast<T*>(&found);
+                const T* others = reinterpret_cast<const T*>(&factors);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float gate = N::wide(values[i]);
+                    const float opened = N::wide(N::rounded(__fdividef(gate, 1.0f + __expf(-gate))));
+                    values[i] = N::rounded(opened * N::wide(others[i]));
+                }
+                return found;
+            });
+        } else {
+            write_rows<Shape::OUTPUTS / 8>(turned, a.num_out, [](const T* from) {
+                return *reinterpret_cast<const uint4*>(from);
+            });
+        }
+    }
+
+    // Write this block's rows, of VECTORS vectors of eight outputs each, which `take` reads.
+    template <int VECTORS, typename Take>
+    __device__ __forceinline__ void write_rows(const T* turned, int num_out, Take take) {
+        const int column = thread % VECTORS * 8, first = place.output + column;
+        const int end = min(8 * end_eight, a.rows - place.row);
+        if (first >= num_out) return;
+        T* out = static_cast<T*>(a.out) + place.row * a.out_stride + first;
+        for (int n = 8 * first_eight + thread / VECTORS; n < end; n += Shape::CONSUMERS / VECTORS) {
+            *reinterpret_cast<uint4*>(out + n * a.out_stride) =
+                take(turned + n * Shape::OUT_STRIDE + column);
         }
     }
 };

@@ -37,9 +37,13 @@ cudaError_t launch_many(const PackedArguments& a, cudaStream_t stream) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  Shape::SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    const int out_tiles = (a.num_out + Shape::OUTPUTS - 1) / Shape::OUTPUTS;
+    // Gated, a block makes half as many of half the outputs.
+    const int outputs = Shape::OUTPUTS / (a.gated ? 2 : 1), num_out = a.num_out / (a.gated ? 2 : 1);
+    const int out_tiles = (num_out + outputs - 1) / outputs;
     const dim3 grid(out_tiles * ((a.rows + ROWS - 1) / ROWS) * a.splits);
-    return launch_overlapping(kernel, grid, Shape::THREADS, Shape::SHARED_BYTES, stream, map, a);
+    PackedArguments given = a;
+    given.all_at_once = int(grid.x) <= Shape::BLOCKS * a.num_sms;
+    return launch_overlapping(kernel, grid, Shape::THREADS, Shape::SHARED_BYTES, stream, map, given);
 }
 
 template <int ROWS>
