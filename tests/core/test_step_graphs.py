@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_llama
 import torch
-from attrs import define
+from attrs import define, evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llama import has_all_blocks, make_engine, prompt, request, run_all
@@ -19,8 +19,10 @@ from torch import Tensor
 from quire.engine import Engine
 from quire.execution.step_graphs import decode_sizes
 from quire.interfaces.attention import GraphSupport
+from quire.interfaces.batch import Batch
 from quire.start import Starter
 from quire_attention.reference.backend import ReferenceAttention
+from quire_models.decoder import DecoderStack
 from quire_sampling.reference.sampler import ReferenceSampler
 
 LENGTHS = (1, 3, 9, 17, 30)
@@ -131,6 +133,22 @@ def test_steps_with_prompts_are_replayed_where_backends_can(
     if graphs is not None:
         assert graphs.num_captured == 2  # the largest, at the start, and that of 86 tokens
         assert [size for size, _ in graphs._captured] == [graphs.sizes[-1], 96]
+
+
+def test_model_that_returns_all_tokens_is_replayed_too(
+    folder: Path, capture: ReplayingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(i, prompt(i, n)) for i, n in enumerate(LENGTHS)]
+    wanted, _ = run_all(eager_engine(folder, monkeypatch), asked)
+    forward = DecoderStack.forward
+
+    def everything(stack: DecoderStack, hidden: Tensor, batch: Batch) -> Tensor:
+        keeps_all = evolve(batch, logit_rows=batch.logit_rows[:0])
+        return forward(stack, hidden, keeps_all)
+
+    monkeypatch.setattr(DecoderStack, "forward", everything)
+
+    assert run_all(graph_engine(folder, capture), asked)[0] == wanted
 
 
 def test_steps_go_on_where_no_memory_is_left_for_their_graphs(

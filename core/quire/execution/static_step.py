@@ -167,7 +167,11 @@ class StaticStep(abc.ABC):
             self._builder.tables.gather(number, batch.rows, out=group.block_table)
         for backend, plan in zip(tools.backends, batch.plans, strict=True):
             backend.prepare(plan)
-        return tools.model.logits(tools.model(tools.model.embed(batch.token_ids), batch))
+        hidden = tools.model(tools.model.embed(batch.token_ids), batch)
+        wanted = batch.rows_to_keep()
+        if wanted is not None and hidden.shape[0] != wanted.shape[0]:
+            hidden = hidden.index_select(0, wanted)
+        return tools.model.logits(hidden)
 
     def _keep(self, logits: Tensor) -> Tensor:
         """Copy logits to memory of their own: that of a graph is used again by other graphs."""
