@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+FULL = "full_attention"
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,
@@ -66,6 +67,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    # What nobody claims, with the class of Transformers itself.
+    "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", FULL]},
+    ),
+    "gpt2": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
+    "phi3": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
+    "olmo2": ("Olmo2", {}),
+    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "cohere2": ("Cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
+    "gptbigcode": ("GPTBigCode", {}),
+}
+FULL_NAMES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
 }
 # Ragged; some begin alike, so that the prefix cache finds their blocks again.
 PROMPT_LENS = (1, 2, 7, 16, 17, 33, 40, 41)
@@ -106,11 +123,15 @@ def make_oracle(name: str) -> PreTrainedModel:
     """Make a tiny model of the real class with random weights, norms and biases included."""
     family, changes = MODELS[name]
     torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    names = FULL_NAMES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    config_class, model_class = (getattr(transformers, name) for name in names)
+    config = config_class(**{**SIZES, "bos_token_id": 1, "eos_token_id": 2, **changes})
     config._attn_implementation = "eager"
-    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model: PreTrainedModel = model_class(config).eval()
     for weight_name, parameter in model.named_parameters():
-        parameter.data.normal_(0.0, 0.25).add_(1.0 if "norm" in weight_name else 0.0)
+        parameter.data.normal_(0.0, 0.25).add_(
+            1.0 if "norm" in weight_name or "ln_" in weight_name else 0.0
+        )
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -176,7 +197,10 @@ def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> s
 def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM:
     config = checkpoint.oracle.config
     head_dim = getattr(config, "head_dim", None) or SIZES["hidden_size"] // 4
-    elements = 2 * SIZES["num_hidden_layers"] * SIZES["num_key_value_heads"] * head_dim
+    kv_heads = 1 if config.model_type == "gpt_bigcode" else SIZES["num_key_value_heads"]
+    if config.model_type in ("gpt2", "opt"):
+        kv_heads = SIZES["num_attention_heads"]
+    elements = 2 * SIZES["num_hidden_layers"] * kv_heads * head_dim
     return LLM(
         str(checkpoint.folder),
         dtype="float32",

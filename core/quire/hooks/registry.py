@@ -95,9 +95,15 @@ class Registry:
         return self._find("grammar", name, GrammarPlugin)
 
     def models_for(self, architecture: str) -> list[ModelPlugin]:
-        """Return the models that claim an architecture, the highest priority first."""
+        """Return the models that claim an architecture, the highest priority first.
+
+        Where nobody claims it, those that can build it all the same.
+        """
         models = [self.model(name) for name in self.names("model")]
         claims = [model for model in models if architecture in model.architectures]
+        if not claims:
+            usable = [m for m in models if self.entry("model", m.name).unusable is None]
+            claims = [model for model in usable if model.builds(architecture)]
         return sorted(claims, key=lambda model: -model.priority)
 
     def quantization_for(self, quant_method: str) -> list[QuantizationPlugin]:

@@ -149,6 +149,8 @@ def select_model(
         found = _first_usable(registry, "model", claims, passed_over)
         if found is not None:
             why = f"claims {architecture} with priority {found.priority}"
+            if architecture not in found.architectures:
+                why = f"nobody claims {architecture}, and it can build it, only slower"
             return found, _by_itself("model", found, why, passed_over)
     raise ConfigError(_nobody_builds(registry, architectures, passed_over))
 
@@ -265,7 +267,7 @@ def _first_usable(
 
 
 def _check_claim(plugin: ModelPlugin, architectures: Sequence[str]) -> None:
-    if not set(architectures) & set(plugin.architectures):
+    if not any(plugin.builds(architecture) for architecture in architectures):
         raise ConfigError(
             f"--model-implementation {plugin.name} does not build {_listed(architectures)}; "
             f"it builds {_listed(plugin.architectures)}. Leave the option out to use whatever does."

@@ -58,6 +58,11 @@ def _check_quantizer(_instance: object, _attribute: Any, value: str | None) -> N
         raise PluginError(f"quantizer={value!r} does not name a class; write 'module:Class'.")
 
 
+def _check_also(_instance: object, _attribute: Any, value: str | None) -> None:
+    if value is not None and not (isinstance(value, str) and _LOAD.fullmatch(value)):
+        raise PluginError(f"also={value!r} does not name a function; write 'module:function'.")
+
+
 def _check_summary(_instance: object, _attribute: Any, value: str) -> None:
     if not isinstance(value, str) or "\n" in value:
         raise PluginError(f"summary={value!r} is not allowed; write one line of text.")
@@ -238,12 +243,23 @@ class ModelPlugin(Descriptor):
     """Declare a model; `load` names a subclass of `model.Model`.
 
     `architectures` are the claims, as config.json spells them; among several plugins that claim
-    one, priority settles it. `config_class` declares the config's keys.
+    one, priority settles it. `config_class` declares the config's keys. `also` names a function,
+    "module:function", which answers of an architecture that nobody claims whether it can be built.
     """
 
     architectures: tuple[str, ...] = field(converter=_to_names, validator=_check_names)
     config_class: type[ModelConfig] = field(validator=_check_config_class)
     priority: int = field(default=0, validator=_check_integer)
+    also: str | None = field(default=None, validator=_check_also)
+
+    def builds(self, architecture: str) -> bool:
+        """Answer whether it claims the architecture or, asked, can build it all the same.
+
+        Raises: PluginError where `also` cannot be loaded.
+        """
+        if architecture in self.architectures:
+            return True
+        return self.also is not None and bool(self._loaded(self.also)(architecture))
 
 
 @frozen(kw_only=True)
