@@ -196,6 +196,8 @@ def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> s
 
 def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM:
     config = checkpoint.oracle.config
+    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        attention = "reference"
     head_dim = getattr(config, "head_dim", None) or SIZES["hidden_size"] // 4
     kv_heads = 1 if config.model_type == "gpt_bigcode" else SIZES["num_key_value_heads"]
     if config.model_type in ("gpt2", "opt"):

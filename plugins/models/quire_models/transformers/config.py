@@ -38,6 +38,8 @@ class AnyConfig(ModelConfig):
         found = transformers_config(architecture, given, source)
         heads, layers = _needed(found, "num_attention_heads"), _needed(found, "num_hidden_layers")
         kv_heads = getattr(found, "num_key_value_heads", None) or heads
+        if getattr(found, "multi_query", False):
+            kv_heads = 1
         hidden = _needed(found, "hidden_size")
         head_dim = getattr(found, "head_dim", None) or hidden // heads
         ends = getattr(found, "eos_token_id", None)
