@@ -101,10 +101,9 @@ class Registry:
         """
         models = [self.model(name) for name in self.names("model")]
         claims = [model for model in models if architecture in model.architectures]
-        if not claims:
-            usable = [m for m in models if self.entry("model", m.name).unusable is None]
-            claims = [model for model in usable if model.builds(architecture)]
-        return sorted(claims, key=lambda model: -model.priority)
+        asked = [m for m in models if m.also and self.entry("model", m.name).unusable is None]
+        found = claims or [model for model in asked if model.builds(architecture)]
+        return sorted(found, key=lambda model: -model.priority)
 
     def quantization_for(self, quant_method: str) -> list[QuantizationPlugin]:
         """Return the methods that claim a checkpoint format, the highest priority first."""
