@@ -17,6 +17,7 @@ from quire.layers.embedding import Embedding, Head
 from quire.layers.linear import Linear
 from quire.testing import QuantizationMethodTests
 from quire_kernels import ops
+from quire_kernels.cpu import products
 from quire_quant.int8 import product
 from quire_quant.int8.method import Int8, Int8WeightOnly
 from quire_quant.int8.rounded import quantize_weight
@@ -34,7 +35,15 @@ class TestInt8(QuantizationMethodTests):
         return spec.out_features * (spec.in_features + 4) + bias
 
 
-class TestInt8WithoutOneDnn(TestInt8):
+class TestInt8ByOneDnn(TestInt8):
+    """The products of a machine that has not built the kernels."""
+
+    @pytest.fixture(autouse=True)
+    def _unbuilt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(products, "is_built", lambda: False)
+
+
+class TestInt8WithoutOneDnn(TestInt8ByOneDnn):
     """The products that PyTorch makes itself."""
 
     @pytest.fixture(autouse=True)
@@ -70,6 +79,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def filled(layer: Linear) -> Linear:
+    layer.allocate()
     layer.get_weight("weight").data.copy_(draw(*layer.get_weight("weight").shape))
     layer.finish_loading()
     return layer
@@ -97,6 +107,7 @@ def test_weight_is_rounded_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weight_that_is_not_finite_is_named(bad: float) -> None:
     layer = linear()
+    layer.allocate()
     layer.get_weight("weight").data.fill_(1).view(-1)[7] = bad
 
     with pytest.raises(CheckpointError, match=r"a\.o_proj\.weight has a NaN or an infinity"):

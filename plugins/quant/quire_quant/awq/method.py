@@ -61,9 +61,9 @@ class AwqProduct(PackedProduct):
     """Eight outputs an int32; repacked so that the inputs of an output lie together."""
 
     def create_weights(self, layer: WeightLayer) -> None:
-        """Register `qweight`, `qzeros` and `scales` as the checkpoint has them."""
+        """Register the checkpoint's tensors, without memory until they are filled."""
         form = self.form
-        words, device = form.out_features // WORD, form.device
+        words, device = form.out_features // WORD, "meta"
         qweight = torch.empty(form.in_features, words, dtype=torch.int32, device=device)
         rule = ShardRule(output_dim=1, input_dim=0, packed_dim=1, pack_factor=WORD)
         layer.add_weight("qweight", qweight, rule)

@@ -5,14 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quire_kernels.cpu import products
+from quire_kernels.cpu.products import QUAD, TILE_OUT
+
 # Activations are kept as value + 128: oneDNN multiplies uint8 by int8 natively.
 ZERO_POINT = 128
+# Sums of more could leave 32 bits.
+MOST_INPUTS_IN_TILES = 1 << 16
 # `torch._int_mm` on a GPU wants more rows than 16 and other sizes in multiples of 8.
 MIN_ROWS_ON_GPU, MULTIPLE_ON_GPU = 32, 8
 # What is made wide beside a layer is so many weights at a time: some megabytes.
 PIECE_ELEMENTS = 1 << 22
 # The overload itself: finding it by name costs 8 us a call.
 _qlinear = torch.ops.onednn.qlinear_pointwise.default
+
+
+def takes_tiles(num_outputs: int, num_inputs: int) -> bool:
+    """Whether `quire_kernels.cpu` multiplies here: where it is built, and oneDNN is not as good."""
+    if num_inputs % QUAD or num_inputs > MOST_INPUTS_IN_TILES or not products.is_built():
+        return False
+    # Tiles are filled up, which a weight of many outputs alone does not feel.
+    if -num_outputs % TILE_OUT * 100 > num_outputs:
+        return False
+    return products.multiplies_integers_fast() or not packs()
 
 
 def packs() -> bool:

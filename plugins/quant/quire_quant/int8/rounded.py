@@ -13,6 +13,7 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_kernels import ops
+from quire_kernels.cpu import products
 from quire_quant.int8 import product
 
 
@@ -46,23 +47,31 @@ class Int8Product(LayerMethod):
         self.shape = (out_features, in_features)
         self.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
-        self.packs = self.device.type == "cpu" and product.packs()
-        self.values: Tensor | None = None  # packed, where oneDNN multiplies
+        is_on_cpu = self.device.type == "cpu"
+        self.takes_tiles = is_on_cpu and product.takes_tiles(out_features, in_features)
+        self.packs = is_on_cpu and not self.takes_tiles and product.packs()
+        self.values: Tensor | None = None  # in tiles, or packed where oneDNN multiplies
         self.scales: Tensor | None = None
 
     def create_weights(self, layer: WeightLayer) -> None:
-        """Register `weight` [out_features, in_features] in the model's dtype."""
-        weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        """Register `weight` [out_features, in_features] in the model's dtype, without memory."""
+        weight = torch.empty(self.shape, dtype=self.dtype, device="meta")
         layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
 
     def finish_loading(self, layer: WeightLayer) -> None:
-        """Round, pack for oneDNN where it multiplies, and drop the plain weight.
+        """Round, repack for whoever multiplies, and drop the plain weight.
 
         Raises: CheckpointError naming the layer where a weight is not finite.
         """
         values, self.scales = quantize_weight(layer.get_weight("weight").data, layer.spec.name)
         layer.drop_weight("weight")
-        self.values = product.pack(values) if self.packs else values
+        self.values = self.repacked(values)
+
+    def repacked(self, values: Tensor) -> Tensor:
+        """Return int8 [out_features, in_features] as whoever multiplies wants them."""
+        if self.takes_tiles:
+            return products.int8_tiles(values)
+        return product.pack(values) if self.packs else values
 
     def loaded_bytes(self, layer: WeightLayer) -> int:
         """Return a byte a weight and four an output."""
@@ -81,6 +90,8 @@ class Int8Product(LayerMethod):
         values, scales = self._loaded()
         if x.shape[0] == 0:
             return x.new_empty(0, self.shape[0])
+        if self.takes_tiles:
+            return products.int8_linear(x.contiguous(), values, scales, bias)
         rounded, x_scales = ops.quantize_rows(x.contiguous())
         if not self.packs:
             out = product.multiply(rounded, values, scales).mul_(x_scales[:, None])
@@ -100,6 +111,8 @@ class Int8Product(LayerMethod):
     def dequantize(self, layer: WeightLayer) -> Tensor:
         """Return values times scales, float32."""
         values, scales = self._loaded()
+        if self.takes_tiles:
+            values = products.int8_values(values, self.shape[0])
         if not self.packs:
             return values.float() * scales[:, None]
         # A packed weight is read back by multiplying the unit matrix.
