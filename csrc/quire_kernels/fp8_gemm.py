@@ -1,4 +1,6 @@
-"""Products of rows in e4m3 with a matrix in e4m3 on tensor cores, in Triton.
+"""Products of rows in 8 bits with a matrix in 8 bits on tensor cores, in Triton.
+
+Numbers are e4m3, or integers, whose sums are exact.
 
 A program makes a tile of outputs of some rows from a part of the columns. The weight is the left
 factor, so that few rows fill the tensor cores, too. Where a tile has several parts, the program
@@ -36,6 +38,16 @@ def _place(
     first = tile // span * GROUPED
     height = tl.minimum(row_tiles - first, GROUPED)
     return tile % span // height, first + tile % span % height
+
+
+@triton.jit
+def _added(sums, weights, x, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
+    """Add the products of a block: integers exactly, and floats as precisely as is asked for."""
+    if sums.dtype == tl.int32:
+        return tl.dot(weights, x, sums, out_dtype=tl.int32)
+    if PRECISE:
+        return tl.dot(weights, x, sums, max_num_imprecise_acc=BLOCK)
+    return tl.dot(weights, x, sums)
 
 
 @triton.jit(do_not_specialize=["num_rows"], launch_metadata=costs.of_rows_product)
@@ -97,16 +109,15 @@ def _fp8_gemm_kernel(
     columns = first * BLOCK + tl.arange(0, BLOCK)
     weight_at = weight_ptr + weight_rows[:, None] * weight_stride + columns[None, :]
     x_at = x_ptr + x_rows[None, :] * x_stride + columns[:, None]
-    sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    integer: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8
+    sums = tl.zeros((OUTPUTS, ROWS), tl.int32 if integer else tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         weights, x = tl.load(weight_at), tl.load(x_at, mask=are_rows, other=0.0)
         if HEIGHT > 0:
             scales = tl.load(weight_scales_ptr + block) * tl.load(x_scales_at + block)
             sums += tl.dot(weights, x) * scales[None, :]
-        elif PRECISE:
-            sums = tl.dot(weights, x, sums, max_num_imprecise_acc=BLOCK)
         else:
-            sums = tl.dot(weights, x, sums)
+            sums = _added(sums, weights, x, BLOCK, PRECISE)
         weight_at += BLOCK
         x_at += BLOCK
 
@@ -121,6 +132,7 @@ def _fp8_gemm_kernel(
             return
         tl.store(counts_ptr + tile, 0)
         sums = sum_of_parts(part_ptr, at, inside, PARTS, stride)
+    sums = sums.to(tl.float32)
     if HEIGHT == 0:
         sums *= tl.load(weight_scales_ptr + weight_rows)[:, None]
         sums *= tl.load(x_scales_ptr + (x_rows * 0 if ONE_SCALE else x_rows))[None, :]
@@ -182,12 +194,13 @@ def few_rows(num_out: int) -> int:
 def serves(x: Tensor, weight: Tensor, dtype: torch.dtype, block: tuple[int, int] | None) -> bool:
     """Answer whether the kernel takes this product: dense rows and weight, and a plan.
 
-    Of many rows without blocks `torch._scaled_mm` makes bfloat16 faster.
+    Of many rows in e4m3 without blocks `torch._scaled_mm` makes bfloat16 faster.
     """
     num_rows, (num_out, size) = x.shape[0], weight.shape
     if not x.is_contiguous() or not weight.is_contiguous() or dtype not in _DTYPES:
         return False
-    if block is None and dtype == torch.bfloat16 and num_rows > few_rows(num_out):
+    is_e4m3 = weight.dtype != torch.int8
+    if is_e4m3 and block is None and dtype == torch.bfloat16 and num_rows > few_rows(num_out):
         return False
     return num_rows > 0 and plan(padded(num_rows), num_out, size, block=block) is not None
 
@@ -209,7 +222,8 @@ def linear(
     part, counts = out, out
     if chosen.parts > 1:
         shape = (chosen.parts, num_rows, num_out)
-        part = torch.empty(shape, dtype=torch.float32, device=x.device)
+        sums = torch.int32 if weight.dtype == torch.int8 else torch.float32
+        part = torch.empty(shape, dtype=sums, device=x.device)
         counts = counters(x.device, weight.data_ptr())
     tiles = triton.cdiv(num_out, chosen.outputs) * triton.cdiv(num_rows, chosen.rows)
     _fp8_gemm_kernel[(tiles, chosen.parts)](

@@ -64,8 +64,12 @@ def _zeros(count: int) -> Tensor:
 
 def multiply(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """Return float32 (x - 128) W^T * scales, `x` uint8 and W `values` int8."""
-    signed = (x.to(torch.int16) - ZERO_POINT).to(torch.int8)
-    if not x.is_cuda:
+    return multiply_signed((x ^ ZERO_POINT).view(torch.int8), values, scales)
+
+
+def multiply_signed(signed: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 x W^T * scales, x `signed` and W `values` in int8."""
+    if not signed.is_cuda:
         return _multiply_wide(signed, values).float() * scales
     if any(size % MULTIPLE_ON_GPU for size in values.shape):
         return (signed.float() @ values.T.float()) * scales

@@ -12,7 +12,7 @@ from quire.interfaces.quantization import (
     ShardRule,
     WeightLayer,
 )
-from quire_kernels import ops
+from quire_kernels import int8, ops
 from quire_kernels.cpu import products
 from quire_quant.int8 import product
 
@@ -92,10 +92,10 @@ class Int8Product(LayerMethod):
             return x.new_empty(0, self.shape[0])
         if self.takes_tiles:
             return products.int8_linear(x.contiguous(), values, scales, bias)
-        rounded, x_scales = ops.quantize_rows(x.contiguous())
         if not self.packs:
-            out = product.multiply(rounded, values, scales).mul_(x_scales[:, None])
-        elif x.shape[0] == 1:
+            return self._multiply(int8.quantize(x), bias, x.dtype)
+        rounded, x_scales = ops.quantize_rows(x.contiguous())
+        if x.shape[0] == 1:
             # One row's scale goes into the product itself, which may then round to bfloat16.
             is_last = bias is None and x.dtype == torch.bfloat16
             dtype = torch.bfloat16 if is_last else torch.float32
@@ -107,6 +107,44 @@ class Int8Product(LayerMethod):
         if bias is not None:
             out = out.add_(bias)
         return out.to(x.dtype)
+
+    def _multiply(self, rounded: int8.Rounded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Multiply where neither tiles nor oneDNN do: on a GPU, or by PyTorch alone."""
+        values, scales = self._loaded()
+        out = int8.product(rounded, values, scales, bias, dtype)
+        if out is not None:
+            return out
+        out = product.multiply_signed(rounded[0], values, scales).mul_(rounded[1])
+        if bias is not None:
+            out = out.add_(bias)
+        return out.to(dtype)
+
+    @property
+    def rounds_by_token(self) -> bool:
+        """Whether each row of inputs has a scale of its own, made anew."""
+        return True
+
+    def apply_after_norm(
+        self,
+        layer: WeightLayer,
+        addends: tuple[Tensor, Tensor],
+        norm: tuple[Tensor, float],
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Norm and round in one pass, on a GPU."""
+        x = addends[0]
+        if not self.rounds_by_token or not int8.rounds_in_one_pass(x, self.shape[1]):
+            return None
+        rounded, total = int8.add_rms_norm_quantize(*addends, *norm)
+        return self._multiply(rounded, bias, x.dtype), total
+
+    def apply_after_silu_mul(
+        self, layer: WeightLayer, gate_up: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Do SiLU, multiply and round in one pass, on a GPU."""
+        if not self.rounds_by_token or not int8.rounds_in_one_pass(gate_up, self.shape[1]):
+            return None
+        return self._multiply(int8.silu_mul_quantize(gate_up), bias, gate_up.dtype)
 
     def dequantize(self, layer: WeightLayer) -> Tensor:
         """Return values times scales, float32."""

@@ -123,6 +123,11 @@ class StoredInt8Product(Int8Product):
         if self.scheme.inputs == "static":
             layer.get_weight("input_scale").data.fill_(1 / 32)
 
+    @property
+    def rounds_by_token(self) -> bool:
+        """Whether the scheme is dynamic; a tied head rounds nothing."""
+        return self.scheme.inputs == "token" and not self.is_tied
+
     def apply(
         self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
     ) -> Tensor:
