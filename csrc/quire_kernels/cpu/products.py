@@ -28,23 +28,34 @@ def multiplies_integers_fast() -> bool:
     return is_built() and ISAS[calls.best_isa()] == "avx512_bf16"
 
 
-def int8_tiles(values: Tensor) -> Tensor:
-    """Return int8 [outputs, inputs] as tiles, uint8 [outputs / 16 rounded up, inputs / 4, 16, 4].
+def empty_int8_tiles(outputs: int, inputs: int) -> Tensor:
+    """Return tiles of zeros, uint8 [outputs / 16 rounded up, inputs / 4, 16, 4].
 
     `inputs` is a multiple of 4. Values are kept plus 128.
     """
-    outputs, inputs = values.shape
-    count = -(-outputs // TILE_OUT)
-    tiles = torch.full((count, inputs // QUAD, TILE_OUT, QUAD), 128, dtype=torch.uint8)
-    step = max(1, _SLICE_BYTES // (TILE_OUT * inputs))
-    for first in range(0, count, step):
-        rows = values[first * TILE_OUT : (first + step) * TILE_OUT].view(torch.uint8) ^ 128
-        whole, rest = divmod(rows.shape[0], TILE_OUT)
-        quads = rows[: whole * TILE_OUT].view(whole, TILE_OUT, inputs // QUAD, QUAD)
-        tiles[first : first + whole] = quads.transpose(1, 2)
-        if rest:
-            last = rows[whole * TILE_OUT :].view(rest, inputs // QUAD, QUAD)
-            tiles[first + whole, :, :rest] = last.transpose(0, 1)
+    shape = (-(-outputs // TILE_OUT), inputs // QUAD, TILE_OUT, QUAD)
+    return torch.full(shape, 128, dtype=torch.uint8)
+
+
+def put_int8(tiles: Tensor, first: int, values: Tensor) -> None:
+    """Put int8 `values` [count, inputs] into tiles, from output `first` on, a multiple of 16."""
+    assert first % TILE_OUT == 0, f"output {first} begins no tile"
+    tile, quads = first // TILE_OUT, tiles.shape[1]
+    rows = values.view(torch.uint8) ^ 128
+    whole, rest = divmod(rows.shape[0], TILE_OUT)
+    squares = rows[: whole * TILE_OUT].view(whole, TILE_OUT, quads, QUAD)
+    tiles[tile : tile + whole] = squares.transpose(1, 2)
+    if rest:
+        last = rows[whole * TILE_OUT :].view(rest, quads, QUAD)
+        tiles[tile + whole, :, :rest] = last.transpose(0, 1)
+
+
+def int8_tiles(values: Tensor) -> Tensor:
+    """Return int8 [outputs, inputs] as tiles; memory beside them is small."""
+    tiles = empty_int8_tiles(*values.shape)
+    step = max(1, _SLICE_BYTES // (TILE_OUT * values.shape[1])) * TILE_OUT
+    for first in range(0, values.shape[0], step):
+        put_int8(tiles, first, values[first : first + step])
     return tiles
 
 

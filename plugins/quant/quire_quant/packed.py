@@ -38,8 +38,10 @@ from quire_kernels import ops
 from quire_kernels.packed import layout, product
 from quire_quant import on_cpu, tiled
 
-# Weights that are wide at one time: 16 MiB in float32.
+# Weights that are wide at one time in a product: 16 MiB in float32.
 SLICE_WEIGHTS = 1 << 22
+# The same while a layer is repacked, beside a model that is all there but for it.
+PIECE_WEIGHTS = 1 << 19
 # Slices of outputs begin at whole words of every format.
 SLICE_STEP = 32
 
@@ -128,8 +130,15 @@ class PackedForm:
         return self.in_features // self.group_size
 
     def slices(self, first: int, end: int) -> Iterator[slice]:
-        """Yield pieces of the outputs whose weights may be wide at one time."""
-        step = max(1, SLICE_WEIGHTS // self.in_features // SLICE_STEP) * SLICE_STEP
+        """Yield parts of the outputs whose weights may be wide at one time in a product."""
+        return self._cut(first, end, SLICE_WEIGHTS)
+
+    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
+        """Yield parts of the outputs whose weights may be wide at one time while they load."""
+        return self._cut(first, self.out_features if end is None else end, PIECE_WEIGHTS)
+
+    def _cut(self, first: int, end: int, most: int) -> Iterator[slice]:
+        step = max(1, most // self.in_features // SLICE_STEP) * SLICE_STEP
         for start in range(first, end, step):
             yield slice(start, min(start + step, end))
 
@@ -382,7 +391,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     scales = ((high - low) / top).clamp(min=tiny).to(torch.float16)
     wide = scales.float()
     zeros = (-low / wide).round().clamp(0, top)
-    codes = ((groups / wide[..., None]).round() + zeros[..., None]).clamp(0, top)
+    codes = (groups / wide[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
     return codes.flatten(1).to(torch.uint8), scales, zeros.to(torch.uint8)
 
 

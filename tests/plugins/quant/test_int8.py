@@ -98,7 +98,7 @@ def test_weight_is_rounded_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     weight = draw(37, 10)
     whole = quantize_weight(weight, "a")
 
-    monkeypatch.setattr("quire_quant.int8.product.PIECE_ELEMENTS", 40)
+    monkeypatch.setattr("quire_quant.int8.rounded.PIECE_ELEMENTS", 40)
 
     for piecewise, expected in zip(quantize_weight(weight, "a"), whole, strict=True):
         assert torch.equal(piecewise, expected)

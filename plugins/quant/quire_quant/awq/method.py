@@ -83,7 +83,7 @@ class AwqProduct(PackedProduct):
         qweight, scales = layer.get_weight("qweight").data, layer.get_weight("scales").data
         check_scales(layer, scales, form, "scales")
         values = qweight.new_empty(form.out_features, form.in_features // 2, dtype=torch.uint8)
-        for outputs in form.slices(0, form.out_features):
+        for outputs in form.pieces():
             words = slice(outputs.start // WORD, outputs.stop // WORD)
             values[outputs] = pack(_codes(qweight[:, words]).T, BITS)
         zeros = pack(_codes(layer.get_weight("qzeros").data), BITS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,31 @@ from quire.interfaces.quantization import (
 )
 from quire_kernels import int8, ops
 from quire_kernels.cpu import products
+from quire_kernels.cpu.products import TILE_OUT
 from quire_quant.int8 import product
+
+# Weights that are wide at one time while they are rounded.
+PIECE_ELEMENTS = 1 << 19
+
+
+def rounded_pieces(weight: Tensor, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield outputs, from multiples of 16 on, with their int8 values and float32 scales.
+
+    Raises: CheckpointError naming the layer where a weight is not finite.
+    """
+    rows = max(1, PIECE_ELEMENTS // max(1, weight.shape[1]) // TILE_OUT) * TILE_OUT
+    for first in range(0, weight.shape[0], rows):
+        own = slice(first, min(first + rows, weight.shape[0]))
+        wide = weight[own].float()
+        largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=1)
+        if not bool(largest.isfinite().all()):
+            raise CheckpointError(
+                f"{name}.weight has a NaN or an infinity, which int8 cannot hold. Take another "
+                "copy of the checkpoint."
+            )
+        scale = largest / 127
+        scale = torch.where(scale == 0, 1.0, scale)
+        yield own, (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -24,19 +50,8 @@ def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    rows = max(1, product.PIECE_ELEMENTS // max(1, weight.shape[1]))
-    for first in range(0, weight.shape[0], rows):
-        own = slice(first, first + rows)
-        wide = weight[own].float()
-        largest = wide.abs().amax(1)
-        if not bool(largest.isfinite().all()):
-            raise CheckpointError(
-                f"{name}.weight has a NaN or an infinity, which int8 cannot hold. Take another "
-                "copy of the checkpoint."
-            )
-        scale = largest / 127
-        scales[own] = torch.where(scale == 0, 1.0, scale)
-        values[own] = (wide / scales[own, None]).round_().clamp_(-127, 127).to(torch.int8)
+    for own, piece, scale in rounded_pieces(weight, name):
+        values[own], scales[own] = piece, scale
     return values, scales
 
 
@@ -63,9 +78,17 @@ class Int8Product(LayerMethod):
 
         Raises: CheckpointError naming the layer where a weight is not finite.
         """
-        values, self.scales = quantize_weight(layer.get_weight("weight").data, layer.spec.name)
+        weight, name = layer.get_weight("weight").data, layer.spec.name
+        if self.takes_tiles:
+            self.values = products.empty_int8_tiles(*self.shape)
+            self.scales = torch.empty(self.shape[0])
+            for own, values, scales in rounded_pieces(weight, name):
+                products.put_int8(self.values, own.start, values)
+                self.scales[own] = scales
+        else:
+            values, self.scales = quantize_weight(weight, name)
+            self.values = self.repacked(values)
         layer.drop_weight("weight")
-        self.values = self.repacked(values)
 
     def repacked(self, values: Tensor) -> Tensor:
         """Return int8 [out_features, in_features] as whoever multiplies wants them."""

@@ -99,7 +99,7 @@ class RoundedWeightOnly(PackedProduct):
         values = weight.new_empty(weight.shape, dtype=torch.uint8)
         scales = weight.new_empty(1, form.out_features, dtype=torch.float16)
         tiny = torch.finfo(torch.float16).smallest_normal
-        for outputs in form.slices(0, form.out_features):
+        for outputs in form.pieces():
             wide = weight[outputs].float()
             # Rounded down, so that no step is larger than the largest by 127.
             exact = wide.abs().amax(1) / (MIDDLE - 1) * (1 - 2**-11)
