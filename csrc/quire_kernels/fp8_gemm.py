@@ -41,13 +41,16 @@ def _place(
 
 
 @triton.jit
-def _added(sums, weights, x, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
+def _added(sums, weights, x, BLOCK: tl.constexpr, INTEGER: tl.constexpr, PRECISE: tl.constexpr):
     """Add the products of a block: integers exactly, and floats as precisely as is asked for."""
-    if sums.dtype == tl.int32:
-        return tl.dot(weights, x, sums, out_dtype=tl.int32)
-    if PRECISE:
-        return tl.dot(weights, x, sums, max_num_imprecise_acc=BLOCK)
-    return tl.dot(weights, x, sums)
+    # Not by returns: the compiler reads on behind one that is taken.
+    if INTEGER:
+        sums = tl.dot(weights, x, sums, out_dtype=tl.int32)
+    elif PRECISE:
+        sums = tl.dot(weights, x, sums, max_num_imprecise_acc=BLOCK)
+    else:
+        sums = tl.dot(weights, x, sums)
+    return sums
 
 
 @triton.jit(do_not_specialize=["num_rows"], launch_metadata=costs.of_rows_product)
@@ -75,6 +78,7 @@ def _fp8_gemm_kernel(
     BIASED: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    INTEGER: tl.constexpr,
     PRECISE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -109,15 +113,14 @@ def _fp8_gemm_kernel(
     columns = first * BLOCK + tl.arange(0, BLOCK)
     weight_at = weight_ptr + weight_rows[:, None] * weight_stride + columns[None, :]
     x_at = x_ptr + x_rows[None, :] * x_stride + columns[:, None]
-    integer: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8
-    sums = tl.zeros((OUTPUTS, ROWS), tl.int32 if integer else tl.float32)
+    sums = tl.zeros((OUTPUTS, ROWS), tl.int32 if INTEGER else tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         weights, x = tl.load(weight_at), tl.load(x_at, mask=are_rows, other=0.0)
         if HEIGHT > 0:
             scales = tl.load(weight_scales_ptr + block) * tl.load(x_scales_at + block)
             sums += tl.dot(weights, x) * scales[None, :]
         else:
-            sums = _added(sums, weights, x, BLOCK, PRECISE)
+            sums = _added(sums, weights, x, BLOCK, INTEGER, PRECISE)
         weight_at += BLOCK
         x_at += BLOCK
 
@@ -250,6 +253,7 @@ def linear(
         BIASED=bias is not None,
         STAGES=chosen.stages,
         PREFETCH=min(chosen.prefetch, size // chosen.parts) if options()["OVERLAPS"] else 0,
+        INTEGER=weight.dtype == torch.int8,
         PRECISE=chosen.rows <= 64 or out.dtype == torch.float16,
         num_warps=chosen.warps,
         **options(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,6 +46,7 @@ def _fp8_gemv_kernel(
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
+    INTEGER: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Make OUTPUTS numbers.
@@ -62,8 +64,7 @@ def _fp8_gemv_kernel(
     wait_for_previous(OVERLAPS)
     if SCALED and WIDTH == 0:
         row_scales *= tl.load(x_scales_ptr)
-    integer: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8
-    wide: tl.constexpr = tl.int32 if integer else tl.float32
+    wide: tl.constexpr = tl.int32 if INTEGER else tl.float32
     sums = tl.zeros((OUTPUTS, BLOCK // 16), wide)
     count: tl.constexpr = (SIZE + WIDTH - 1) // WIDTH if WIDTH > 0 else 1
     for start in tl.static_range(0, SIZE, BLOCK):
@@ -143,6 +144,7 @@ def linear(
         WIDTH=width,
         SCALED=scales[0] is not None,
         BIASED=bias is not None,
+        INTEGER=weight.dtype == torch.int8,
         num_warps=warps,
         maxnreg=128,
         **options(),
