@@ -25,6 +25,7 @@ from quire_quant.config_values import (
     names_of,
     one_of,
     refuse,
+    value_of,
 )
 from quire_quant.packed import (
     PackedForm,
@@ -116,9 +117,13 @@ class Awq(QuantizationMethod):
         self.group_size = group_size_of(config, ("group_size", "q_group_size"))
         if not flag_of(config, "zero_point", True):
             raise refuse("zero_point", False, "true")
-        version = config.get("version", "gemm")
-        if not isinstance(version, str) or version.lower() != "gemm":
-            raise refuse("version", version, "'gemm'")
+        # GPTQModel says `format`; one of them may be given without the other.
+        for key in ("version", "format", "checkpoint_format"):
+            layout = value_of(config, (key,), "gemm")
+            if not isinstance(layout, str) or layout.lower() != "gemm":
+                raise refuse(key, layout, "'gemm'")
+        if config.get("backend") == "llm-awq":
+            raise refuse("backend", "llm-awq", "what AutoAWQ writes, which lies otherwise")
         self.excluded = names_of(config, "modules_to_not_convert")
 
     def _is_excluded(self, name: str) -> bool:
