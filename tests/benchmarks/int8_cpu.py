@@ -67,7 +67,8 @@ def main() -> None:
     for name, times in took.items():
         tenths = statistics.quantiles(times[WARM_UP_STEPS:], n=10)
         shares[name] = tenths
-        print(f"{name:<16} ms a step: 10% {tenths[0]:.2f}, 50% {tenths[4]:.2f}, 90% {tenths[8]:.2f}")
+        ms = f"10% {tenths[0]:.2f}, 50% {tenths[4]:.2f}, 90% {tenths[8]:.2f}"
+        print(f"{name:<16} ms a step: {ms}")
     for name in arguments.methods:
         for place, words in ((0, "10%"), (4, "50%")):
             ratio = shares["none"][place] / shares[name][place]
