@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedWeight", "by_output", "multiplies", "write_linear"]
 
-# Up to so many rows codes are multiplied as they are. One core with AVX-512, 6144 x 1024 in groups
-# of 64, a wide weight made and multiplied with: 1.3 ms for 8 rows of bfloat16 and 0.9 by the codes,
-# 3.0 and 0.8 for 8 of float32; for 16 rows 1.5 and 1.7, 3.7 and 1.6.
-FEW_ROWS = {torch.bfloat16: 12, torch.float16: 32, torch.float32: 32}
+# Up to so many rows codes are multiplied as they are, of 4 bits and of 8. One core with AVX-512,
+# 6144 x 1024, microseconds by the codes, and for a wide weight and the product with it: bfloat16 in
+# groups of 128, 8 rows 810 and 1,195, 12 rows 1,249 and 1,282; of 8 bits, 4 rows 577 and 1,322, 8
+# rows 1,412 and 1,471; float32, 8 rows 770 and 3,000, 16 rows 1,600 and 3,700.
+FEW_ROWS = {
+    torch.bfloat16: {4: 12, 8: 6},
+    torch.float16: {4: 32, 8: 32},
+    torch.float32: {4: 32, 8: 32},
+}
 # Weights that are wide at one time: 2 MiB in bfloat16, which a core's cache holds.
 WIDE_WEIGHTS = 1 << 20
 
@@ -45,7 +50,7 @@ def write_linear(
 ) -> None:
     """Put x W^T + b into `out`; column k of W multiplies input order[k]."""
     rows = x.shape[0]
-    if rows <= FEW_ROWS[x.dtype]:
+    if rows <= FEW_ROWS[x.dtype][weight.bits]:
         if rows:
             dense = x if x.stride(1) == 1 else x.contiguous()
             products.write_packed_linear(dense, weight, bias, out, order)
