@@ -121,6 +121,20 @@ def test_products_are_within_the_bound(
     check(out, exact, plain.to(dtype))
 
 
+def test_large_tiles_are_within_the_bound() -> None:
+    plan = fp8_gemm.plan(2048, 4096, 14336, is_integer=True)
+    assert plan == fp8_gemm.Plan(256, 128, 128, 1, 3, warps=8, grouped=4)
+    weight = torch.randint(-127, 128, (200, 256), dtype=torch.int8).to(DEVICE)
+    scales = torch.rand(200).to(DEVICE)
+    values, x_scales = (part.to(DEVICE) for part in formula(draw(300, 256)))
+    exact = values.double() * x_scales.double() @ (weight.double() * scales.double()[:, None]).T
+    out = torch.full((300, 200), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+
+    fp8_gemm.linear(values, weight, (x_scales, scales), out, chosen=plan)
+
+    check(out, exact, exact.to(out.dtype))
+
+
 def test_plain_rounding_is_that_of_quantize_rows() -> None:
     x = draw(3, 64)
     values, scales = ops.quantize_rows(x)
