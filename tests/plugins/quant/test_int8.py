@@ -215,3 +215,30 @@ def test_only_linears_and_embeddings_are_served() -> None:
     for spec in (experts, cache):
         assert type(spec).__name__ in (METHOD.why_unsupported(spec) or "")
         assert METHOD.method_for(spec) is None
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 2e-3, 1e-4])
+def test_weights_alone_are_rounded_by_half_a_step_however_small(size: float) -> None:
+    spec = LinearSpec(
+        name="a.o_proj",
+        parts=("o_proj",),
+        in_features=64,
+        output_sizes=(24,),
+        bias=False,
+        dtype="float32",
+        device="cpu",
+    )
+    method = Int8WeightOnly({}).method_for(spec)
+    assert method is not None
+    layer = Linear(spec, method)
+    weight = draw(24, 64) * size
+    layer.allocate()
+    layer.get_weight("weight").data.copy_(weight)
+
+    layer.finish_loading()
+
+    found = method.dequantize(layer)
+    assert found is not None
+    # Scales are multiples of 2^-24, which the least of these weights feel.
+    steps = weight.abs().amax(1, keepdim=True) / 127 + 2.0**-24
+    assert bool(((found - weight).abs() <= 0.5 * steps * (1 + 1e-5)).all())

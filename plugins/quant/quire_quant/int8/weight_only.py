@@ -111,10 +111,12 @@ class RoundedWeightOnly(PackedProduct):
 def _narrowed(exact: Tensor) -> Tensor:
     """Return scales as float16: rounded down, so that no step is larger than the largest by 127.
 
-    Below its normal numbers they are rounded up, or the largest weights would be cut off.
+    What that cuts off the largest weight is less than half a step. The smallest scales, of which
+    it would be more, are rounded up.
     """
     unit = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
-    small = (exact / unit).ceil_().clamp_(min=1).mul_(unit)
+    units = exact / unit
+    small = torch.where(units < 2 * MIDDLE, units.ceil().clamp_(min=1), units.floor()).mul_(unit)
     is_small = exact < torch.finfo(torch.float16).smallest_normal
     return torch.where(is_small, small, exact * (1 - 2**-11)).to(torch.float16)
 
