@@ -237,8 +237,7 @@ def linear(
     part, counts = out, out
     if chosen.parts > 1:
         shape = (chosen.parts, num_rows, num_out)
-        sums = torch.int32 if is_integer else torch.float32
-        part = torch.empty(shape, dtype=sums, device=x.device)
+        part = x.new_empty(shape, dtype=torch.int32 if is_integer else torch.float32)
         counts = counters(x.device, weight.data_ptr())
     tiles = triton.cdiv(num_out, chosen.outputs) * triton.cdiv(num_rows, chosen.rows)
     _fp8_gemm_kernel[(tiles, chosen.parts)](
