@@ -17,7 +17,13 @@ from quire.errors import ConfigError
 from quire.execution.checkpoint import Checkpoint
 from quire.execution.kv_format import is_scale, kv_format_of
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
-from quire.execution.model_folder import CONFIG_FILE, architectures, find_folder, read_config
+from quire.execution.model_folder import (
+    CONFIG_FILE,
+    architectures,
+    find_folder,
+    find_quantization,
+    read_config,
+)
 from quire.hooks.attention_choice import parts_asked_for
 from quire.hooks.grammars import select_grammar
 from quire.hooks.parser_choice import require_reasoning_parser, require_tool_call_parser
@@ -97,7 +103,7 @@ def _prepare(config: EngineConfig) -> Prepared:
         open_bundled=registry.checkpoint,
     )
     path = folder / CONFIG_FILE
-    raw = read_config(folder)
+    raw, quantization_path = find_quantization(read_config(folder), folder)
     with _naming(path, "architectures"):
         model, model_choice = select_model(
             registry, architectures(raw, path), config.plugins.model_implementation
@@ -105,9 +111,9 @@ def _prepare(config: EngineConfig) -> Prepared:
     _refuse_remote_code(raw, path, trusted=config.model.trust_remote_code)
     model_config = model.config_class.from_json(raw, source=str(path))
     _check_attention_options(config, registry)
-    with _naming(path, "quantization_config"):
+    with _naming(quantization_path, "quantization_config"):
         quantization, quantization_choice = select_quantization(
-            registry, config.plugins.quantization, _quant_method(raw, path)
+            registry, config.plugins.quantization, _quant_method(raw, quantization_path)
         )
     grammar, grammar_choice, why_no_grammar = select_grammar(
         registry, config.plugins.grammar_backend
@@ -115,7 +121,7 @@ def _prepare(config: EngineConfig) -> Prepared:
     # What is drawn at random needs no file.
     checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
-    with _naming(path, "quantization_config"):
+    with _naming(quantization_path, "quantization_config"):
         config = _with_kv_format(config, raw)
     _check_lengths(config, model_config)
     return Prepared(

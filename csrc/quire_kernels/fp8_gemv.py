@@ -1,4 +1,6 @@
-"""Products of one row with a matrix in e4m3, in Triton; the row is in e4m3 too or as it came.
+"""Products of one row with a matrix in 8 bits, in Triton; the row is so too or as it came.
+
+Numbers are e4m3, or integers, whose sums are exact.
 
 As in `gemv`, a program makes a few outputs and reads their rows of the weight once; the first of
 them are on their way while the kernel before ends.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,6 +46,7 @@ def _fp8_gemv_kernel(
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
+    INTEGER: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Make OUTPUTS numbers.
@@ -60,14 +64,15 @@ def _fp8_gemv_kernel(
     wait_for_previous(OVERLAPS)
     if SCALED and WIDTH == 0:
         row_scales *= tl.load(x_scales_ptr)
-    sums = tl.zeros((OUTPUTS, BLOCK // 16), tl.float32)
+    wide: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    sums = tl.zeros((OUTPUTS, BLOCK // 16), wide)
     count: tl.constexpr = (SIZE + WIDTH - 1) // WIDTH if WIDTH > 0 else 1
     for start in tl.static_range(0, SIZE, BLOCK):
         at = start + columns
         if start + BLOCK < SIZE:
             later = _weights(weight_ptr, rows, are_inside, at + BLOCK, weight_stride, SIZE)
-        x = tl.load(x_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        products = weights.to(tl.float32) * x[None, :]
+        x = tl.load(x_ptr + at, mask=at < SIZE, other=0.0).to(wide)
+        products = weights.to(wide) * x[None, :]
         # Sixteen neighbours lie in one thread.
         part = tl.sum(tl.reshape(products, (OUTPUTS, BLOCK // 16, 16)), axis=2)
         if WIDTH > 0:
@@ -80,7 +85,7 @@ def _fp8_gemv_kernel(
         if start + BLOCK < SIZE:
             weights = later
 
-    out = tl.sum(sums, axis=1)
+    out = tl.sum(sums, axis=1).to(tl.float32)
     if WIDTH == 0:
         out *= row_scales
     if BIASED:
@@ -139,6 +144,7 @@ def linear(
         WIDTH=width,
         SCALED=scales[0] is not None,
         BIASED=bias is not None,
+        INTEGER=weight.dtype == torch.int8,
         num_warps=warps,
         maxnreg=128,
         **options(),

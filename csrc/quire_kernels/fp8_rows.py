@@ -1,10 +1,13 @@
 """Rounding of activations to e4m3 in Triton, alone, after sum and norm, or after SiLU and product.
 
+Where the output is of integers they become these.
+
 A program has a whole row, whose largest number it must know before it rounds the first.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,6 +59,22 @@ def _scale_of(extreme, largest):
 
 
 @triton.jit
+def _int8(x):
+    """Return `x` as integers from -127 to 127, and their scale: NaN where x is not finite."""
+    magnitude = tl.abs(x)
+    is_finite = tl.min((magnitude < float("inf")).to(tl.int32), axis=0) > 0
+    magnitude = tl.where(is_finite, magnitude, 0.0)
+    extreme = tl.max(magnitude, axis=0)
+    scale = tl.maximum(tl.div_rn(extreme, 127.0), SMALLEST_SCALE)
+    scale = tl.where(extreme > 0.0, scale, 1.0)
+    near = _divided(tl.where(is_finite, x, 0.0), scale)
+    # Adding 1.5 * 2^23 rounds to a whole number.
+    near = (near + 12582912.0) - 12582912.0
+    near = tl.minimum(tl.maximum(near, -127.0), 127.0)
+    return near.to(tl.int8), tl.where(is_finite, scale, float("nan"))
+
+
+@triton.jit
 def _normed_sum(x_ptr, residual_ptr, norm_ptr, columns, inside, eps, SIZE: tl.constexpr):
     """Put the sum into x; return its norm, rounded as `ops.add_rms_norm` rounds."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -95,6 +114,7 @@ def _quantize_kernel(
     GROUP: tl.constexpr,
     SOURCE: tl.constexpr,
     GIVEN: tl.constexpr,
+    INTEGER: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Round a row. SOURCE: "plain", "norm" of the sum with the residual, or "gate".
@@ -121,6 +141,9 @@ def _quantize_kernel(
         count: tl.constexpr = (SIZE + GROUP - 1) // GROUP
         tl.store(scales_ptr + row * count + groups, scales, mask=groups < count)
         values = tl.reshape(_e4m3(_divided(x, scales[:, None])), (BLOCK,))
+    elif INTEGER:
+        values, scale = _int8(x)
+        tl.store(scales_ptr + row, scale)
     elif GIVEN:
         values = _e4m3(_divided(x, tl.load(given_ptr)))
     else:
@@ -163,12 +186,15 @@ def quantize(
 ) -> None:
     """Round the rows of `x` into `out`, values and scales; `given` is a scale for all of them.
 
+    Values are e4m3, or int8, of which rows have a scale each that nobody gives.
+
     `norm` is a residual, the weight and epsilon of the norm of its sum with x, which replaces x.
     """
     values, scales = out
     num_rows, size = values.shape
     if num_rows == 0:
         return
+    assert values.dtype != torch.int8 or (group is None and given is None and largest is None)
     residual, weight, eps = norm or (x, x, 0.0)
     block = max(triton.next_power_of_2(size), group or 1)
     _quantize_kernel[(num_rows,)](
@@ -187,6 +213,7 @@ def quantize(
         GROUP=0 if given is not None else min(group or 0, block),
         SOURCE="norm" if norm else "gate" if gated else "plain",
         GIVEN=given is not None,
+        INTEGER=values.dtype == torch.int8,
         **_resources(block, num_rows),
         **options(),
     )

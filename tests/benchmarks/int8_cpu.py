@@ -1,6 +1,8 @@
 """Time steps of bfloat16 and int8 in turn, so that both see the same machine.
 
-    python tests/benchmarks/int8_cpu.py [--steps N] [--threads N]
+    python tests/benchmarks/int8_cpu.py [--steps N] [--threads N] [--methods NAME ...]
+
+Of other methods, such as int4, too.
 
 The model has Qwen3-0.6B's shape and random weights; one sequence, one token a step.
 """
@@ -21,7 +23,6 @@ from quire.request import SamplingParams
 
 WARM_UP_STEPS = 10
 IN_TURN = 4  # steps of one before the other's
-NAMES = ("none", "int8")
 
 
 def start(folder: str, name: str, threads: int, tokens: int) -> LLM:
@@ -48,12 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["int8"])
     arguments = parser.parse_args()
+    names = ("none", *arguments.methods)
     folder = tempfile.mkdtemp()
     (Path(folder) / "config.json").write_text(json.dumps(QWEN3))
     num_steps = arguments.steps + WARM_UP_STEPS
-    llms = {name: start(folder, name, arguments.threads, num_steps + 1) for name in NAMES}
-    took: dict[str, list[float]] = {name: [] for name in NAMES}
+    llms = {name: start(folder, name, arguments.threads, num_steps + 1) for name in names}
+    took: dict[str, list[float]] = {name: [] for name in names}
     for begin in range(0, num_steps, IN_TURN):
         for name, llm in llms.items():
             for _ in range(begin, min(num_steps, begin + IN_TURN)):
@@ -64,9 +67,12 @@ def main() -> None:
     for name, times in took.items():
         tenths = statistics.quantiles(times[WARM_UP_STEPS:], n=10)
         shares[name] = tenths
-        print(f"{name:<6} ms a step: 10% {tenths[0]:.2f}, 50% {tenths[4]:.2f}, 90% {tenths[8]:.2f}")
-    for place, words in ((0, "10%"), (4, "50%")):
-        print(f"bfloat16 by int8, {words}: {shares['none'][place] / shares['int8'][place]:.2f}")
+        ms = f"10% {tenths[0]:.2f}, 50% {tenths[4]:.2f}, 90% {tenths[8]:.2f}"
+        print(f"{name:<16} ms a step: {ms}")
+    for name in arguments.methods:
+        for place, words in ((0, "10%"), (4, "50%")):
+            ratio = shares["none"][place] / shares[name][place]
+            print(f"bfloat16 by {name}, {words}: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.execution.weights import finish_tied_heads
 from quire.interfaces.model import Model
@@ -24,7 +24,7 @@ def draw_weights(model: Model, *, seed: int) -> None:
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)
     generator = torch.Generator(device).manual_seed(seed)
-    for module in model.modules():
+    for module in sorted(model.modules(), key=_size, reverse=True):
         is_layer = isinstance(module, WeightStore)
         if isinstance(module, WeightStore):
             module.allocate()
@@ -36,6 +36,11 @@ def draw_weights(model: Model, *, seed: int) -> None:
     finish_tied_heads(model)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _size(module: nn.Module) -> int:
+    """Return the size of a module's own weights: the largest are repacked while others are not."""
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _finish(layer: WeightStore) -> None:

@@ -28,6 +28,8 @@ def kv_format_of(config: Any) -> str | None:
     scheme = config.get("kv_cache_scheme")
     if scheme is None:
         return "fp8" if algorithm == "FP8" else None
+    if scheme == "static":  # AutoFP8's word, whose only format is e4m3
+        return "fp8"
     if not isinstance(scheme, Mapping):
         raise ConfigError(f"kv_cache_scheme is {scheme!r}, not an object. {REMEDY}.")
     wanted = {"type": ("float",), "num_bits": (8,), "dynamic": (False, None)}

@@ -17,6 +17,12 @@ CONFIG_FILE = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = "*.safetensors"
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+# Where tools wrote what belongs into config.json's `quantization_config`, and its `quant_method`.
+_QUANTIZATION_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def find_folder(
@@ -84,12 +90,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: not a file; expected a JSON object of keys.")
     try:
-        found = json.loads(path.read_bytes())
+        return _read_object(path)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; a model's folder holds config.json, tokenizer.json and "
             "safetensors files."
         ) from None
+
+
+def find_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return config.json with its `quantization_config`, and the file that this stands in.
+
+    Raises: ConfigError naming the file and the cause.
+    """
+    if config.get("quantization_config") is None:
+        for name, method in _QUANTIZATION_FILES.items():
+            with contextlib.suppress(FileNotFoundError):
+                found = {"quant_method": method, **_read_object(folder / name)}
+                return {**config, "quantization_config": found}, folder / name
+    return config, folder / CONFIG_FILE
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object. Raises: ConfigError, FileNotFoundError."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(found, dict):

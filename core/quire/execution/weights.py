@@ -56,10 +56,26 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     _check_names(expected, checkpoint, ignored)
     # Those of a model on the GPU travel while the next are read.
     tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.name in expected]
+    tensors = _largest_first(tensors, expected)
     with contextlib.closing(SOURCES[device.type](tensors, device)) as source:
         _fill(source, tensors, expected)
         source.check()
     finish_tied_heads(model)
+
+
+def _largest_first(tensors: list[TensorInfo], expected: dict[str, Place]) -> list[TensorInfo]:
+    """Bring layers whose weights are repacked from wider ones to the front, the widest first.
+
+    One of them is wide at a time, and the widest while there is little beside it.
+    """
+    first: dict[int, tuple[int, int]] = {}
+    for number, tensor in enumerate(tensors):
+        owner = expected[tensor.name].owner
+        wide = 0 if owner is None else owner.unallocated_bytes
+        if wide:
+            first.setdefault(id(owner), (-wide, number))
+    last = (1, 0)  # what has its memory already, in the order of the files
+    return sorted(tensors, key=lambda tensor: first.get(id(expected[tensor.name].owner), last))
 
 
 def _fill(source: Source, tensors: list[TensorInfo], expected: dict[str, Place]) -> None:

@@ -48,6 +48,12 @@ class WeightStore(nn.Module):
                 found = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.spec.device)
                 self.register_parameter(name, nn.Parameter(found, requires_grad=False))
 
+    @property
+    def unallocated_bytes(self) -> int:
+        """Bytes of the weights that have no memory yet."""
+        own = self.parameters(recurse=False)
+        return sum(p.numel() * p.element_size() for p in own if p.is_meta)
+
     def finish_loading(self) -> None:
         """Let the method repack."""
         self.method.finish_loading(self)

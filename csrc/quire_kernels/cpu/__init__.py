@@ -12,7 +12,7 @@ from quire_kernels.native import NativeLibrary, Source
 _HERE = Path(__file__).parent
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+_X86 = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16")}
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 """Instruction sets, the plainest first; the library takes the last that the processor has."""

@@ -67,6 +67,29 @@ class RowsCall(ctypes.Structure):
     )
 
 
+class Int8Call(ctypes.Structure):
+    """A product of 8-bit integers."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "bias", "out", "tiles", "scales", "values")),
+        *((name, c_void_p) for name in ("x_scales", "sums")),
+        *((name, c_int64) for name in ("num_rows", "inputs", "outputs")),
+    )
+
+
+class PackedCall(ctypes.Structure):
+    """A product with packed weights, or these made wide."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "bias", "order", "out", "values", "zeros", "scales")),
+        ("wide", c_void_p),
+        *((name, c_int64) for name in ("num_rows", "inputs", "outputs", "group_size", "bits")),
+        *((name, c_int64) for name in ("x_stride", "out_stride", "value_stride")),
+        *((name, c_int64) for name in ("scale_group", "scale_stride")),
+        *((name, c_int64) for name in ("zero_group", "zero_stride")),
+    )
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "quire_has_isa": (c_int, (c_int,)),
     "quire_has_threads": (c_int, ()),
@@ -81,6 +104,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "quire_norm": (None, (c_int, c_int, POINTER(RowsCall), c_int)),
     "quire_silu_mul": (None, (c_int, c_int, POINTER(RowsCall), c_int)),
     "quire_quantize": (None, (c_int, c_int, POINTER(RowsCall), c_int)),
+    "quire_int8": (None, (c_int, c_int, POINTER(Int8Call), c_int)),
+    "quire_packed_width": (c_int64, (c_int, POINTER(PackedCall))),
+    "quire_packed": (None, (c_int, c_int, POINTER(PackedCall), c_int)),
+    "quire_widen": (None, (c_int, c_int, POINTER(PackedCall), c_int)),
 }
 
 

@@ -22,9 +22,11 @@ int best_isa() {
     if (!is_saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const unsigned saved_256 = 0x06, saved_512 = 0xE6;
+    const unsigned bf16_needs = 1u << 11;  // VNNI, which every processor with bfloat16 has
     const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // AVX-512 F, DQ, BW, VL
     if (!has_fma || !(b >> 5 & 1) || (low & saved_256) != saved_256) return 0;
     if ((b & wide) != wide || (low & saved_512) != saved_512) return 1;
+    if (!(c & bf16_needs)) return 2;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) ? 3 : 2;
 }
 const int BEST = best_isa();
@@ -94,8 +96,18 @@ void do_rows(void *data) {
             job->kernels->norm(job->dtype, (const RowsCall *)job->call, first, end);
         else if (job->kind == 2)
             job->kernels->silu_mul(job->dtype, (const RowsCall *)job->call, first, end);
-        else
+        else if (job->kind == 3)
             job->kernels->quantize(job->dtype, (const RowsCall *)job->call, first, end);
+        else if (job->kind == 4)
+            job->kernels->int8_rows(job->dtype, (const Int8Call *)job->call, first, end);
+        else if (job->kind == 5)
+            job->kernels->int8_tiles(job->dtype, (const Int8Call *)job->call, first, end);
+        else if (job->kind == 6)
+            job->kernels->arrange(job->dtype, (const PackedCall *)job->call, first, end);
+        else if (job->kind == 7)
+            job->kernels->packed(job->dtype, (const PackedCall *)job->call, first, end);
+        else
+            job->kernels->widen(job->dtype, (const PackedCall *)job->call, first, end);
     }
 }
 
@@ -103,6 +115,15 @@ void run_rows(RowsJob job, int64_t row_size, int64_t num_threads) {
     // An element takes some ten times a multiplication.
     if (job.num_rows < 2 || job.num_rows * row_size * 10 < WORTH_THREADS) num_threads = 1;
     job.piece = num_threads < 2 ? job.num_rows : (job.num_rows + 4 * num_threads - 1) / (4 * num_threads);
+    in_parallel(do_rows, &job, num_threads);
+}
+
+// Outputs of a product, or weights: in pieces of a multiple of `step`, of `work` multiplications.
+void run_outputs(RowsJob job, int64_t step, int64_t work, int64_t num_threads) {
+    if (work < WORTH_THREADS) num_threads = 1;
+    int64_t pieces = num_threads < 2 ? 1 : 16 * num_threads;
+    int64_t piece = (job.num_rows + pieces - 1) / pieces;
+    job.piece = (piece + step - 1) / step * step;
     in_parallel(do_rows, &job, num_threads);
 }
 
@@ -184,5 +205,27 @@ void quire_silu_mul(int isa, int dtype, const RowsCall *call, int num_threads) {
 void quire_quantize(int isa, int dtype, const RowsCall *call, int num_threads) {
     RowsJob job = {table_of(isa), nullptr, call, call->num_rows, 0, 0, dtype, 3};
     run_rows(job, call->size, num_threads);
+}
+
+void quire_int8(int isa, int dtype, const Int8Call *call, int num_threads) {
+    RowsJob rows = {table_of(isa), nullptr, call, call->num_rows, 0, 0, dtype, 4};
+    run_rows(rows, call->inputs, num_threads);
+    RowsJob tiles = {table_of(isa), nullptr, call, (call->outputs + 15) / 16, 0, 0, dtype, 5};
+    run_outputs(tiles, 4, call->num_rows * call->inputs * call->outputs / 4, num_threads);
+}
+
+// Floats of a row of `wide`.
+int64_t quire_packed_width(int isa, const PackedCall *call) { return table_of(isa)->packed_width(call); }
+
+void quire_packed(int isa, int dtype, const PackedCall *call, int num_threads) {
+    RowsJob rows = {table_of(isa), nullptr, call, call->num_rows, 0, 0, dtype, 6};
+    run_rows(rows, call->inputs, num_threads);
+    RowsJob outputs = {table_of(isa), nullptr, call, call->outputs, 0, 0, dtype, 7};
+    run_outputs(outputs, 4, call->num_rows * call->inputs * call->outputs, num_threads);
+}
+
+void quire_widen(int isa, int dtype, const PackedCall *call, int num_threads) {
+    RowsJob outputs = {table_of(isa), nullptr, call, call->outputs, 0, 0, dtype, 8};
+    run_outputs(outputs, 1, call->inputs * call->outputs, num_threads);
 }
 }

@@ -72,6 +72,35 @@ struct RowsCall {
     float *scales;
 };
 
+// A product of 8-bit integers: int8.h says how `tiles` lie. `values` [num_rows][inputs] are rounded
+// already, around 128, where `x` is null; they and `sums` are changed. `inputs` is a multiple of 4.
+struct Int8Call {
+    const void *x, *bias;
+    void *out;
+    const uint8_t *tiles;
+    const float *scales;  // of outputs
+    uint8_t *values;
+    float *x_scales;  // of rows
+    int32_t *sums;
+    int64_t num_rows, inputs, outputs;
+};
+
+// A product with packed weights of 4 or 8 bits in groups, or these made wide: packed.h. Input k is
+// x[order[k]], where `order` is given. `wide` is room for the inputs as floats. Strides in
+// elements: those of scales and zeros go from group to group and from output to output, or from
+// byte to byte.
+struct PackedCall {
+    const void *x, *bias;
+    const int32_t *order;
+    void *out;
+    const uint8_t *values, *zeros;
+    const uint16_t *scales;
+    float *wide;
+    int64_t num_rows, inputs, outputs, group_size, bits;
+    int64_t x_stride, out_stride, value_stride;
+    int64_t scale_group, scale_stride, zero_group, zero_stride;
+};
+
 struct Kernels {
     const char *name;
     int64_t (*scratch_size)(const Spec *);
@@ -81,6 +110,12 @@ struct Kernels {
     void (*norm)(int32_t dtype, const RowsCall *, int64_t first, int64_t end);
     void (*silu_mul)(int32_t dtype, const RowsCall *, int64_t first, int64_t end);
     void (*quantize)(int32_t dtype, const RowsCall *, int64_t first, int64_t end);
+    void (*int8_rows)(int32_t dtype, const Int8Call *, int64_t first, int64_t end);
+    void (*int8_tiles)(int32_t dtype, const Int8Call *, int64_t first, int64_t end);
+    int64_t (*packed_width)(const PackedCall *);
+    void (*arrange)(int32_t dtype, const PackedCall *, int64_t first, int64_t end);
+    void (*packed)(int32_t dtype, const PackedCall *, int64_t first, int64_t end);
+    void (*widen)(int32_t dtype, const PackedCall *, int64_t first, int64_t end);
 };
 
 extern "C" {

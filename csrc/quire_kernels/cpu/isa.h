@@ -1,5 +1,7 @@
 // The table of one instruction set: the including file says its NAME and the TABLE's function.
 #include "attend.h"
+#include "int8.h"
+#include "packed.h"
 #include "rows.h"
 
 namespace {
@@ -34,7 +36,27 @@ void quantize(int32_t dtype, const RowsCall *call, int64_t first, int64_t end) {
     BY_DTYPE(dtype, quantize_rows, *call, first, end)
 }
 
-const Kernels TABLE_OF_THIS_FILE = {NAME, scratch_size, part_size, attend, write, norm, silu_mul, quantize};
+void round_rows(int32_t dtype, const Int8Call *call, int64_t first, int64_t end) {
+    BY_DTYPE(dtype, int8_rows, *call, first, end)
+}
+void multiply_tiles(int32_t dtype, const Int8Call *call, int64_t first, int64_t end) {
+    BY_DTYPE(dtype, int8_tiles, *call, first, end)
+}
+int64_t packed_width(const PackedCall *call) { return packed_blocks(*call) * LANES * (32 / call->bits); }
+void arrange(int32_t dtype, const PackedCall *call, int64_t first, int64_t end) {
+    BY_DTYPE(dtype, arrange_rows, *call, first, end)
+}
+void multiply_packed(int32_t dtype, const PackedCall *call, int64_t first, int64_t end) {
+    BY_DTYPE(dtype, packed_outputs, *call, first, end)
+}
+void widen(int32_t dtype, const PackedCall *call, int64_t first, int64_t end) {
+    BY_DTYPE(dtype, widen_outputs, *call, first, end)
+}
+
+const Kernels TABLE_OF_THIS_FILE = {
+    NAME,     scratch_size, part_size,      attend,       write,   norm,            silu_mul,
+    quantize, round_rows,   multiply_tiles, packed_width, arrange, multiply_packed, widen,
+};
 
 }  // namespace
 

@@ -43,7 +43,7 @@ def write_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None, out: Tenso
     if rows == 0:
         return
     x = _aligned(x)
-    if not serves(x.device, x.dtype):
+    if not x.is_cuda or x.dtype not in _DTYPES:
         out.copy_(ops.linear(x, widened(weight).to(x.dtype), bias))
         return
     kernels = calls.kernels(x.device)

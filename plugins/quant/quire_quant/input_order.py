@@ -41,7 +41,7 @@ def plain_indices(form: PackedForm, device: torch.device) -> Tensor:
 
 def reorder(values: Tensor, span: slice, order: Tensor, form: PackedForm) -> None:
     """Sort the codes of some outputs of `values` in place, a slice at a time."""
-    for outputs in form.slices(span.start, span.stop):
+    for outputs in form.pieces(span.start, span.stop):
         codes = unpack(values[outputs], form.bits, form.in_features)
         values[outputs] = pack(codes[:, order], form.bits)
 

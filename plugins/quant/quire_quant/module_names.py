@@ -35,8 +35,14 @@ def names_in(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
 
 
 def has_path(name: str, paths: Iterable[str]) -> bool:
-    """Answer whether a path is the module's name, or whole components of it, one after another."""
-    return any(f".{path}." in f".{name}." for path in paths)
+    """Answer whether a path is the module's name, or whole components of it, one after another.
+
+    Or whether an expression after `re:` matches from its beginning.
+    """
+    return any(
+        re.match(_compiled(path), name) if path.startswith("re:") else f".{path}." in f".{name}."
+        for path in paths
+    )
 
 
 def has_wildcard(name: str, patterns: Iterable[str]) -> bool:

@@ -11,7 +11,8 @@ Codes are a string of bits, the first code in the lowest bits of the first byte:
 codes a byte, with 3 bits eight codes in three bytes. A weight is (code - zero) * scale.
 
 On a GPU values of 4 and 8 bits lie as `tiles` instead, where `quire_kernels.packed` has products
-with them: `quire_quant.tiled`.
+with them: `quire_quant.tiled`. On a CPU `quire_quant.on_cpu` multiplies with them as they are, once
+`quire_kernels.cpu` is built.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from quire.interfaces.quantization import (
 )
 from quire_kernels import ops
 from quire_kernels.packed import layout, product
-from quire_quant import tiled
+from quire_quant import on_cpu, tiled
 
-# Weights that are wide at one time: 16 MiB in float32.
+# Weights that are wide at one time in a product: 16 MiB in float32.
 SLICE_WEIGHTS = 1 << 22
+# The same while a layer is repacked, beside a model that is all there but for it.
+PIECE_WEIGHTS = 1 << 19
 # Slices of outputs begin at whole words of every format.
 SLICE_STEP = 32
 
@@ -127,8 +130,15 @@ class PackedForm:
         return self.in_features // self.group_size
 
     def slices(self, first: int, end: int) -> Iterator[slice]:
-        """Yield pieces of the outputs whose weights may be wide at one time."""
-        step = max(1, SLICE_WEIGHTS // self.in_features // SLICE_STEP) * SLICE_STEP
+        """Yield parts of the outputs whose weights may be wide at one time in a product."""
+        return self._cut(first, end, SLICE_WEIGHTS)
+
+    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
+        """Yield parts of the outputs whose weights may be wide at one time while they load."""
+        return self._cut(first, self.out_features if end is None else end, PIECE_WEIGHTS)
+
+    def _cut(self, first: int, end: int, most: int) -> Iterator[slice]:
+        step = max(1, most // self.in_features // SLICE_STEP) * SLICE_STEP
         for start in range(first, end, step):
             yield slice(start, min(start + step, end))
 
@@ -196,6 +206,7 @@ class PackedProduct(LayerMethod):
         packed = 8 // form.bits if 8 % form.bits == 0 else 1
         rule = ShardRule(output_dim=0, input_dim=1, packed_dim=1, pack_factor=packed)
         layer.add_weight("values", values, rule)
+        scales, zeros = on_cpu.by_output(form, scales), on_cpu.by_output(form, zeros)
         rule = ShardRule(output_dim=1, input_dim=0, group_size=form.group_size)
         layer.add_weight("scales", scales, rule)
         rule = ShardRule(
@@ -212,6 +223,15 @@ class PackedProduct(LayerMethod):
             tiles=layer.get_weight("tiles"),
             scales=layer.get_weight("scales"),
             zeros=layer.get_weight("zeros"),
+            group_size=self.form.group_size,
+        )
+
+    def _weight_on_cpu(self, layer: WeightLayer) -> on_cpu.PackedWeight:
+        return on_cpu.PackedWeight(
+            values=layer.get_weight("values"),
+            scales=layer.get_weight("scales"),
+            zeros=layer.get_weight("zeros"),
+            bits=self.form.bits,
             group_size=self.form.group_size,
         )
 
@@ -238,7 +258,13 @@ class PackedProduct(LayerMethod):
         """Return the product; memory beside the output's is that of one slice."""
         assert isinstance(x, Tensor)
         out = x.new_empty(x.shape[0], self.form.out_features)
+        is_on_cpu = not self.is_tiled and on_cpu.multiplies(self.form, x.dtype)
         for span, order in self._spans(layer):
+            if is_on_cpu:
+                part = None if bias is None else bias[span]
+                packed = self._weight_on_cpu(layer).outputs(span)
+                on_cpu.write_linear(x, packed, part, out[:, span], order)
+                continue
             ordered = x if order is None else x[:, order]
             if self.is_tiled:
                 part = None if bias is None else bias[span]
@@ -365,7 +391,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     scales = ((high - low) / top).clamp(min=tiny).to(torch.float16)
     wide = scales.float()
     zeros = (-low / wide).round().clamp(0, top)
-    codes = ((groups / wide[..., None]).round() + zeros[..., None]).clamp(0, top)
+    codes = (groups / wide[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
     return codes.flatten(1).to(torch.uint8), scales, zeros.to(torch.uint8)
 
 

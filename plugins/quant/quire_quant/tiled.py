@@ -45,7 +45,7 @@ def to_tiles(form: PackedForm, values: Tensor, scales: Tensor, zeros: Tensor) ->
     rows, inputs = values.shape
     shape = (rows // layout.TILE_OUT, inputs * 2 // layout.TILE_IN, 32, 4)
     tiles = torch.empty(shape, dtype=torch.int32, device=values.device)
-    for outputs in form.slices(0, rows):
+    for outputs in form.pieces():
         codes = torch.cat((values[outputs] & 15, values[outputs] >> 4), 1)
         places = slice(outputs.start // layout.TILE_OUT, outputs.stop // layout.TILE_OUT)
         tiles[places] = layout.to_tiles(_halved(codes))

@@ -15,6 +15,7 @@ FP8 = {
     "a scale a head": {"kv_cache_scheme": {**SCHEME, "strategy": "attn_head"}},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
     "modelopt, newer": {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
+    "AutoFP8": {"quant_method": "fp8", "kv_cache_scheme": "static"},
     "modelopt, nested": {"quantization": {"kv_cache_quant_algo": "FP8"}},
 }
 NOTHING: dict[str, Any] = {

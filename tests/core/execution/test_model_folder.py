@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quire.errors import ConfigError
-from quire.execution.model_folder import architectures, find_folder, read_config
+from quire.execution.model_folder import architectures, find_folder, find_quantization, read_config
 
 
 def find(model: str, bundled: dict[str, Path] | None = None, *, with_weights: bool = True) -> Path:
@@ -163,6 +163,37 @@ def test_config_that_is_no_object_is_refused_by_name(
 
     assert str(tmp_path / "config.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("hf_quant_config.json", "modelopt"),
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+    ],
+)
+def test_quantization_beside_config_is_found(tmp_path: Path, name: str, method: str) -> None:
+    (tmp_path / name).write_text('{"bits": 4}')
+
+    config, path = find_quantization({"a": 1}, tmp_path)
+
+    assert config == {"a": 1, "quantization_config": {"quant_method": method, "bits": 4}}
+    assert path == tmp_path / name
+
+
+def test_quantization_of_config_comes_before_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4}')
+    own = {"quantization_config": {"quant_method": "awq"}}
+
+    assert find_quantization(own, tmp_path) == (own, tmp_path / "config.json")
+
+
+def test_quantization_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hf_quant_config.json").write_text("{")
+
+    with pytest.raises(ConfigError, match=r"hf_quant_config\.json: not readable as JSON"):
+        find_quantization({}, tmp_path)
 
 
 def test_folder_without_config_says_what_belongs_there(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_scale_that_is_not_finite_is_named() -> None:
         ({"zero_point": False}, r"zero_point is False; served is true"),
         ({"version": "gemv"}, r"version is 'gemv'; served is 'gemm'"),
         ({"version": 1}, r"version is 1"),
+        ({"version": None, "format": "gemv"}, r"format is 'gemv'; served is 'gemm'"),
+        ({"backend": "llm-awq"}, r"backend is 'llm-awq'"),
         ({"modules_to_not_convert": "lm_head"}, r"modules_to_not_convert is 'lm_head'"),
     ],
 )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire_quant.int8 import rounded
+from quire_quant.int8 import product, rounded
 
 MADE_BY_TOOLS = Path(__file__).parents[2] / "data"
 CASES = {
@@ -44,6 +44,7 @@ def test_checkpoint_of_a_tool_gives_the_tokens_of_the_tool(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounded.ops, "quantize_rows", rounded_as_the_tool_does)
+    monkeypatch.setattr(product, "takes_tiles", lambda *sizes: False)  # it rounds by itself
     folder = MADE_BY_TOOLS / case
     expected = json.loads((folder / "expected.json").read_text())
 

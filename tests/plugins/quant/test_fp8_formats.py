@@ -93,6 +93,8 @@ def test_config_that_cannot_be_served_names_its_key(config: dict[str, Any], mess
     [
         (hugging_face(modules_to_not_convert=["model.layers.1.mlp"]), True),
         (hugging_face(modules_to_not_convert=["down_proj"]), True),
+        (hugging_face(ignored_layers=["re:.*down_proj"]), True),
+        (hugging_face(ignored_layers=["re:down_proj"]), False),
         (hugging_face(modules_to_not_convert=["layers.1.mlp.down"]), False),
         (hugging_face(modules_to_not_convert=["model.layers.11"]), False),
         ({**MODELOPT, "exclude_modules": ["model.layers.1.*"]}, True),

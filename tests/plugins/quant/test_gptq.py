@@ -223,6 +223,7 @@ def test_damaged_tensor_is_named(damage: str) -> None:
         ({"group_size": "128"}, r"group_size is '128'"),
         ({"checkpoint_format": "marlin"}, r"checkpoint_format is 'marlin'; .*'gptq' or 'gptq_v2'"),
         ({"checkpoint_format": ["gptq"]}, r"checkpoint_format is \['gptq'\]"),
+        ({"is_marlin_format": True}, r"is_marlin_format is True; served is false"),
         ({"pack_dtype": "int64"}, r"pack_dtype is 'int64'; served is 'int32'"),
         ({"sym": "yes"}, r"sym is 'yes'; served is true or false"),
         ({"desc_act": 1}, r"desc_act is 1"),

@@ -17,6 +17,7 @@ from quire.layers.embedding import Embedding, Head
 from quire.layers.linear import Linear
 from quire.testing import QuantizationMethodTests
 from quire_kernels import ops
+from quire_kernels.cpu import products
 from quire_quant.int8 import product
 from quire_quant.int8.method import Int8, Int8WeightOnly
 from quire_quant.int8.rounded import quantize_weight
@@ -34,7 +35,15 @@ class TestInt8(QuantizationMethodTests):
         return spec.out_features * (spec.in_features + 4) + bias
 
 
-class TestInt8WithoutOneDnn(TestInt8):
+class TestInt8ByOneDnn(TestInt8):
+    """The products of a machine that has not built the kernels."""
+
+    @pytest.fixture(autouse=True)
+    def _unbuilt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(products, "is_built", lambda: False)
+
+
+class TestInt8WithoutOneDnn(TestInt8ByOneDnn):
     """The products that PyTorch makes itself."""
 
     @pytest.fixture(autouse=True)
@@ -70,6 +79,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def filled(layer: Linear) -> Linear:
+    layer.allocate()
     layer.get_weight("weight").data.copy_(draw(*layer.get_weight("weight").shape))
     layer.finish_loading()
     return layer
@@ -88,7 +98,7 @@ def test_weight_is_rounded_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     weight = draw(37, 10)
     whole = quantize_weight(weight, "a")
 
-    monkeypatch.setattr("quire_quant.int8.product.PIECE_ELEMENTS", 40)
+    monkeypatch.setattr("quire_quant.int8.rounded.PIECE_ELEMENTS", 40)
 
     for piecewise, expected in zip(quantize_weight(weight, "a"), whole, strict=True):
         assert torch.equal(piecewise, expected)
@@ -97,6 +107,7 @@ def test_weight_is_rounded_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weight_that_is_not_finite_is_named(bad: float) -> None:
     layer = linear()
+    layer.allocate()
     layer.get_weight("weight").data.fill_(1).view(-1)[7] = bad
 
     with pytest.raises(CheckpointError, match=r"a\.o_proj\.weight has a NaN or an infinity"):
@@ -204,3 +215,30 @@ def test_only_linears_and_embeddings_are_served() -> None:
     for spec in (experts, cache):
         assert type(spec).__name__ in (METHOD.why_unsupported(spec) or "")
         assert METHOD.method_for(spec) is None
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 2e-3, 1e-4])
+def test_weights_alone_are_rounded_by_half_a_step_however_small(size: float) -> None:
+    spec = LinearSpec(
+        name="a.o_proj",
+        parts=("o_proj",),
+        in_features=64,
+        output_sizes=(24,),
+        bias=False,
+        dtype="float32",
+        device="cpu",
+    )
+    method = Int8WeightOnly({}).method_for(spec)
+    assert method is not None
+    layer = Linear(spec, method)
+    weight = draw(24, 64) * size
+    layer.allocate()
+    layer.get_weight("weight").data.copy_(weight)
+
+    layer.finish_loading()
+
+    found = method.dequantize(layer)
+    assert found is not None
+    # Scales are multiples of 2^-24, which the least of these weights feel.
+    steps = weight.abs().amax(1, keepdim=True) / 127 + 2.0**-24
+    assert bool(((found - weight).abs() <= 0.5 * steps * (1 + 1e-5)).all())

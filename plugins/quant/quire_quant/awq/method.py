@@ -25,6 +25,7 @@ from quire_quant.config_values import (
     names_of,
     one_of,
     refuse,
+    value_of,
 )
 from quire_quant.packed import (
     PackedForm,
@@ -61,9 +62,9 @@ class AwqProduct(PackedProduct):
     """Eight outputs an int32; repacked so that the inputs of an output lie together."""
 
     def create_weights(self, layer: WeightLayer) -> None:
-        """Register `qweight`, `qzeros` and `scales` as the checkpoint has them."""
+        """Register the checkpoint's tensors, without memory until they are filled."""
         form = self.form
-        words, device = form.out_features // WORD, form.device
+        words, device = form.out_features // WORD, "meta"
         qweight = torch.empty(form.in_features, words, dtype=torch.int32, device=device)
         rule = ShardRule(output_dim=1, input_dim=0, packed_dim=1, pack_factor=WORD)
         layer.add_weight("qweight", qweight, rule)
@@ -83,7 +84,7 @@ class AwqProduct(PackedProduct):
         qweight, scales = layer.get_weight("qweight").data, layer.get_weight("scales").data
         check_scales(layer, scales, form, "scales")
         values = qweight.new_empty(form.out_features, form.in_features // 2, dtype=torch.uint8)
-        for outputs in form.slices(0, form.out_features):
+        for outputs in form.pieces():
             words = slice(outputs.start // WORD, outputs.stop // WORD)
             values[outputs] = pack(_codes(qweight[:, words]).T, BITS)
         zeros = pack(_codes(layer.get_weight("qzeros").data), BITS)
@@ -116,9 +117,13 @@ class Awq(QuantizationMethod):
         self.group_size = group_size_of(config, ("group_size", "q_group_size"))
         if not flag_of(config, "zero_point", True):
             raise refuse("zero_point", False, "true")
-        version = config.get("version", "gemm")
-        if not isinstance(version, str) or version.lower() != "gemm":
-            raise refuse("version", version, "'gemm'")
+        # GPTQModel says `format`; one of them may be given without the other.
+        for key in ("version", "format", "checkpoint_format"):
+            layout = value_of(config, (key,), "gemm")
+            if not isinstance(layout, str) or layout.lower() != "gemm":
+                raise refuse(key, layout, "'gemm'")
+        if config.get("backend") == "llm-awq":
+            raise refuse("backend", "llm-awq", "what AutoAWQ writes, which lies otherwise")
         self.excluded = names_of(config, "modules_to_not_convert")
 
     def _is_excluded(self, name: str) -> bool:

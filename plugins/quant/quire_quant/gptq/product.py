@@ -26,14 +26,14 @@ class GptqProduct(TiedPackedProduct):
         self.zero_offset = zero_offset
 
     def create_weights(self, layer: WeightLayer) -> None:
-        """Register `qweight`, `qzeros`, `scales` and `g_idx` as the checkpoint has them."""
-        form, bits, device = self.form, self.form.bits, self.form.device
+        """Register the checkpoint's tensors, without memory until they are filled."""
+        form, bits = self.form, self.form.bits
         self.is_tied = False
         groups, outputs, inputs = form.num_groups, form.out_features, form.in_features
         per_word = 32 // bits if 32 % bits == 0 else 1
         shape = (inputs * bits // 32, outputs)
         rule = ShardRule(output_dim=1, input_dim=0, packed_dim=0, pack_factor=per_word)
-        layer.add_weight("qweight", torch.empty(shape, dtype=torch.int32, device=device), rule)
+        layer.add_weight("qweight", torch.empty(shape, dtype=torch.int32, device="meta"), rule)
         shape = (groups, outputs * bits // 32)
         rule = ShardRule(
             output_dim=1,
@@ -44,13 +44,13 @@ class GptqProduct(TiedPackedProduct):
             # In words: with 3 bits no whole number of values shares one.
             part_sizes=tuple(size * bits // 32 * per_word for size in form.part_sizes),
         )
-        layer.add_weight("qzeros", torch.empty(shape, dtype=torch.int32, device=device), rule)
+        layer.add_weight("qzeros", torch.empty(shape, dtype=torch.int32, device="meta"), rule)
         shape = (groups, outputs)
         rule = ShardRule(output_dim=1, input_dim=0, group_size=form.group_size)
-        layer.add_weight("scales", torch.empty(shape, dtype=torch.float16, device=device), rule)
+        layer.add_weight("scales", torch.empty(shape, dtype=torch.float16, device="meta"), rule)
         # Each projection has one of its own, end to end here.
         parts = len(form.part_sizes)
-        indices = torch.empty(parts * inputs, dtype=torch.int32, device=device)
+        indices = torch.empty(parts * inputs, dtype=torch.int32, device="meta")
         rule = ShardRule(output_dim=0, part_sizes=(inputs,) * parts)
         layer.add_weight("g_idx", indices, rule)
 

@@ -44,6 +44,8 @@ class GptqSettings:
         if not isinstance(written, str) or written not in ZERO_OFFSETS:
             raise refuse("checkpoint_format", written, "'gptq' or 'gptq_v2'")
         self.zero_offset = ZERO_OFFSETS[written]
+        if flag_of(config, "is_marlin_format", False):
+            raise refuse("is_marlin_format", True, "false")
         one_of({"pack_dtype": "int32", **config}, ("pack_dtype",), ("int32",))
         self.has_head = flag_of(config, "lm_head", False)
         self._endings = self._endings_of(config)

@@ -48,7 +48,7 @@ class Int4Product(PackedProduct):
         values = weight.new_empty(rows, form.in_features // 2, dtype=torch.uint8)
         scales = weight.new_empty(groups, rows, dtype=torch.float16)
         zeros = weight.new_empty(groups, rows, dtype=torch.uint8)
-        for outputs in form.slices(0, rows):
+        for outputs in form.pieces():
             rounded = quantize(weight[outputs].float(), BITS, form.group_size)
             values[outputs] = pack(rounded[0], BITS)
             scales[:, outputs], zeros[:, outputs] = rounded[1].T, rounded[2].T

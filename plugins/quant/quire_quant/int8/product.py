@@ -5,14 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quire_kernels.cpu import products
+from quire_kernels.cpu.products import QUAD, TILE_OUT
+
 # Activations are kept as value + 128: oneDNN multiplies uint8 by int8 natively.
 ZERO_POINT = 128
+# Sums of more could leave 32 bits.
+MOST_INPUTS_IN_TILES = 1 << 16
 # `torch._int_mm` on a GPU wants more rows than 16 and other sizes in multiples of 8.
 MIN_ROWS_ON_GPU, MULTIPLE_ON_GPU = 32, 8
 # What is made wide beside a layer is so many weights at a time: some megabytes.
 PIECE_ELEMENTS = 1 << 22
 # The overload itself: finding it by name costs 8 us a call.
 _qlinear = torch.ops.onednn.qlinear_pointwise.default
+
+
+def takes_tiles(num_outputs: int, num_inputs: int) -> bool:
+    """Whether `quire_kernels.cpu` multiplies here: where it is built, and oneDNN is not as good."""
+    if num_inputs % QUAD or num_inputs > MOST_INPUTS_IN_TILES or not products.is_built():
+        return False
+    # Tiles are filled up, which a weight of many outputs alone does not feel.
+    if -num_outputs % TILE_OUT * 100 > num_outputs:
+        return False
+    return products.multiplies_integers_fast() or not packs()
 
 
 def packs() -> bool:
@@ -49,8 +64,12 @@ def _zeros(count: int) -> Tensor:
 
 def multiply(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """Return float32 (x - 128) W^T * scales, `x` uint8 and W `values` int8."""
-    signed = (x.to(torch.int16) - ZERO_POINT).to(torch.int8)
-    if not x.is_cuda:
+    return multiply_signed((x ^ ZERO_POINT).view(torch.int8), values, scales)
+
+
+def multiply_signed(signed: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 x W^T * scales, x `signed` and W `values` in int8."""
+    if not signed.is_cuda:
         return _multiply_wide(signed, values).float() * scales
     if any(size % MULTIPLE_ON_GPU for size in values.shape):
         return (signed.float() @ values.T.float()) * scales

@@ -14,6 +14,7 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_kernels import ops
+from quire_kernels.cpu import products
 from quire_quant.int8 import product
 from quire_quant.int8.formats import Scheme
 from quire_quant.int8.rounded import Int8Product
@@ -40,9 +41,12 @@ class StoredInt8Product(Int8Product):
         self.inputs: list[tuple[float, int]] = []  # a projection's scale and zero point, if static
 
     def create_weights(self, layer: WeightLayer) -> None:
-        """Register `weight` int8, `weight_scale` and, where they are static, those of inputs."""
+        """Register `weight` int8, `weight_scale` and, where they are static, those of inputs.
+
+        They have no memory until they are filled.
+        """
         self.is_tied = False
-        weight = torch.empty(self.shape, dtype=torch.int8, device=self.device)
+        weight = torch.empty(self.shape, dtype=torch.int8, device="meta")
         layer.add_weight("weight", weight, ShardRule(output_dim=0, input_dim=1))
         each = ShardRule(output_dim=0, part_sizes=(1,) * len(self.sizes))
         if self.scheme.weight == "tensor":
@@ -54,11 +58,11 @@ class StoredInt8Product(Int8Product):
             return
         layer.add_weight("input_scale", self._scale(len(self.sizes)), each)
         if not self.scheme.has_symmetric_inputs:
-            zeros = torch.empty(len(self.sizes), dtype=torch.int8, device=self.device)
+            zeros = torch.empty(len(self.sizes), dtype=torch.int8, device="meta")
             layer.add_weight("input_zero_point", zeros, each)
 
     def _scale(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        return torch.empty(shape, dtype=torch.float32, device="meta")
 
     def finish_loading(self, layer: WeightLayer) -> None:
         """Check scales, give each output its own, and pack for oneDNN where it multiplies.
@@ -81,7 +85,7 @@ class StoredInt8Product(Int8Product):
             self.row_sums = values.sum(1, dtype=torch.int32).float()
         for name in ("weight", "weight_scale"):
             layer.drop_weight(name)
-        self.values = product.pack(values) if self.packs else values
+        self.values = self.repacked(values)
 
     def _take_input_numbers(self, layer: WeightLayer) -> None:
         scales = layer.get_weight("input_scale").data
@@ -119,6 +123,11 @@ class StoredInt8Product(Int8Product):
         if self.scheme.inputs == "static":
             layer.get_weight("input_scale").data.fill_(1 / 32)
 
+    @property
+    def rounds_by_token(self) -> bool:
+        """Whether the scheme is dynamic; a tied head rounds nothing."""
+        return self.scheme.inputs == "token" and not self.is_tied
+
     def apply(
         self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
     ) -> Tensor:
@@ -141,7 +150,9 @@ class StoredInt8Product(Int8Product):
         """Return the product float32 of inputs rounded with one scale; of a row with NaN, NaN."""
         values, scales = self._loaded()
         rounded = _rounded(x, scale, zero).add_(product.ZERO_POINT).to(torch.uint8)
-        if self.packs:
+        if self.takes_tiles:
+            out = products.int8_product(rounded, torch.full((len(x),), scale), values, scales)
+        elif self.packs:
             out = product.multiply_packed(rounded, scale, values, scales, torch.float32)
         else:
             out = product.multiply(rounded, values, scales).mul_(scale)

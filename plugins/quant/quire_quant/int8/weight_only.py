@@ -98,17 +98,27 @@ class RoundedWeightOnly(PackedProduct):
         form, weight = self.form, layer.get_weight("weight").data
         values = weight.new_empty(weight.shape, dtype=torch.uint8)
         scales = weight.new_empty(1, form.out_features, dtype=torch.float16)
-        tiny = torch.finfo(torch.float16).smallest_normal
-        for outputs in form.slices(0, form.out_features):
+        for outputs in form.pieces():
             wide = weight[outputs].float()
-            # Rounded down, so that no step is larger than the largest by 127.
-            exact = wide.abs().amax(1) / (MIDDLE - 1) * (1 - 2**-11)
-            scale = exact.clamp_(min=tiny).to(torch.float16)
+            scale = _narrowed(wide.abs().amax(1) / (MIDDLE - 1))
             codes = (wide / scale.float()[:, None]).round_().clamp_(1 - MIDDLE, MIDDLE - 1)
             values[outputs], scales[0, outputs] = (codes + MIDDLE).to(torch.uint8), scale
         check_scales(layer, scales, form, "weight")
         layer.drop_weight("weight")
         self.install(layer, values=values, scales=scales, zeros=middle_zeros(scales))
+
+
+def _narrowed(exact: Tensor) -> Tensor:
+    """Return scales as float16: rounded down, so that no step is larger than the largest by 127.
+
+    What that cuts off the largest weight is less than half a step. The smallest scales, of which
+    it would be more, are rounded up.
+    """
+    unit = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    units = exact / unit
+    small = torch.where(units < 2 * MIDDLE, units.ceil().clamp_(min=1), units.floor()).mul_(unit)
+    is_small = exact < torch.finfo(torch.float16).smallest_normal
+    return torch.where(is_small, small, exact * (1 - 2**-11)).to(torch.float16)
 
 
 def middle_zeros(scales: Tensor) -> Tensor:

@@ -32,15 +32,14 @@ class PackQuantizedProduct(TiedPackedProduct):
     def create_weights(self, layer: WeightLayer) -> None:
         """Register the checkpoint's tensors; scales in float32, whose range holds them all.
 
-        What is repacked has no memory until it is filled.
+        They have no memory until they are filled.
         """
         form, bits = self.form, self.form.bits
         self.is_tied = False
         groups, outputs, inputs = form.num_groups, form.out_features, form.in_features
         parts, per_word = len(form.part_sizes), 32 // bits
         rule = ShardRule(output_dim=0, input_dim=1, packed_dim=1, pack_factor=per_word)
-        packed = torch.empty(outputs, inputs // per_word, dtype=torch.int32, device=form.device)
-        layer.add_weight("weight_packed", packed, rule)
+        layer.add_weight("weight_packed", self._empty(outputs, inputs // per_word), rule)
         rule = ShardRule(output_dim=0, input_dim=1, group_size=form.group_size)
         scales = self._empty(outputs, groups, dtype=torch.float32)
         layer.add_weight("weight_scale", scales, rule)
