@@ -191,7 +191,7 @@ class _Mistake:
         if value is not None:
             return shorten(value[1].strip("'"), MAX_SHOWN)
         if "length" in self.text:
-            return "empty" if ">= 1" in self.text else "too long"
+            return "empty" if ">= 1" in self.text else f"too long{_size(raw)}"
         return "out of range"
 
     def _raw_value(self) -> bytes:
@@ -200,6 +200,13 @@ class _Mistake:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return b""
         return bytes(fields.get(self.field or "", b""))
+
+
+def _size(raw: bytes) -> str:
+    """Say how many entries a list has, nothing of what is none."""
+    if raw[:1] != b"[":
+        return ""
+    return f", with {len(msgspec.json.decode(raw, type=list[msgspec.Raw]))} entries"
 
 
 def _closest(notes: dict[str, str | None], path: str) -> str | None:
