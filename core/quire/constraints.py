@@ -48,6 +48,12 @@ class GrammarSource:
     kind: GrammarKind
     text: str
 
+    @classmethod
+    def of_grammar(cls, text: str) -> GrammarSource:
+        """Return a grammar's source: GBNF where a line begins with a rule and `::=`, else Lark."""
+        is_gbnf = _GBNF_RULE.search(text) is not None
+        return cls(kind=GrammarKind.GBNF if is_gbnf else GrammarKind.LARK, text=text)
+
     @property
     def choices(self) -> list[str]:
         """The texts of a choice."""
@@ -119,8 +125,7 @@ class StructuredOutputsParams:
         if self.regex is not None:
             return GrammarSource(kind=GrammarKind.REGEX, text=self.regex)
         if self.grammar is not None:
-            kind = GrammarKind.GBNF if _GBNF_RULE.search(self.grammar) else GrammarKind.LARK
-            return GrammarSource(kind=kind, text=self.grammar)
+            return GrammarSource.of_grammar(self.grammar)
         if self.structural_tag is not None:
             return GrammarSource(kind=GrammarKind.STRUCTURAL_TAG, text=self.structural_tag)
         if self.choice is not None:

@@ -25,6 +25,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "const_string": {"value": "text"},
     "json_schema": {"json_schema": "schema"},
     "regex": {"pattern": "text"},
+    "grammar": {"grammar": "text"},
     "any_text": {"excludes": "marks"},
     "sequence": {"elements": "nodes"},
     "or": {"elements": "nodes"},
@@ -42,6 +43,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
 }
 DEFAULTS: dict[str, Any] = {"excludes": [], "at_least_one": False, "stop_after_first": False}
+LONG_TEXTS = ("regex.pattern", "grammar.grammar")
 # Of json_schema: what other engines call the form that is the only one here.
 PLAIN_STYLE = {"style": "json"}
 
@@ -144,7 +146,7 @@ class _Reader:
 
     def _mark(self, value: Any, where: str, depth: int) -> str:
         is_mark = isinstance(value, str) and "\0" not in value
-        if not is_mark or (len(value) > MAX_MARK_CHARS and where != "regex.pattern"):
+        if not is_mark or (len(value) > MAX_MARK_CHARS and where not in LONG_TEXTS):
             allowed = f"up to {MAX_MARK_CHARS} characters, none of them NUL"
             raise self._fail(f"has a {where} that is {_shown(value)}; allowed: a text of {allowed}")
         try:

@@ -44,9 +44,9 @@ def with_form(
         assert calls is not None, "forced calls are read by a parser with a form"
         tree = _thought_first(_forced(use, calls), thoughts)
     elif form is not None:
-        answer = _node_of(form)
-        if answer is None or (calls is None and thoughts is None):
+        if calls is None and thoughts is None:
             return params
+        answer = _node_of(form)
         if form.is_json and (params.stop or params.stop_token_ids):
             raise form.error("asks for JSON, which a stop would cut; leave stop out")
         if calls is not None:
@@ -168,8 +168,8 @@ def _thought_first(node: Node, thoughts: ThoughtsForm | None) -> Node:
     return {"type": "sequence", "elements": [first, node]}
 
 
-def _node_of(form: StructuredOutputsParams) -> Node | None:
-    """Return a form as a part of a tree; None for a grammar, which is none."""
+def _node_of(form: StructuredOutputsParams) -> Node:
+    """Return a form as a part of a tree."""
     source = form.source
     if source.kind is GrammarKind.JSON_SCHEMA:
         return {"type": "json_schema", "json_schema": json.loads(source.text)}
@@ -180,7 +180,9 @@ def _node_of(form: StructuredOutputsParams) -> Node | None:
     if source.kind is GrammarKind.CHOICE:
         texts = [{"type": "const_string", "value": text} for text in source.choices]
         return {"type": "or", "elements": texts}
-    return source.tree if source.kind is GrammarKind.STRUCTURAL_TAG else None
+    if source.kind is GrammarKind.STRUCTURAL_TAG:
+        return source.tree
+    return {"type": "grammar", "grammar": source.text}
 
 
 def _text(value: str) -> Node | None:

@@ -13,8 +13,9 @@ from attrs import frozen
 from quire.constraints import GrammarKind, GrammarSource
 from quire.hooks.grammars import load_grammar_engine
 from quire.hooks.registry import Registry
+from quire.interfaces.gbnf import never_ending, read_gbnf
 from quire.interfaces.grammar import CompiledGrammar, GrammarEngine
-from quire.structural_tags import schemas_of
+from quire.structural_tags import nodes_of, schemas_of
 from quire.structured.lark import check_lark
 from quire.structured.schema import check_schema
 from quire.structured.vocabulary import read_vocabulary
@@ -32,6 +33,14 @@ class GrammarSetup:
     folder: Path
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+
+
+def _check_grammar(source: GrammarSource) -> None:
+    """Refuse a grammar that cannot be read, or has no answer that ends. Raises: ValueError."""
+    if source.kind is GrammarKind.LARK:
+        check_lark(source.text)
+    elif "root" in never_ending(read_gbnf(source.text)):
+        raise ValueError("rule 'root' never ends: every alternative contains itself")
 
 
 @contextlib.contextmanager
@@ -73,16 +82,20 @@ class GrammarCompiler:
             return self._compiled_tags(source)
         if source.kind is GrammarKind.JSON_SCHEMA:
             check_schema(json.loads(source.text))
-        elif source.kind is GrammarKind.LARK:
-            check_lark(source.text)
+        elif source.kind in (GrammarKind.LARK, GrammarKind.GBNF):
+            _check_grammar(source)
         return self.engine().compile(source)
 
     def _compiled_tags(self, source: GrammarSource) -> CompiledGrammar:
         """Compile a structural tag; where a schema in it is what fails, say which."""
-        parts = list(schemas_of(source.tree))
+        tree = source.tree
+        parts = list(schemas_of(tree))
         for mark, schema in parts:
             with _told_of(mark):
                 check_schema(schema)
+        for node in nodes_of(tree):
+            if node["type"] == "grammar":
+                _check_grammar(GrammarSource.of_grammar(node["grammar"]))
         try:
             return self.engine().compile(source)
         except ValueError:

@@ -87,6 +87,8 @@ def follow(matcher: GrammarMatcher, answer: str) -> None:
         (sequence({"type": "optional", "content": G}, ANY), ["<g>x!", "free"], []),
         (sequence({"type": "plus", "content": G}, text("é\n\"/")), ["<g>x!<g>x?é\n\"/"], ["é"]),
         ({"type": "or", "elements": [text("yes"), JSON]}, ["yes", '{"a":2}'], ["no", ""]),
+        ({"type": "grammar", "grammar": 'start: "a" x\nx: "b" x | "c"'}, ["abbc"], ["ab"]),
+        ({"type": "grammar", "grammar": 'root ::= "a" root | "b"'}, ["aab"], ["a"]),
         ({"type": "regex", "pattern": "a/b\\/c[0-9]+"}, ["a/b/c12"], ["a/bc", "a/b/c"]),
         ({"type": "json_schema", "json_schema": True}, ["[1, {}]", "null"], ["nul"]),
         ({**ANY, "excludes": ["<", "é"]}, ["", "abc"], ["a<", "é"]),

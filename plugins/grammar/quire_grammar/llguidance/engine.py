@@ -19,6 +19,7 @@ from quire.interfaces.grammar import (
     GrammarStuck,
     GrammarVocabulary,
 )
+from quire_grammar.llguidance.gbnf import gbnf_to_lark
 from quire_grammar.llguidance.tags import TagGrammar, check_no_settings
 
 # Between JSON's tokens; without an end, a model that likes spaces would never finish.
@@ -79,12 +80,14 @@ class LLGuidanceEngine(GrammarEngine):
             return LLMatcher.grammar_from_regex(source.text)
         if source.kind is GrammarKind.LARK:
             return LLMatcher.grammar_from_lark(source.text)
+        if source.kind is GrammarKind.GBNF:
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(source.text))
         if source.kind is GrammarKind.CHOICE:
             choices = " | ".join(json.dumps(text) for text in source.choices)
             return LLMatcher.grammar_from_lark(f"start: {choices}")
         if source.kind is GrammarKind.STRUCTURAL_TAG:
             tags = TagGrammar(self._special, self._ends, JSON_SETTINGS)
-            return LLMatcher.grammar_from_lark(tags.lark(source.tree))
+            return tags.whole(source.tree)
         if source.kind not in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT):
             raise ValueError(f"llguidance does not read {source.kind}")
         text = source.text if source.kind is GrammarKind.JSON_SCHEMA else ANY_OBJECT

@@ -7,7 +7,10 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from quire.interfaces.grammar import Node
+from llguidance import LLMatcher
+
+from quire.interfaces.grammar import GrammarKind, GrammarSource, Node
+from quire_grammar.llguidance.gbnf import gbnf_to_lark
 
 ANY_TEXT = "/(?s:.*)/"
 OWN_SETTINGS = "x-guidance"
@@ -33,13 +36,18 @@ class TagGrammar:
         self._ends = ends
         self._json_settings = json_settings
         self._rules: list[str] = []
+        self._grammars: list[dict[str, str]] = []
         longest_first = sorted(special, key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def lark(self, tree: Node) -> str:
-        """Return the whole grammar. Raises: ValueError saying what cannot be honoured."""
+    def whole(self, tree: Node) -> str:
+        """Return the grammar in the library's own form. Raises: ValueError saying why not."""
         start = self._node(tree)
-        return "\n".join([f"start: {start}", *self._rules])
+        whole = "\n".join([f"start: {start}", *self._rules])
+        if not self._grammars:
+            return LLMatcher.grammar_from_lark(whole)
+        outer = {"name": "tags", "lark_grammar": whole}
+        return json.dumps({"grammars": [outer, *self._grammars]})
 
     def _rule(self, body: str, attributes: str = "") -> str:
         name = f"r{len(self._rules)}"
@@ -82,6 +90,15 @@ class TagGrammar:
 
     def _regex(self, node: Node) -> str:
         return self._terminal(_regex(node["pattern"]))
+
+    def _grammar(self, node: Node) -> str:
+        """Return the name of a grammar whose rules are its own."""
+        source = GrammarSource.of_grammar(node["grammar"])
+        is_gbnf = source.kind is GrammarKind.GBNF
+        lark = gbnf_to_lark(source.text) if is_gbnf else source.text
+        name = f"g{len(self._grammars)}"
+        self._grammars.append({"name": name, "lark_grammar": lark})
+        return self._rule(f"@{name}")
 
     def _any_text(self, node: Node) -> str:
         return self._terminal(_text_without(node["excludes"]))
