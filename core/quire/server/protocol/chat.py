@@ -125,7 +125,7 @@ class Templated:
     @staticmethod
     def _tools(tools: list[Tool]) -> list[dict[str, Any]]:
         check_tools([tool.function for tool in tools])
-        return [{"type": tool.type, "function": given_fields(tool.function)} for tool in tools]
+        return [{"type": tool.type, "function": told_of(tool.function)} for tool in tools]
 
 
 def check_tools(functions: Sequence[Offered]) -> None:
@@ -144,6 +144,11 @@ def check_tools(functions: Sequence[Offered]) -> None:
                 f"has parameters of {size} bytes at {position} ({function.name!r}); "
                 f"allowed: up to {f.MAX_SCHEMA_BYTES}",
             )
+
+
+def told_of(function: msgspec.Struct) -> dict[str, Any]:
+    """Return what a template is told of a function: not how its arguments are enforced."""
+    return {k: v for k, v in given_fields(function).items() if k != "strict"}
 
 
 def given_fields(part: msgspec.Struct) -> dict[str, Any]:

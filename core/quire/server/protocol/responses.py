@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from quire.server.protocol import fields as f
-from quire.server.protocol.chat import check_tools, given_fields
+from quire.server.protocol.chat import check_tools, told_of
 from quire.server.protocol.generation import GenerationBody, conflict
 from quire.server.protocol.structured import FormatType, SchemaObject, form_of
 from quire.server.protocol.tool_choice import FlatToolChoice, ToolUse, tool_use
@@ -159,7 +159,7 @@ def to_chat_tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
     check_tools(request.tools)
     tools = []
     for tool in request.tools:
-        function = given_fields(tool)
+        function = told_of(tool)
         tools.append({"type": function.pop("type"), "function": function})
     return tools
 
