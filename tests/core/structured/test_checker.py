@@ -250,7 +250,7 @@ def test_an_unknown_engine_is_refused_at_the_start(folder: Path) -> None:
 
 def test_without_an_engine_requests_are_told_how_to_get_one(folder: Path) -> None:
     options = {**OPTIONS, "skip_tokenizer_init": False}
-    llm = LLM(str(folder), **options, disable_plugin=["grammar-llguidance"])
+    llm = LLM(str(folder), **options, disable_plugin=["grammar-llguidance", "grammar-xgrammar"])
 
     with pytest.raises(RequestError, match="no grammar engine"):
         llm.generate("x", SamplingParams(structured_outputs={"regex": "a"}), use_tqdm=False)

@@ -1,4 +1,4 @@
-"""GBNF is read as llama.cpp reads it, and llguidance's answers are of the grammar."""
+"""GBNF is read as llama.cpp reads it, and every engine's answers are of the grammar."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from quire.interfaces.gbnf import (
     never_ending,
     read_gbnf,
 )
-from quire.interfaces.grammar import GrammarStuck, GrammarVocabulary
-from quire_grammar.llguidance.engine import LLGuidanceEngine
+from quire.interfaces.grammar import GrammarEngine, GrammarStuck
 
 END = 256
 # The grammar of JSON that llama.cpp comes with, in its own spelling.
@@ -41,20 +40,7 @@ ws ::= | " " | "\n" [ \t]{0,20}
 """
 
 
-@pytest.fixture(scope="module")
-def engine() -> LLGuidanceEngine:
-    return LLGuidanceEngine(
-        GrammarVocabulary(
-            tokens=[*[bytes([i]) for i in range(256)], b"<end>"],
-            special_token_ids=frozenset({END}),
-            eos_token_ids=(END,),
-            vocab_size=END + 1,
-            encode=lambda text: list(text.encode()),
-        )
-    )
-
-
-def matches(engine: LLGuidanceEngine, grammar: str, answers: list[str]) -> list[str]:
+def matches(engine: GrammarEngine, grammar: str, answers: list[str]) -> list[str]:
     """Return the answers that a grammar has."""
     compiled = engine.compile(GrammarSource(kind=GrammarKind.GBNF, text=grammar))
     found = []
@@ -93,7 +79,7 @@ def matches(engine: LLGuidanceEngine, grammar: str, answers: list[str]) -> list[
     ids=lambda value: str(value)[:30],
 )
 def test_a_grammar_has_its_answers(
-    engine: LLGuidanceEngine, grammar: str, whole: list[str], wrong: list[str]
+    engine: GrammarEngine, grammar: str, whole: list[str], wrong: list[str]
 ) -> None:
     assert matches(engine, grammar, whole + wrong) == whole
 
@@ -222,20 +208,23 @@ def wanted_of(grammar: str) -> list[str]:
 
 
 def drawn(*, recursive: bool) -> list[str]:
-    """Return grammars that have some of the texts and not others."""
+    """Return grammars that have some of the texts and not others, and no rule without an end."""
     made = (Maker(seed, recursive=recursive).make() for seed in itertools.count())
-    return list(itertools.islice((g for g in made if 0 < len(wanted_of(g)) < len(TEXTS)), 40))
+    ending = (grammar for grammar in made if not never_ending(read_gbnf(grammar)))
+    return list(itertools.islice((g for g in ending if 0 < len(wanted_of(g)) < len(TEXTS)), 40))
 
 
 @pytest.mark.parametrize("grammar", drawn(recursive=False))
 def test_without_recursion_answers_are_exactly_those_of_the_grammar(
-    engine: LLGuidanceEngine, grammar: str
+    engine: GrammarEngine, grammar: str
 ) -> None:
     assert matches(engine, grammar, TEXTS) == wanted_of(grammar)
 
 
 @pytest.mark.parametrize("grammar", drawn(recursive=True))
-def test_with_recursion_answers_are_of_the_grammar(engine: LLGuidanceEngine, grammar: str) -> None:
-    found = matches(engine, grammar, TEXTS)
+def test_with_recursion_answers_are_of_the_grammar(engine: GrammarEngine, grammar: str) -> None:
+    """llguidance takes lexemes as long as it can, and may then miss some."""
+    found, wanted = matches(engine, grammar, TEXTS), wanted_of(grammar)
 
-    assert set(found) <= set(wanted_of(grammar))
+    assert set(found) <= set(wanted)
+    assert found == wanted or "llguidance" in type(engine).__module__

@@ -187,7 +187,7 @@ class _Mistake:
         got = re.search(r", got `(\w+)`\Z", self.text)
         if got is not None:
             return _KINDS.get(got[1], got[1])
-        value = re.match(r"Invalid enum value (.*)\Z", self.text, re.DOTALL)
+        value = re.match(r"Invalid (?:enum )?value (.*)\Z", self.text, re.DOTALL)
         if value is not None:
             return shorten(value[1].strip("'"), MAX_SHOWN)
         if "length" in self.text:
