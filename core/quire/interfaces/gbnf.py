@@ -102,12 +102,24 @@ def names_in(part: Part) -> Iterator[str]:
 
 def never_ending(rules: Mapping[str, Part]) -> set[str]:
     """Return the rules that no finite text matches."""
+    used_by = rules_that_name(rules)
     ending: set[str] = set()
-    while True:
-        more = {name for name, part in rules.items() if _ends(part, ending)}
-        if more == ending:
-            return set(rules) - ending
-        ending = more
+    todo = list(rules)
+    while todo:
+        name = todo.pop()
+        if name not in ending and _ends(rules[name], ending):
+            ending.add(name)
+            todo += used_by.get(name, ())
+    return set(rules) - ending
+
+
+def rules_that_name(rules: Mapping[str, Part]) -> dict[str, list[str]]:
+    """Return for each rule that is named those that name it, once each."""
+    found: dict[str, list[str]] = {}
+    for name, part in rules.items():
+        for used in set(names_in(part)):
+            found.setdefault(used, []).append(name)
+    return found
 
 
 def _ends(part: Part, ending: set[str]) -> bool:

@@ -16,6 +16,7 @@ from quire.interfaces.gbnf import (
     Text,
     names_in,
     read_gbnf,
+    rules_that_name,
 )
 
 NOTHING = '""'
@@ -110,13 +111,15 @@ class _Writer:
 
 def _recursive(rules: Mapping[str, Part]) -> set[str]:
     """Return the rules that name themselves, or lead to one that does."""
-    names = {name: set(names_in(part)) for name, part in rules.items()}
-    flat: set[str] = set()
-    while True:
-        more = {name for name, used in names.items() if used <= flat}
-        if more == flat:
-            return set(rules) - flat
-        flat = more
+    used_by = rules_that_name(rules)
+    left = {name: len(set(names_in(part))) for name, part in rules.items()}
+    flat = [name for name, count in left.items() if not count]
+    for name in flat:  # which grows
+        for user in used_by.get(name, ()):
+            left[user] -= 1
+            if not left[user]:
+                flat.append(user)
+    return set(rules) - set(flat)
 
 
 def _characters(part: Characters) -> str:
