@@ -65,8 +65,9 @@ class CallForm:
     Calls are `opening`; of each call `before_name`, the function's name, `after_name`, its
     arguments as one JSON object, and one of `ends`; `separator` between two calls; `closing`.
     White space that models like to join to a brace makes an end of its own. `trigger` begins the
-    calls and never stands in other text; None where text may begin like a call. `excludes` are
-    marks that the parser takes for a call too, which text then must not have.
+    calls and never stands in other text. Without one, calls make a whole answer, which begins with
+    one of `first_characters`; text then begins with another. `excludes` are marks that the parser
+    takes for a call too, which text then must not have.
     """
 
     before_name: str
@@ -76,6 +77,7 @@ class CallForm:
     opening: str = ""
     closing: str = ""
     trigger: str | None = None
+    first_characters: str = ""
     excludes: tuple[str, ...] = ()
 
 

@@ -53,7 +53,7 @@ def with_form(
             answer = {"type": "or", "elements": [_forced(use, calls), answer]}
         tree = _thought_first(answer, thoughts)
     elif use.is_strict:
-        tree = _triggered(use, _marked(calls))
+        tree = _text_or_calls(use, calls)
         if thoughts is not None and not thoughts.is_optional:
             # Optional ones are text like that before a call.
             tree = _thought_first(tree, thoughts)
@@ -77,15 +77,26 @@ def _check_forced(params: SamplingParams, form: StructuredOutputsParams | None) 
             raise conflict(name, "would cut the call that tool_choice asks for; leave it out")
 
 
-def _marked(calls: CallForm | None) -> CallForm:
-    """Return a form whose calls can be told from text. Raises: RequestError."""
-    if calls is None or calls.trigger is None:
-        raise conflict(
-            "tools",
-            "has a strict function, but the server's --tool-call-parser has no mark that begins "
-            "a call; set tool_choice to required, or strict to false",
-        )
-    return calls
+def _text_or_calls(use: ToolUse, form: CallForm | None) -> Node:
+    """Return text with calls in it, or either of them. Raises: RequestError."""
+    if form is not None and form.trigger is not None:
+        return _triggered(use, form)
+    if form is not None and form.first_characters:
+        rest = {"type": "any_text", "excludes": list(form.excludes)}
+        begins = {"type": "regex", "pattern": _other_beginning(form.first_characters)}
+        text = {"type": "optional", "content": {"type": "sequence", "elements": [begins, rest]}}
+        return {"type": "or", "elements": [_forced(use, form), text]}
+    raise conflict(
+        "tools",
+        "has a strict function, but the server's --tool-call-parser has no mark that begins "
+        "a call; set tool_choice to required, or strict to false",
+    )
+
+
+def _other_beginning(characters: str) -> str:
+    """Return a regex of white space and a character that is none of some."""
+    numbers = "".join(f"\\x{ord(character):02x}" for character in characters)
+    return rf"[ \t\r\n]*[^ \t\r\n{numbers}]"
 
 
 def _forced(use: ToolUse, form: CallForm) -> Node:

@@ -54,7 +54,9 @@ class JsonCallParser(ToolCallParser):
     def finish(self) -> list[Piece]:
         """End the answer; return the rest."""
         if self._place == "arguments":
-            return [CallBroken(self._num_calls - 1, self._source)]
+            # The list before it is no text for a reader, where calls were read from it.
+            is_first = self._num_calls == 1
+            return [CallBroken(self._num_calls - 1, self._source if is_first else "")]
         is_cut = self._num_calls > 0 and self._place != "content"
         rest, self._text = self._text, ""
         return [Content(rest)] if rest and not is_cut else []

@@ -42,6 +42,8 @@ def flat(*functions: dict[str, Any], **fields: Any) -> ResponsesRequest:
         ("none", ([], False, False)),
         ("required", (["f", "g"], True, False)),
         ("g", (["g"], True, True)),
+        (("auto", ["g"]), (["g"], False, False)),
+        (("required", ["g", "f"]), (["g", "f"], True, False)),
     ],
 )
 def test_both_spellings_mean_the_same(choice: Any, fields: Any) -> None:
@@ -49,12 +51,49 @@ def test_both_spellings_mean_the_same(choice: Any, fields: Any) -> None:
     nested = {"type": "function", "function": {"name": "g"}} if choice == "g" else choice
     level = {"type": "function", "name": "g"} if choice == "g" else choice
 
+    if isinstance(choice, tuple):
+        mode, names = choice
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        nested = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+        tools = [{"type": "function", "name": name} for name in names]
+        level = {"type": "allowed_tools", "mode": mode, "tools": tools}
+
     uses = [
         chat(FUNCTION, other, tool_choice=nested).tool_use(),
         flat(FUNCTION, other, tool_choice=level).tool_use(),
     ]
 
     assert [(use.names, use.is_forced, use.is_named) for use in uses] == [fields, fields]
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"type": "function", "function": {"name": "g"}}, "'g', which is none .* allowed: f"),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "auto",
+                    "tools": [{"type": "function", "function": {"name": "h"}}],
+                },
+            },
+            "'h', which is none",
+        ),
+        ({"type": "custom"}, "tool_choice.type is .custom.; allowed: none, auto, required"),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "any", "tools": []}},
+            "auto, required",
+        ),
+        (5, "tool_choice is 5; allowed: none, auto"),
+    ],
+    ids=str,
+)
+def test_what_is_no_choice_is_refused(choice: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        chat(FUNCTION, tool_choice=choice).tool_use()
+
+    assert caught.value.parameter == "tool_choice"
 
 
 def test_a_template_is_not_told_of_strict() -> None:

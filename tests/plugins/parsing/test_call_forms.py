@@ -27,8 +27,8 @@ from quire_parsers.mistral.parser import MistralParser
 from quire_parsers.think.parser import DeepSeekR1Parser, ThinkParser
 
 PARSERS = [HermesParser, MistralParser, DeepSeekParser, Llama3JsonParser, JsonCallParser]
-MARKED = [HermesParser, MistralParser, DeepSeekParser]
-MARKS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "</think>", "<think>"]
+MARKED = [HermesParser, MistralParser, DeepSeekParser, Llama3JsonParser]
+MARKS = ["<|python_tag|>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "</think>", "<think>"]
 MARKS += [
     "<｜tool▁calls▁begin｜>",
     "<｜tool▁call▁begin｜>",
@@ -83,7 +83,7 @@ def grammar_of(
 
 
 def walk(grammar: CompiledGrammar, seed: int, *, most: int = 400) -> str | None:
-    """Draw an answer of allowed tokens; None where it did not end. Marks come more often."""
+    """Draw an answer of allowed tokens, often marks; None where it did not end."""
     draw, matcher = random.Random(seed), grammar.start()
     mask = np.zeros((END + 32) // 32, np.int32)
     written = b""
@@ -91,7 +91,7 @@ def walk(grammar: CompiledGrammar, seed: int, *, most: int = 400) -> str | None:
         matcher.fill_mask(mask)
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         allowed = [i for i in LETTERS if bits[i]] or np.flatnonzero(bits).tolist()
-        weights = [8 if i >= 256 else 1 for i in allowed]
+        weights = [8 if i >= 256 or i == ord("{") else 1 for i in allowed]
         token = draw.choices(allowed, weights)[0]
         if token == END:
             return written.decode(errors="replace")

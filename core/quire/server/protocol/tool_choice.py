@@ -37,16 +37,58 @@ class FlatNamedTool(
     name: f.FunctionName
 
 
+class Allowed(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Annotated[Literal["auto", "required"], Meta(description="auto, required")]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=f.MAX_TOOLS)]
+
+
+class AllowedTools(
+    msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
+):
+    """Chat's way to leave only some of the tools to be called."""
+
+    allowed_tools: Allowed
+
+    @property
+    def mode(self) -> str:
+        """Whether one has to be called."""
+        return self.allowed_tools.mode
+
+    def names(self) -> list[str]:
+        """Return the functions' names."""
+        return [tool.function.name for tool in self.allowed_tools.tools]
+
+
+class FlatAllowedTools(
+    msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
+):
+    """The Responses API's way to leave only some of the tools to be called."""
+
+    mode: Annotated[Literal["auto", "required"], Meta(description="auto, required")]
+    tools: Annotated[list[FlatNamedTool], Meta(min_length=1, max_length=f.MAX_TOOLS)]
+
+    def names(self) -> list[str]:
+        """Return the functions' names."""
+        return [tool.name for tool in self.tools]
+
+
 ToolChoice = Annotated[
-    Word | NamedTool,
+    Word | NamedTool | AllowedTools,
     Meta(
-        description='none, auto, required, {"type": "function", "function": {"name": NAME}}',
+        description='none, auto, required, {"type": "function", "function": {"name": NAME}}, '
+        "an object of type allowed_tools",
     ),
 ]
 FlatToolChoice = Annotated[
-    Word | FlatNamedTool,
-    Meta(description='none, auto, required, {"type": "function", "name": NAME}'),
+    Word | FlatNamedTool | FlatAllowedTools,
+    Meta(
+        description='none, auto, required, {"type": "function", "name": NAME}, '
+        "an object of type allowed_tools"
+    ),
 ]
+Choice = Word | NamedTool | FlatNamedTool | AllowedTools | FlatAllowedTools
 
 
 class Offered(Protocol):
@@ -81,7 +123,7 @@ class ToolUse:
 
 
 def tool_use(
-    choice: Word | NamedTool | FlatNamedTool | None,
+    choice: Choice | None,
     functions: Sequence[Offered],
     *,
     parallel: bool | None,
@@ -93,17 +135,26 @@ def tool_use(
         return ToolUse()
     if isinstance(choice, (NamedTool, FlatNamedTool)):
         name = choice.function.name if isinstance(choice, NamedTool) else choice.name
-        return _named(name, functions)
+        found = _chosen([name], functions)
+        return ToolUse(functions=found, is_forced=True, is_named=True, is_one_call=True)
+    mode: str | None = None if choice is None or isinstance(choice, str) else choice.mode
+    if choice is not None and not isinstance(choice, str):
+        functions = _chosen(choice.names(), functions)
     return ToolUse(
-        functions=functions, is_forced=choice == "required", is_one_call=parallel is False
+        functions=functions,
+        is_forced=(mode or choice) == "required",
+        is_one_call=parallel is False,
     )
 
 
-def _named(name: str, functions: Sequence[Offered]) -> ToolUse:
-    found = [function for function in functions if function.name == name]
-    if not found:
-        names = ", ".join(function.name for function in functions[:8])
-        more = f" and {len(functions) - 8} more" if len(functions) > 8 else ""
-        allowed = f"allowed: {names}{more}" if functions else "there are no tools"
+def _chosen(names: Sequence[str], functions: Sequence[Offered]) -> list[Offered]:
+    """Return the functions of some names. Raises: RequestError for one that is not there."""
+    known = {function.name: function for function in functions}
+    for name in names:
+        if name in known:
+            continue
+        shown = ", ".join(list(known)[:8])
+        more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+        allowed = f"allowed: {shown}{more}" if known else "there are no tools"
         raise conflict("tool_choice", f"names {name!r}, which is none of the tools; {allowed}")
-    return ToolUse(functions=found[:1], is_forced=True, is_named=True, is_one_call=True)
+    return [known[name] for name in dict.fromkeys(names)]

@@ -20,7 +20,12 @@ class Llama3JsonParser(ObjectCallReader):
     argument_keys = ("parameters", "arguments")
     needs_arguments = True
     call_form = CallForm(
-        before_name='{"name": "', after_name='", "parameters": ', ends=("}", "}\n"), separator="; "
+        before_name='{"name": "',
+        after_name='", "parameters": ',
+        ends=("}", "}\n"),
+        separator="; ",
+        first_characters="{" + TAG[0],
+        excludes=(TAG,),
     )
 
     def _read(self) -> Reading:
