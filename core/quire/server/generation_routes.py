@@ -111,7 +111,7 @@ class GenerationRoutes:
         if use.is_forced and (tool_call is None or tool_call.call_form is None):
             tool_call = JsonCallParser
         if use.names and tool_call is None:
-            _check_text_will_do(asked.tool_choice == "auto", use)
+            _check_text_will_do(asked.tool_choice is not None, use)
         return Parsers(
             reasoning=self._service.reasoning_parser,
             tool_call=tool_call if use.names else None,
