@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import evolve
 
-from quire.constraints import GrammarKind, Node, StructuredOutputsParams
+from quire.constraints import MAX_SCHEMA_DEPTH, GrammarKind, Node, StructuredOutputsParams
 from quire.interfaces.answer_parsing import CallForm, ThoughtsForm
 from quire.request import SamplingParams
 from quire.server.answer_parsing import Parsers
@@ -149,21 +149,21 @@ def _arguments(function: Offered) -> dict[str, Any]:
     return _closed({**function.parameters, "type": "object"})
 
 
-def _closed(schema: Any) -> Any:
+def _closed(schema: Any, depth: int = 0) -> Any:
     """Return a schema whose plain objects have the properties that they list and no others.
 
-    That fulfils it too, and a model does not invent arguments.
+    That fulfils it too, and a model does not invent arguments. Too deep ones are refused later.
     """
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or depth > MAX_SCHEMA_DEPTH:
         return schema
     schema = dict(schema)
     properties = schema.get("properties")
     if isinstance(properties, dict):
-        schema["properties"] = {name: _closed(part) for name, part in properties.items()}
+        schema["properties"] = {name: _closed(part, depth + 1) for name, part in properties.items()}
         if SAYS_MORE.isdisjoint(schema):
             schema["additionalProperties"] = False
     if "items" in schema:
-        schema["items"] = _closed(schema["items"])
+        schema["items"] = _closed(schema["items"], depth + 1)
     return schema
 
 
