@@ -1,4 +1,4 @@
-"""What form an answer must have: a JSON schema, any JSON object, a regex, a choice or a grammar.
+"""What form an answer must have: JSON, a regex, a choice, a grammar, or text with tags in it.
 
 Bounds come before work: what passes here is small enough to be handed to a grammar engine.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import field, fields, frozen
 
 from quire.errors import RequestError
+from quire.structural_tags import Node as Node
+from quire.structural_tags import nodes_of, read_structural_tag
 
 MAX_GRAMMAR_CHARS = 2**18
 MAX_REGEX_CHARS = 2**13
@@ -29,6 +32,8 @@ class GrammarKind(enum.StrEnum):
     REGEX = "regex"
     CHOICE = "choice"
     LARK = "grammar"
+    GBNF = "gbnf"
+    STRUCTURAL_TAG = "structural_tag"
 
 
 @frozen(kw_only=True)
@@ -36,16 +41,29 @@ class GrammarSource:
     """A grammar as text, equal where its content is: what engines compile and caches key by.
 
     `text` is a JSON schema, empty for any JSON object, a regex that the whole answer matches, a
-    JSON list of texts of which the answer is one, or a Lark grammar whose first rule is `start`.
+    JSON list of texts of which the answer is one, a Lark grammar whose first rule is `start`, a
+    GBNF grammar whose first rule is `root`, or a structural tag as JSON, checked and complete.
     """
 
     kind: GrammarKind
     text: str
 
+    @classmethod
+    def of_grammar(cls, text: str) -> GrammarSource:
+        """Return a grammar's source: GBNF where a line begins with a rule and `::=`, else Lark."""
+        is_gbnf = _GBNF_RULE.search(text) is not None
+        return cls(kind=GrammarKind.GBNF if is_gbnf else GrammarKind.LARK, text=text)
+
     @property
     def choices(self) -> list[str]:
         """The texts of a choice."""
         found: list[str] = json.loads(self.text)
+        return found
+
+    @property
+    def tree(self) -> Node:
+        """The tree of a structural tag, as `quire.structural_tags` completes it."""
+        found: Node = json.loads(self.text)["format"]
         return found
 
 
@@ -54,7 +72,9 @@ class StructuredOutputsParams:
     """Ask for one form of the answer; exactly one field is given.
 
     `json` is a schema as a mapping, a boolean or JSON text, and is kept as text; `grammar` is
-    Lark. `asked_as` is the field that errors name. Source: names of vLLM's class.
+    Lark, or GBNF where a rule is written with `::=`; `structural_tag` is a mapping or JSON text
+    and is kept as text. `asked_as` is the field that errors name.
+    Source: names of vLLM's class.
     Raises: RequestError.
     """
 
@@ -63,6 +83,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: Any = None
     asked_as: str = field(default="structured_outputs")
 
     def __attrs_post_init__(self) -> None:
@@ -84,6 +105,8 @@ class StructuredOutputsParams:
             self._text(self.regex, "regex", MAX_REGEX_CHARS)
         elif self.grammar is not None:
             self._text(self.grammar, "grammar", MAX_GRAMMAR_CHARS)
+        elif self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", self._tag_text())
 
     def error(self, fact: str) -> RequestError:
         """Return the error of a constraint, naming the field that asked for it."""
@@ -102,7 +125,9 @@ class StructuredOutputsParams:
         if self.regex is not None:
             return GrammarSource(kind=GrammarKind.REGEX, text=self.regex)
         if self.grammar is not None:
-            return GrammarSource(kind=GrammarKind.LARK, text=self.grammar)
+            return GrammarSource.of_grammar(self.grammar)
+        if self.structural_tag is not None:
+            return GrammarSource(kind=GrammarKind.STRUCTURAL_TAG, text=self.structural_tag)
         if self.choice is not None:
             return GrammarSource(kind=GrammarKind.CHOICE, text=json.dumps(self.choice))
         return GrammarSource(kind=GrammarKind.JSON_OBJECT, text="")
@@ -140,6 +165,16 @@ class StructuredOutputsParams:
             raise self.error(f"has a schema that is no JSON: {str(error)[:80]}") from None
         return self._text(text, "schema", MAX_GRAMMAR_CHARS)
 
+    def _tag_text(self) -> str:
+        tree = read_structural_tag(self.structural_tag, self.error)
+        for node in nodes_of(tree):
+            self._check_depth(node.get("json_schema"))
+        try:
+            text = json.dumps({"type": "structural_tag", "format": tree}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise self.error(f"has a schema that is no JSON: {str(error)[:80]}") from None
+        return self._text(text, "structural tag", MAX_GRAMMAR_CHARS)
+
     def _check_depth(self, schema: Any) -> None:
         """Walk without recursion, so that no nesting can exhaust the stack."""
         level, depth, count = [schema], 0, 0
@@ -174,7 +209,8 @@ class StructuredOutputsParams:
         return tuple(choices)
 
 
-FORMS = ("json", "regex", "choice", "grammar", "json_object")
+FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z0-9_-]+[ \t]*::=", re.MULTILINE)
 _NAMES = {a.name for a in fields(StructuredOutputsParams)}
 
 

@@ -1,9 +1,12 @@
 """How often the demo calls the recorded function with the recorded arguments, through a server.
 
     python tests/benchmarks/tool_calls.py [--dialogues FILE.jsonl] [--limit N] [--url URL]
+        [--strict] [--tool-choice auto|required] [--temperature T]
 
 Every assistant turn of the dialogues is asked for with its true context, all tools, greedily and
 by OpenAI's client, whole and streamed in turn; without `--url` it starts `quire serve demo`.
+With `--strict` every function is strict; calls are judged by jsonschema. With `--tool-choice
+required` only the turns that call a function are asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +65,9 @@ def turns(dialogues: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]
                 yield messages[:index], message
 
 
-def ask(client: openai.OpenAI, context: Any, *, stream: bool) -> tuple[str, list[tuple[str, str]]]:
+def ask(client: openai.OpenAI, given: Any, *, stream: bool) -> tuple[str, list[tuple[str, str]]]:
     """Return the finish reason, and the name and the arguments' text of each call."""
-    common: dict[str, Any] = {"model": "demo", "messages": context, "tools": TOOLS}
-    common |= {"tool_choice": "auto", "temperature": 0, "max_tokens": MAX_TOKENS}
+    common: dict[str, Any] = {"model": "demo", "max_tokens": MAX_TOKENS, **given}
     if not stream:
         choice = client.chat.completions.create(**common).choices[0]
         calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or ()]
@@ -83,8 +86,10 @@ def ask(client: openai.OpenAI, context: Any, *, stream: bool) -> tuple[str, list
 
 def score(recorded: dict[str, Any], reason: str, calls: list[tuple[str, str]]) -> dict[str, bool]:
     """Compare an answer with the recorded message; a key is left out where it does not apply."""
-    parsed = [parse(text) is not None for _, text in calls]
-    scores = {"every call's arguments parse": all(parsed)} if calls else {}
+    scores = {}
+    if calls:
+        scores["every call's arguments parse"] = all(parse(text) is not None for _, text in calls)
+        scores["every call's arguments fulfil its schema"] = all(is_valid(*call) for call in calls)
     if not recorded.get("tool_calls"):
         return scores | {"text where text was recorded": not calls}
     function = recorded["tool_calls"][0]["function"]
@@ -98,6 +103,13 @@ def score(recorded: dict[str, Any], reason: str, calls: list[tuple[str, str]]) -
     return scores
 
 
+def is_valid(name: str, text: str) -> bool:
+    """Whether arguments fulfil their function's schema."""
+    schema = next(t["function"]["parameters"] for t in TOOLS if t["function"]["name"] == name)
+    value = parse(text)
+    return value is not None and jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
 def parse(text: str) -> Any:
     """Return a JSON text's value, None where it has none."""
     try:
@@ -106,22 +118,37 @@ def parse(text: str) -> Any:
         return None
 
 
+def tools(*, strict: bool) -> list[dict[str, Any]]:
+    """Return the functions, strict ones where asked for."""
+    more = {"strict": True} if strict else {}
+    return [{**tool, "function": {**tool["function"], **more}} for tool in TOOLS]
+
+
 def main() -> None:
     """Ask for every turn and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dialogues", type=Path, default=DIALOGUES)
     parser.add_argument("--limit", type=int, help="dialogues to take")
     parser.add_argument("--url", help="a server that runs, with --tool-call-parser demo")
+    parser.add_argument("--strict", action="store_true", help="strict functions")
+    parser.add_argument("--tool-choice", choices=["auto", "required"], default="auto")
+    parser.add_argument("--temperature", type=float, default=0)
     given = parser.parse_args()
     lines = given.dialogues.read_text().splitlines()[: given.limit]
     todo = list(turns([json.loads(line) for line in lines]))
+    if given.tool_choice == "required":
+        todo = [turn for turn in todo if turn[1].get("tool_calls")]
+    common = {"tools": tools(strict=given.strict), "tool_choice": given.tool_choice}
+    common |= {"temperature": given.temperature, "seed": 0}
     held: Counter[str] = Counter()
     total: Counter[str] = Counter()
     with served(given.url) as url, ThreadPoolExecutor(16) as pool:
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         begin_s = time.monotonic()
         answers = pool.map(
-            lambda numbered: ask(client, numbered[1][0], stream=numbered[0] % 2 == 1),
+            lambda numbered: ask(
+                client, {**common, "messages": numbered[1][0]}, stream=numbered[0] % 2 == 1
+            ),
             enumerate(todo),
         )
         for (_, recorded), (reason, calls) in zip(todo, answers, strict=True):

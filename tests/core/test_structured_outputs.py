@@ -32,6 +32,17 @@ FORMS: list[dict[str, Any]] = [
     {"regex": "[a-f]{3}-[0-9]{2}"},
     {"choice": ["yes", 'quo"te\n', "ünï \\d"]},
     {"grammar": 'start: "<" item{1,3} ">"\nitem: "p" | "q" "r"?'},
+    {"grammar": 'root ::= "<" item{1,3} ">"\nitem ::= "p" | "q" "r"?'},
+    {
+        "structural_tag": {
+            "format": {
+                "type": "tag",
+                "begin": "<",
+                "content": {"type": "json_schema", "json_schema": {"enum": ["p", "qr"]}},
+                "end": ">",
+            }
+        }
+    },
 ]
 
 
@@ -42,6 +53,8 @@ def keeps(form: dict[str, Any], text: str) -> bool:
         return jsonschema.Draft202012Validator(value).is_valid(json.loads(text))
     if kind == "choice":
         return text in value
+    if kind == "structural_tag":
+        return re.fullmatch(r'<\s*"(p|qr)"\s*>', text) is not None
     pattern = value if kind == "regex" else r"<(p|qr?){1,3}>"
     return re.fullmatch(pattern, text) is not None
 

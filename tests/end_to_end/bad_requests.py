@@ -243,10 +243,14 @@ CHATS: list[Case] = (
         ("tools wrong", H, chat(tools=[5]), 400, "tools", None),
         ("tool without a name", H, chat(tools=[{"type": "function"}]), 400, "tools", None),
         ("tool_choice alone", H, chat(tool_choice="auto"), 400, "tool_choice", None),
+        ("tool_choice required", H, chat(tool_choice="required"), 400, "tool_choice", None),
         (
-            "tool_choice required",
+            "tool_choice of another",
             H,
-            chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="required"),
+            chat(
+                tools=[{"type": "function", "function": {"name": "f"}}],
+                tool_choice={"type": "function", "function": {"name": "g"}},
+            ),
             400,
             "tool_choice",
             None,

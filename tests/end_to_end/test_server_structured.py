@@ -65,6 +65,25 @@ def test_a_stream_keeps_to_the_schema(client: openai.OpenAI) -> None:
     assert isinstance(final.choices[0].message.parsed, Order)
 
 
+CONTENT = {"type": "regex", "pattern": '"x"'}
+TAG = {"type": "tag", "begin": "<f>", "content": CONTENT, "end": "</f>"}
+
+
+def test_a_structural_tag_leaves_text_free_up_to_its_trigger(server: Server) -> None:
+    """The demo answers "Hi" with "Hi, what can I get for you today?"."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+
+    def answer(trigger: str) -> str:
+        structure = {"begin": trigger + "<f=a>", "schema": {"enum": [5]}, "end": "</f>"}
+        tag = {"type": "structural_tag", "structures": [structure], "triggers": [trigger]}
+        asked = {**body, "response_format": tag, "max_tokens": 40}
+        found = httpx.post(f"{server.url}/v1/chat/completions", json=asked).json()
+        return str(found["choices"][0]["message"]["content"])
+
+    assert answer("never") == "Hi, what can I get for you today?"
+    assert re.match(r"Hi, what can I get<f=a>\s*5\s*</f>", answer("get"))
+
+
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
@@ -73,6 +92,9 @@ def test_a_stream_keeps_to_the_schema(client: openai.OpenAI) -> None:
         ({"guided_json": {"enum": ["x", 5]}}, '"x"|5'),
         ({"guided_json": '{"const": true}'}, "true"),
         ({"guided_grammar": 'start: "a" | "b" "c"'}, "a|bc"),
+        ({"guided_grammar": 'root ::= "a" | b\nb ::= "bc"'}, "a|bc"),
+        ({"structural_tag": {"format": TAG}}, '<f>"x"</f>'),
+        ({"structured_outputs": {"structural_tag": json.dumps({"format": TAG})}}, '<f>"x"</f>'),
         ({"structured_outputs": {"regex": "q+"}, "max_tokens": 30, "temperature": 0.1}, "q+"),
     ],
     ids=lambda value: str(value)[:30],
@@ -130,6 +152,9 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"unique
         ({"guided_regex": "a", "min_tokens": 3}, "guided_regex", "min_tokens"),
         ({"response_format": {"type": "json_object"}, "stop": ["x"]}, "response_format", "stop"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "no schema"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "structures and"),
+        ({"response_format": {"type": "text", "triggers": []}}, "response_format", "triggers"),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar", "names 'x', which is no rule"),
         ({"structured_outputs": {"jason": {}}}, "structured_outputs", "jason"),
         ({"guided_json": {"enum": ["x" * 300_000]}}, "guided_json", "262144"),
     ],

@@ -58,6 +58,41 @@ class CallBroken:
 Piece = Content | CallStart | CallArguments | CallBroken
 
 
+@frozen(kw_only=True)
+class CallForm:
+    """How a parser's calls are written, so that a grammar can hold a model to it.
+
+    Calls are `opening`; of each call `before_name`, the function's name, `after_name`, its
+    arguments as one JSON object, and one of `ends`; `separator` between two calls; `closing`.
+    White space that models like to join to a brace makes an end of its own. `trigger` begins the
+    calls and never stands in other text. Without one, calls make a whole answer, which begins with
+    one of `first_characters`; text then begins with another. `excludes` are marks that the parser
+    takes for a call too, which text then must not have.
+    """
+
+    before_name: str
+    after_name: str
+    ends: tuple[str, ...]
+    separator: str
+    opening: str = ""
+    closing: str = ""
+    trigger: str | None = None
+    first_characters: str = ""
+    excludes: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True)
+class ThoughtsForm:
+    """How an answer's thoughts are written: `begin`, "" where they have begun, text, and `end`.
+
+    `is_optional` says whether an answer may have none, and then not the marks.
+    """
+
+    begin: str
+    end: str
+    is_optional: bool
+
+
 class ToolCallParser(abc.ABC):
     """Finds the calls of functions in one answer. Never raises for what a model writes.
 
@@ -67,6 +102,9 @@ class ToolCallParser(abc.ABC):
 
     needs_special_tokens: bool = False
     """Whether the form has special tokens in it, which then are part of the text."""
+
+    call_form: CallForm | None = None
+    """How calls that are forced are written; None where they are no JSON between marks."""
 
     @abc.abstractmethod
     def __init__(self, tool_names: Collection[str] | None = None) -> None:
@@ -86,6 +124,11 @@ class ReasoningParser(abc.ABC):
 
     needs_special_tokens: bool = False
     """Whether the marks are special tokens, which then are part of the text."""
+
+    @classmethod
+    def thoughts_form(cls, prompt: str) -> ThoughtsForm | None:
+        """Return how thoughts begin an answer to a prompt; None where none come, or unknown."""
+        return None
 
     @abc.abstractmethod
     def __init__(self, prompt: str = "") -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from quire.constraints import GrammarKind, GrammarSource
+from quire.constraints import GrammarKind, GrammarSource, Node
 
 __all__ = [
     "CompiledGrammar",
@@ -19,6 +19,7 @@ __all__ = [
     "GrammarSource",
     "GrammarStuck",
     "GrammarVocabulary",
+    "Node",
 ]
 
 
@@ -50,7 +51,7 @@ class GrammarMatcher(abc.ABC):
         """Write which tokens may come next: bit i % 32 of `mask[i // 32]` for token i.
 
         `mask` is [ceil(vocab_size / 32)] with any values before. End tokens may come where the
-        grammar may end, and nowhere else; other special tokens never may.
+        grammar may end, and nowhere else; other special tokens where a structural tag spells one.
         Raises: GrammarStuck.
         """
 

@@ -34,6 +34,7 @@ class Parsers:
     tool_call: type[ToolCallParser] | None = None
     tool_names: Sequence[str] = ()
     is_one_call: bool = False  # `parallel_tool_calls` is false
+    tells_of_calls: bool = True  # by finish_reason; OpenAI does not for a function named ahead
 
     @property
     def needs_special_tokens(self) -> bool:

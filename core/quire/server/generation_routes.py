@@ -12,15 +12,18 @@ from fastapi.responses import Response
 from quire.errors import ConfigError, RequestError
 from quire.request import SamplingParams
 from quire.server.access import combined_salt
+from quire.server.answer_forms import with_form
 from quire.server.answer_logprobs import TokenBytes, token_id_bytes
 from quire.server.answer_parsing import Parsers, with_special_tokens
 from quire.server.answers import AnswerOptions, Answers, ChatAnswers, CompletionAnswers
 from quire.server.generation import Asked, Generation
+from quire.server.json_calls import JsonCallParser
 from quire.server.meaning_answers import MeaningAnswers
 from quire.server.protocol.chat import ChatCompletionRequest
 from quire.server.protocol.completions import CompletionRequest
 from quire.server.protocol.parsing import parse
 from quire.server.protocol.responses import ResponsesRequest, to_chat_tools, to_messages
+from quire.server.protocol.tool_choice import ToolUse
 from quire.server.records import record_of
 from quire.server.replies import EventReply, WholeReply
 from quire.server.requests import body_of
@@ -61,7 +64,8 @@ class GenerationRoutes:
         asked = parse(await body_of(request, self._service.options), ResponsesRequest)
         self._check(asked.model)
         params = asked.sampling_params(self._defaults())
-        parsers = self._parsers(asked)
+        use = asked.tool_use()
+        parsers = self._parsers(asked, use)
         options = self._options(asked, num_logprobs=asked.num_logprobs)
         try:
             prompt = await self.render(to_messages(asked), {"tools": to_chat_tools(asked)})
@@ -71,7 +75,7 @@ class GenerationRoutes:
         answers = ResponseAnswers(options, asked)
         if parsers:
             answers = ItemAnswers(options, asked, parsers, prompt.text)
-        params = with_special_tokens(params, parsers)
+        params = with_form(with_special_tokens(params, parsers), use, parsers, prompt.text)
         wanted = self._asked(request.scope, asked, [prompt], params)
         generation = await self._begin(request.scope, wanted)
         return self._reply(generation, answers, stream=bool(asked.stream))
@@ -82,13 +86,14 @@ class GenerationRoutes:
         """Queue a conversation. Raises: RequestError, OverloadedError, ApiError."""
         self._check(asked.model)
         params = asked.sampling_params(self._defaults())
-        parsers = self._parsers(asked)
+        use = asked.tool_use()
+        parsers = self._parsers(asked, use)
         prompt = await self.render(asked.messages, asked.template_options())
         options = self._chat_options(asked)
         answers = ChatAnswers(options)
         if parsers:
             answers = MeaningAnswers(options, parsers, prompt.text)
-        params = with_special_tokens(params, parsers)
+        params = with_form(with_special_tokens(params, parsers), use, parsers, prompt.text)
         generation = await self._begin(scope, self._asked(scope, asked, [prompt], params))
         return generation, answers
 
@@ -100,21 +105,19 @@ class GenerationRoutes:
         except ConfigError as error:  # the checkpoint has no template
             raise RequestError(str(error), parameter="messages") from error
 
-    def _parsers(self, asked: ChatCompletionRequest | ResponsesRequest) -> Parsers:
+    def _parsers(self, asked: ChatCompletionRequest | ResponsesRequest, use: ToolUse) -> Parsers:
         """Return what the answer is read with. Raises: RequestError."""
-        names = asked.tool_names()
         tool_call = self._service.tool_call_parser
-        if names and asked.tool_choice == "auto" and tool_call is None:
-            raise RequestError(
-                "tool_choice is auto, but this server reads no calls; start it with "
-                "--tool-call-parser NAME, or leave tool_choice out: calls are then text.",
-                parameter="tool_choice",
-            )
+        if use.is_forced and (tool_call is None or tool_call.call_form is None):
+            tool_call = JsonCallParser
+        if use.names and tool_call is None:
+            _check_text_will_do(asked.tool_choice is not None, use)
         return Parsers(
             reasoning=self._service.reasoning_parser,
-            tool_call=tool_call if names else None,
-            tool_names=names,
-            is_one_call=asked.parallel_tool_calls is False,
+            tool_call=tool_call if use.names else None,
+            tool_names=use.names,
+            is_one_call=use.is_one_call,
+            tells_of_calls=not use.is_named,
         )
 
     def _check(self, model: str) -> None:
@@ -193,6 +196,23 @@ class GenerationRoutes:
         if text is not None:
             return text
         return self._tokenizer().decode(stream.request.prompt_token_ids, False)
+
+
+def _check_text_will_do(is_auto: bool, use: ToolUse) -> None:
+    """Refuse what needs calls to be read where none are. Raises: RequestError."""
+    start = "start it with --tool-call-parser NAME"
+    if is_auto:
+        raise RequestError(
+            f"tool_choice is auto, but this server reads no calls; {start}, "
+            "or leave tool_choice out: calls are then text.",
+            parameter="tool_choice",
+        )
+    if use.is_strict:
+        raise RequestError(
+            f"tools has a strict function, but this server reads no calls; {start}, "
+            "set tool_choice to required, or strict to false.",
+            parameter="tools",
+        )
 
 
 def _shown(stream: Stream) -> str:

@@ -41,7 +41,7 @@ class MeaningAnswers(ChatAnswers):
             for number, found in enumerate(deltas)
         )
         if is_last:
-            reason = finish_reason(delta.finish_reason, reader.num_calls)
+            reason = self._finish_reason(delta.finish_reason, reader.num_calls)
             events += self._chunk(
                 b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b,"stop_reason":%b}'
                 % (index, to_json(reason), to_json(delta.stop_reason))
@@ -60,8 +60,13 @@ class MeaningAnswers(ChatAnswers):
         if meaning.calls:
             message["content"] = meaning.content or None
             message["tool_calls"] = [call_json(call) for call in meaning.calls]
-        reason = finish_reason(output.finish_reason, len(meaning.calls))
+        reason = self._finish_reason(output.finish_reason, len(meaning.calls))
         return choice | {"message": message, "finish_reason": reason}
+
+    def _finish_reason(self, reason: str | None, num_calls: int) -> str | None:
+        """Return why a choice ended: to have functions called, or as the engine says."""
+        is_told = num_calls and self._parsers.tells_of_calls
+        return "tool_calls" if reason == "stop" and is_told else reason
 
     def _told(self, index: int, found: dict[str, Any], tokens: Delta | None) -> bytes:
         logprobs, extra = b"null", b""
@@ -72,8 +77,3 @@ class MeaningAnswers(ChatAnswers):
             b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null%b}'
             % (index, to_json(found), logprobs, extra)
         )
-
-
-def finish_reason(reason: str | None, num_calls: int) -> str | None:
-    """Return why a choice ended: to have functions called, or as the engine says."""
-    return "tool_calls" if reason == "stop" and num_calls else reason

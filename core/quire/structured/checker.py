@@ -15,6 +15,7 @@ from collections import OrderedDict
 
 from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import RequestError
+from quire.structured.check_pool import CheckPool
 from quire.structured.compiler import GrammarSetup
 
 CHECK_S = 0.8
@@ -112,22 +113,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class GrammarChecker:
     """Answer whether a grammar can be honoured, each content once; safe for threads.
 
-    Children are started when first needed, up to `NUM_PROCESSES`.
+    `NUM_PROCESSES` children are kept, from when the first is needed.
     """
 
     def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...] = ()) -> None:
-        self._setup = setup
-        self._disabled = disabled
-        self._idle: list[CheckProcess] = []
+        self._pool = CheckPool(lambda: CheckProcess(setup, disabled), NUM_PROCESSES)
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(NUM_PROCESSES)
         self._answers: OrderedDict[GrammarSource, str] = OrderedDict()
         self._chars = 0
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of children that wait for work."""
-        return [process.pid for process in self._idle]
+        """The process ids of children that wait for work, once those that start have started."""
+        self._pool.wait()
+        return self._pool.pids
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""
@@ -143,37 +142,24 @@ class GrammarChecker:
 
     def close(self) -> None:
         """End all children that are idle."""
-        with self._lock:
-            processes, self._idle = self._idle, []
-        for process in processes:
-            process.close()
+        self._pool.close()
 
     def _ask(self, source: GrammarSource) -> str:
-        with self._slots:
-            try:
-                process = self._take()
-            except CheckStopped as error:
-                raise RequestError(
-                    "structured_outputs cannot be checked: the process that compiles grammars "
-                    "does not start; look at the grammar engine's installation.",
-                    parameter="structured_outputs",
-                ) from error
-            try:
-                answer = process.ask({"kind": source.kind, "text": source.text}, CHECK_S)
-            except CheckStopped:
-                return TOO_LONG
-            with self._lock:
-                self._idle.append(process)
-            return answer
+        try:
+            with self._pool.lend() as process:
+                return self._answer(process, source)
+        except CheckStopped as error:
+            raise RequestError(
+                "structured_outputs cannot be checked: the process that compiles grammars "
+                "does not start; look at the grammar engine's installation.",
+                parameter="structured_outputs",
+            ) from error
 
-    def _take(self) -> CheckProcess:
-        with self._lock:
-            while self._idle:
-                process = self._idle.pop()
-                if process.is_alive:
-                    return process
-                process.close()
-        return CheckProcess(self._setup, self._disabled)
+    def _answer(self, process: CheckProcess, source: GrammarSource) -> str:
+        try:
+            return process.ask({"kind": source.kind, "text": source.text}, CHECK_S)
+        except CheckStopped:
+            return TOO_LONG
 
     def _keep(self, source: GrammarSource, answer: str) -> None:
         with self._lock:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import frozen
@@ -11,13 +13,16 @@ from attrs import frozen
 from quire.constraints import GrammarKind, GrammarSource
 from quire.hooks.grammars import load_grammar_engine
 from quire.hooks.registry import Registry
+from quire.interfaces.gbnf import never_ending, read_gbnf
 from quire.interfaces.grammar import CompiledGrammar, GrammarEngine
+from quire.structural_tags import nodes_of, schemas_of
 from quire.structured.lark import check_lark
 from quire.structured.schema import check_schema
 from quire.structured.vocabulary import read_vocabulary
 
 MAX_KEPT = 256
 MAX_KEPT_CHARS = 2**23
+MAX_MARK_SHOWN = 80
 
 
 @frozen(kw_only=True)
@@ -28,6 +33,25 @@ class GrammarSetup:
     folder: Path
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+
+
+def _check_grammar(source: GrammarSource) -> None:
+    """Refuse a grammar that cannot be read, or has no answer that ends. Raises: ValueError."""
+    if source.kind is GrammarKind.LARK:
+        check_lark(source.text)
+    elif "root" in never_ending(read_gbnf(source.text)):
+        raise ValueError("rule 'root' never ends: every alternative contains itself")
+
+
+@contextlib.contextmanager
+def _told_of(mark: str) -> Iterator[None]:
+    """Say behind which mark a schema stands that cannot be honoured."""
+    try:
+        yield
+    except ValueError as error:
+        if not mark:
+            raise
+        raise ValueError(f"behind {mark[-MAX_MARK_SHOWN:]!r}: {error}") from error
 
 
 class GrammarCompiler:
@@ -46,16 +70,40 @@ class GrammarCompiler:
         if found is not None:
             self._kept.move_to_end(source)
             return found
-        if source.kind is GrammarKind.JSON_SCHEMA:
-            check_schema(json.loads(source.text))
-        elif source.kind is GrammarKind.LARK:
-            check_lark(source.text)
-        found = self._kept[source] = self.engine().compile(source)
+        found = self._kept[source] = self._compiled(source)
         self._kept_chars += len(source.text)
         while len(self._kept) > MAX_KEPT or self._kept_chars > MAX_KEPT_CHARS:
             oldest, _ = self._kept.popitem(last=False)
             self._kept_chars -= len(oldest.text)
         return found
+
+    def _compiled(self, source: GrammarSource) -> CompiledGrammar:
+        if source.kind is GrammarKind.STRUCTURAL_TAG:
+            return self._compiled_tags(source)
+        if source.kind is GrammarKind.JSON_SCHEMA:
+            check_schema(json.loads(source.text))
+        elif source.kind in (GrammarKind.LARK, GrammarKind.GBNF):
+            _check_grammar(source)
+        return self.engine().compile(source)
+
+    def _compiled_tags(self, source: GrammarSource) -> CompiledGrammar:
+        """Compile a structural tag; where a schema in it is what fails, say which."""
+        tree = source.tree
+        parts = list(schemas_of(tree))
+        for mark, schema in parts:
+            with _told_of(mark):
+                check_schema(schema)
+        for node in nodes_of(tree):
+            if node["type"] == "grammar":
+                _check_grammar(GrammarSource.of_grammar(node["grammar"]))
+        try:
+            return self.engine().compile(source)
+        except ValueError:
+            for mark, schema in parts:
+                alone = GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema))
+                with _told_of(mark):
+                    self.engine().compile(alone)
+            raise
 
     def engine(self) -> GrammarEngine:
         """Return the engine, loaded. Raises: PluginError, ConfigError."""

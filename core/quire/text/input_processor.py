@@ -223,11 +223,11 @@ class InputProcessor:
         if asked is None:
             return
         if params.ignore_eos:
-            raise asked.error("ends with an end token; leave ignore_eos out")
+            raise asked.error("says where the answer ends; leave ignore_eos out")
         if params.beam_search is not None:
             raise asked.error("cannot limit a beam search; leave one of them out")
         if params.min_tokens:
-            raise asked.error("ends where its grammar does; leave min_tokens out")
+            raise asked.error("says where the answer ends; leave min_tokens out")
         if asked.is_json and (params.stop or params.stop_token_ids):
             raise asked.error("asks for JSON, which a stop would cut; leave stop out")
         if self._check_grammar is None:

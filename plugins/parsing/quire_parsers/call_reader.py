@@ -101,6 +101,16 @@ class CallReader(ToolCallParser):
                 return False
             yield
 
+    def _skip_mark(self, mark: str) -> Generator[None, None, bool]:
+        """Take a mark that ends calls, or its beginning where the answer was cut within it."""
+        if (yield from self._starts_with(mark)):
+            return True
+        left = self._left()
+        if self._has_ended and left and mark.startswith(self._text[self._position :]):
+            self._take(self._position + left)
+            return True
+        return False
+
     def _demand(self, literal: str) -> Reading:
         """Take a literal. Raises: Malformed where something else comes."""
         if not (yield from self._starts_with(literal)):

@@ -163,7 +163,7 @@ def test_what_cannot_be_enforced_is_refused_within_a_second(
 
     assert caught.value.parameter == "guided"
     assert time.perf_counter() - begin < 1
-    assert len(own.pids) == 1
+    assert len(own.pids) <= 2
 
 
 @pytest.mark.parametrize(
@@ -190,18 +190,22 @@ def test_what_could_explode_is_answered_in_time(own: GrammarChecker, form: dict[
 @pytest.mark.parametrize("text", ["hang", "crash"])
 def test_a_process_that_hangs_or_ends_is_replaced(strange: GrammarChecker, text: str) -> None:
     strange.check(StructuredOutputsParams(regex="good"))
-    [pid] = strange.pids
+    before = strange.pids
     begin = time.perf_counter()
 
     with pytest.raises(RequestError, match="takes more than"):
         strange.check(StructuredOutputsParams(regex=text))
+    with pytest.raises(RequestError, match="takes more than"):
+        strange.check(StructuredOutputsParams(regex=text))
 
-    assert time.perf_counter() - begin < 1
-    assert not is_running(pid)
+    assert time.perf_counter() - begin < 2  # nobody waits for a new child
+    after = strange.pids
+    assert len(before) == len(after) == 2
+    assert [pid for pid in before if is_running(pid)] == [pid for pid in before if pid in after]
+    assert set(before) != set(after)
     strange.check(StructuredOutputsParams(regex="another"))
-    [new] = strange.pids
     strange.close()
-    assert not is_running(new)
+    assert not any(map(is_running, [*before, *after]))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_an_unknown_engine_is_refused_at_the_start(folder: Path) -> None:
 
 def test_without_an_engine_requests_are_told_how_to_get_one(folder: Path) -> None:
     options = {**OPTIONS, "skip_tokenizer_init": False}
-    llm = LLM(str(folder), **options, disable_plugin=["grammar-llguidance"])
+    llm = LLM(str(folder), **options, disable_plugin=["grammar-llguidance", "grammar-xgrammar"])
 
     with pytest.raises(RequestError, match="no grammar engine"):
         llm.generate("x", SamplingParams(structured_outputs={"regex": "a"}), use_tqdm=False)

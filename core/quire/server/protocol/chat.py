@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from quire.server.protocol import fields as f
 from quire.server.protocol.generation import GenerationBody, check_size, conflict
+from quire.server.protocol.tool_choice import Offered, ToolChoice, ToolUse, tool_use
 
 Content = Meta(description="a text, or a list of parts of type text")
 
@@ -86,10 +87,6 @@ Tools = Annotated[
         min_length=1, max_length=f.MAX_TOOLS, description=f"a list of 1 to {f.MAX_TOOLS} functions"
     ),
 ]
-ToolChoice = Annotated[
-    Literal["none", "auto"],
-    Meta(description="none, auto; forced tools are not supported yet"),
-]
 TemplateVariables = Annotated[
     dict[str, Any], Meta(max_length=64, description="an object of up to 64 variables")
 ]
@@ -128,14 +125,7 @@ class Templated:
     @staticmethod
     def _tools(tools: list[Tool]) -> list[dict[str, Any]]:
         check_tools([tool.function for tool in tools])
-        return [{"type": tool.type, "function": given_fields(tool.function)} for tool in tools]
-
-
-class Offered(Protocol):
-    """A function on offer, however a body spells it."""
-
-    name: str
-    parameters: dict[str, Any] | None
+        return [{"type": tool.type, "function": told_of(tool.function)} for tool in tools]
 
 
 def check_tools(functions: Sequence[Offered]) -> None:
@@ -154,6 +144,11 @@ def check_tools(functions: Sequence[Offered]) -> None:
                 f"has parameters of {size} bytes at {position} ({function.name!r}); "
                 f"allowed: up to {f.MAX_SCHEMA_BYTES}",
             )
+
+
+def told_of(function: msgspec.Struct) -> dict[str, Any]:
+    """Return what a template is told of a function: not how its arguments are enforced."""
+    return {k: v for k, v in given_fields(function).items() if k != "strict"}
 
 
 def given_fields(part: msgspec.Struct) -> dict[str, Any]:
@@ -231,10 +226,11 @@ class ChatCompletionRequest(
             raise conflict("tool_choice", "needs tools; give some or leave it out")
         self.check_best_of(self.best_of, self.n)
 
-    def tool_names(self) -> list[str]:
-        """Return the functions that may be called."""
-        is_none = self.tool_choice == "none"
-        return [] if is_none else [tool.function.name for tool in self.tools or ()]
+    def tool_use(self) -> ToolUse:
+        """Return what the answer may call, or must. Raises: RequestError."""
+        functions = [tool.function for tool in self.tools or ()]
+        check_tools(functions)
+        return tool_use(self.tool_choice, functions, parallel=self.parallel_tool_calls)
 
     def template_options(self) -> dict[str, Any]:
         """Return what the template is told; tools that may not be called are left out."""

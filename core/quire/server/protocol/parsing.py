@@ -187,11 +187,11 @@ class _Mistake:
         got = re.search(r", got `(\w+)`\Z", self.text)
         if got is not None:
             return _KINDS.get(got[1], got[1])
-        value = re.match(r"Invalid enum value (.*)\Z", self.text, re.DOTALL)
+        value = re.match(r"Invalid (?:enum )?value (.*)\Z", self.text, re.DOTALL)
         if value is not None:
             return shorten(value[1].strip("'"), MAX_SHOWN)
         if "length" in self.text:
-            return "empty" if ">= 1" in self.text else "too long"
+            return "empty" if ">= 1" in self.text else f"too long{_size(raw)}"
         return "out of range"
 
     def _raw_value(self) -> bytes:
@@ -200,6 +200,13 @@ class _Mistake:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return b""
         return bytes(fields.get(self.field or "", b""))
+
+
+def _size(raw: bytes) -> str:
+    """Say how many entries a list has, nothing of what is none."""
+    if raw[:1] != b"[":
+        return ""
+    return f", with {len(msgspec.json.decode(raw, type=list[msgspec.Raw]))} entries"
 
 
 def _closest(notes: dict[str, str | None], path: str) -> str | None:

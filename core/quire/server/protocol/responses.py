@@ -8,9 +8,10 @@ import msgspec
 from msgspec import Meta
 
 from quire.server.protocol import fields as f
-from quire.server.protocol.chat import ToolChoice, check_tools, given_fields
+from quire.server.protocol.chat import check_tools, told_of
 from quire.server.protocol.generation import GenerationBody, conflict
 from quire.server.protocol.structured import FormatType, SchemaObject, form_of
+from quire.server.protocol.tool_choice import FlatToolChoice, ToolUse, tool_use
 
 
 class ResponsePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -98,7 +99,7 @@ class ResponsesRequest(
     max_output_tokens: f.Count | None = None
     top_logprobs: f.NumLogprobs | None = None
     tools: FlatTools | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: FlatToolChoice | None = None
     text: TextOptions | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     truncation: Literal["disabled"] | None = None
@@ -132,9 +133,11 @@ class ResponsesRequest(
         """Return `max_output_tokens`."""
         return "max_output_tokens", self.max_output_tokens
 
-    def tool_names(self) -> list[str]:
-        """Return the functions that may be called."""
-        return [] if self.tool_choice == "none" else [tool.name for tool in self.tools or ()]
+    def tool_use(self) -> ToolUse:
+        """Return what the answer may call, or must. Raises: RequestError."""
+        functions = self.tools or ()
+        check_tools(functions)
+        return tool_use(self.tool_choice, functions, parallel=self.parallel_tool_calls)
 
     def forms(self) -> list[dict[str, Any]]:
         """Return the forms that the body asks for, `text.format` among them."""
@@ -156,7 +159,7 @@ def to_chat_tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
     check_tools(request.tools)
     tools = []
     for tool in request.tools:
-        function = given_fields(tool)
+        function = told_of(tool)
         tools.append({"type": function.pop("type"), "function": function})
     return tools
 

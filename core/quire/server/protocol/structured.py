@@ -15,6 +15,10 @@ FormatType = Annotated[
     Literal["text", "json_object", "json_schema"],
     Meta(description="text, json_object, json_schema"),
 ]
+ResponseFormatType = Annotated[
+    Literal["text", "json_object", "json_schema", "structural_tag"],
+    Meta(description="text, json_object, json_schema, structural_tag"),
+]
 SchemaObject = Annotated[dict[str, Any], Meta(description="a JSON schema, as an object")]
 Schema = Annotated[
     dict[str, Any] | bool | str, Meta(description="a JSON schema, as an object or a text")
@@ -40,8 +44,12 @@ Grammar = Annotated[
     Meta(
         min_length=1,
         max_length=MAX_GRAMMAR_CHARS,
-        description=f"a Lark grammar of 1 to {MAX_GRAMMAR_CHARS} characters",
+        description=f"a Lark or GBNF grammar of 1 to {MAX_GRAMMAR_CHARS} characters",
     ),
+]
+StructuralTag = Annotated[
+    dict[str, Any] | str,
+    Meta(description="structures and triggers, or a format, as an object or a text"),
 ]
 
 
@@ -57,10 +65,18 @@ class JsonSchemaFormat(
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The form of an answer: any text, any JSON object, or JSON of a schema."""
+    """The form of an answer: any text, any JSON object, JSON of a schema, or text with tags."""
 
-    type: FormatType
+    type: ResponseFormatType
     json_schema: JsonSchemaFormat | None = None
+    structures: Annotated[list[Any], Meta(description="a list of begin, schema, end")] | None = None
+    triggers: Annotated[list[str], Meta(description="a list of texts")] | None = None
+    format: Annotated[dict[str, Any], Meta(description="a format, as an object")] | None = None
+
+    def tag_fields(self) -> dict[str, Any]:
+        """Return the fields of a structural tag that are given."""
+        given = {name: getattr(self, name) for name in ("structures", "triggers", "format")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class StructuredOutputs(
@@ -73,6 +89,7 @@ class StructuredOutputs(
     choice: Choice | None = None
     grammar: Grammar | None = None
     json_object: f.Flag | None = None
+    structural_tag: StructuralTag | None = None
 
 
 class Constrained(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -83,20 +100,29 @@ class Constrained(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     guided_regex: Regex | None = None
     guided_choice: Choice | None = None
     guided_grammar: Grammar | None = None
+    structural_tag: StructuralTag | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def forms(self) -> list[dict[str, Any]]:
         """Return the arguments of StructuredOutputsParams for every form that is asked for."""
         found = [
             {name.removeprefix("guided_"): value, "asked_as": name}
-            for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+            for name in GUIDED
             if (value := getattr(self, name)) is not None
         ]
         if self.structured_outputs is not None:
             found.append(msgspec.structs.asdict(self.structured_outputs))
         if self.response_format is not None:
             given = self.response_format
+            if given.type == "structural_tag":
+                return [*found, _tag_form(given)]
             schema = None if given.json_schema is None else given.json_schema.schema
+            if given.tag_fields():
+                raise RequestError(
+                    f"response_format has {next(iter(given.tag_fields()))}, which does not fit "
+                    f"its type, {given.type}.",
+                    parameter="response_format",
+                )
             found += form_of(given.type, schema, asked_as="response_format")
         return found
 
@@ -110,6 +136,19 @@ class Constrained(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
                 parameter=names[-1],
             )
         return found[0] if found else None
+
+
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag")
+
+
+def _tag_form(given: ResponseFormat) -> dict[str, Any]:
+    if given.json_schema is not None:
+        raise RequestError(
+            "response_format has a schema, which does not fit its type, structural_tag.",
+            parameter="response_format",
+        )
+    tag = {"type": "structural_tag", **given.tag_fields()}
+    return {"structural_tag": tag, "asked_as": "response_format"}
 
 
 def form_of(kind: str, schema: dict[str, Any] | None, *, asked_as: str) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -17,12 +19,14 @@ from quire.interfaces.grammar import (
     GrammarStuck,
     GrammarVocabulary,
 )
+from quire_grammar.llguidance.gbnf import gbnf_to_lark
+from quire_grammar.llguidance.tags import TagGrammar, check_no_settings
 
 # Between JSON's tokens; without an end, a model that likes spaces would never finish.
 WHITESPACE = r"[ \n\t]{1,16}"
 # Of an object, which JSON's own grammar would let any value be.
 ANY_OBJECT = '{"type": "object"}'
-OWN_SETTINGS = "x-guidance"
+JSON_SETTINGS: Any = {"whitespace_pattern": WHITESPACE}
 # How the library marks a token that is no text.
 SPECIAL = b"\xff"
 MAX_ERROR_CHARS = 200
@@ -55,10 +59,12 @@ class LLGuidanceEngine(GrammarEngine):
             n_vocab=vocabulary.vocab_size,
             eos_token=list(vocabulary.eos_token_ids),
         )
+        self._special = _texts(vocabulary, vocabulary.special_token_ids)
+        self._ends = _texts(vocabulary, vocabulary.eos_token_ids)
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Compile a grammar and look at its first tokens."""
-        matcher = LLMatcher(self._tokenizer, _to_grammar(source), log_level=0)
+        matcher = LLMatcher(self._tokenizer, self._to_grammar(source), log_level=0)
         if not matcher.is_error():
             matcher.deep_copy().compute_bitmask()
         probe = matcher.deep_copy()
@@ -67,6 +73,26 @@ class LLGuidanceEngine(GrammarEngine):
         if probe.is_error():
             raise ValueError(_reason(probe))
         return _Compiled(matcher)
+
+    def _to_grammar(self, source: GrammarSource) -> str:
+        """Return the source in the library's own form. Raises: ValueError."""
+        if source.kind is GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(source.text)
+        if source.kind is GrammarKind.LARK:
+            return LLMatcher.grammar_from_lark(source.text)
+        if source.kind is GrammarKind.GBNF:
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(source.text))
+        if source.kind is GrammarKind.CHOICE:
+            choices = " | ".join(json.dumps(text) for text in source.choices)
+            return LLMatcher.grammar_from_lark(f"start: {choices}")
+        if source.kind is GrammarKind.STRUCTURAL_TAG:
+            tags = TagGrammar(self._special, self._ends, JSON_SETTINGS)
+            return tags.whole(source.tree)
+        if source.kind not in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT):
+            raise ValueError(f"llguidance does not read {source.kind}")
+        text = source.text if source.kind is GrammarKind.JSON_SCHEMA else ANY_OBJECT
+        check_no_settings(json.loads(text))
+        return LLMatcher.grammar_from_json_schema(text, overrides=JSON_SETTINGS)
 
 
 class _Compiled(CompiledGrammar):
@@ -97,20 +123,11 @@ class _Matcher(GrammarMatcher):
             raise GrammarStuck(_reason(self._matcher))
 
 
-def _to_grammar(source: GrammarSource) -> str:
-    """Return the source in the library's own form. Raises: ValueError."""
-    if source.kind is GrammarKind.REGEX:
-        return LLMatcher.grammar_from_regex(source.text)
-    if source.kind is GrammarKind.LARK:
-        return LLMatcher.grammar_from_lark(source.text)
-    if source.kind is GrammarKind.CHOICE:
-        choices = " | ".join(json.dumps(text) for text in source.choices)
-        return LLMatcher.grammar_from_lark(f"start: {choices}")
-    text = source.text if source.kind is GrammarKind.JSON_SCHEMA else ANY_OBJECT
-    schema = json.loads(text)
-    if isinstance(schema, dict) and OWN_SETTINGS in schema:
-        raise ValueError(f"keyword {OWN_SETTINGS!r} is not supported")
-    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+def _texts(vocabulary: GrammarVocabulary, token_ids: Iterable[int]) -> dict[str, int]:
+    """Return tokens' texts with their ids."""
+    tokens = vocabulary.tokens
+    known = [i for i in token_ids if i < len(tokens) and tokens[i]]
+    return {tokens[i].decode(errors="replace"): i for i in sorted(known)}
 
 
 def _reason(matcher: LLMatcher) -> str:

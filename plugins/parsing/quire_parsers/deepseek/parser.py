@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quire.interfaces.answer_parsing import CallForm
 from quire_parsers.call_reader import MAX_NAME_CHARS, CallReader, Reading
 from quire_parsers.json_scanner import Malformed
 
@@ -17,6 +18,16 @@ class DeepSeekParser(CallReader):
     """Reads a call's kind, name and fenced arguments, or its name and arguments alone."""
 
     needs_special_tokens = True
+    call_form = CallForm(
+        opening=CALLS_BEGIN,
+        before_name=CALL_BEGIN + KIND + SEPARATOR,
+        after_name=f"\n{FENCE}json\n",
+        ends=(f"\n{FENCE}{CALL_END}",),
+        separator="\n",
+        closing=CALLS_END,
+        trigger=CALLS_BEGIN,
+        excludes=(CALL_BEGIN,),
+    )
 
     def _read(self) -> Reading:
         while (yield from self._say_until(MARK)):
@@ -31,10 +42,11 @@ class DeepSeekParser(CallReader):
             return
         while True:
             yield from self._skip_blank()
-            if (yield from self._starts_with(CALLS_END)):
+            if (yield from self._skip_mark(CALLS_END)):
                 return
             yield from self._demand(CALL_BEGIN)
             yield from self._call()
+            self._source.clear()
 
     def _call(self) -> Reading:
         name = yield from self._take_until("<", MAX_NAME_CHARS)
@@ -50,6 +62,6 @@ class DeepSeekParser(CallReader):
         yield from self._call_of(name.strip())
         yield from self._skip_blank()
         if is_fenced:
-            yield from self._starts_with(FENCE)
+            yield from self._skip_mark(FENCE)
             yield from self._skip_blank()
-        yield from self._starts_with(CALL_END)
+        yield from self._skip_mark(CALL_END)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quire.interfaces.answer_parsing import CallForm
 from quire_parsers.call_reader import Reading
 from quire_parsers.object_call import ObjectCallReader
 
@@ -18,6 +19,14 @@ class Llama3JsonParser(ObjectCallReader):
     needs_special_tokens = True
     argument_keys = ("parameters", "arguments")
     needs_arguments = True
+    call_form = CallForm(
+        before_name='{"name": "',
+        after_name='", "parameters": ',
+        ends=("}", "}\n"),
+        separator="; ",
+        first_characters="{" + TAG[0],
+        excludes=(TAG,),
+    )
 
     def _read(self) -> Reading:
         yield from self._hold_blank()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import string
 
+from quire.interfaces.answer_parsing import CallForm
 from quire_parsers.call_reader import MAX_NAME_CHARS, Reading
 from quire_parsers.object_call import ObjectCallReader
 
@@ -19,6 +20,15 @@ class MistralParser(ObjectCallReader):
     """
 
     needs_special_tokens = True
+    call_form = CallForm(
+        opening=BEGIN + "[",
+        before_name='{"name": "',
+        after_name='", "arguments": ',
+        ends=("}", "}\n"),
+        separator=", ",
+        closing="]",
+        trigger=BEGIN,
+    )
 
     def _read(self) -> Reading:
         while (yield from self._say_until(BEGIN)):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quire.interfaces.answer_parsing import Content, Reasoning, ReasoningParser
+from quire.interfaces.answer_parsing import (
+    Content,
+    Reasoning,
+    ReasoningParser,
+    ThoughtsForm,
+)
 
 BEGIN, END = "<think>", "</think>"
 
@@ -18,13 +23,17 @@ class ThinkParser(ReasoningParser):
     begins_with_thoughts = False
     """What an answer begins with where no mark says so."""
 
+    @classmethod
+    def thoughts_form(cls, prompt: str) -> ThoughtsForm | None:
+        """Return how thoughts begin an answer to a prompt; None after the mark that ends them."""
+        place = _place_after(prompt)
+        if place == "after":
+            return None
+        is_open = place == "inside" or cls.begins_with_thoughts
+        return ThoughtsForm(begin="" if is_open else BEGIN, end=END, is_optional=not is_open)
+
     def __init__(self, prompt: str = "") -> None:
-        tail = prompt[-1024:].rstrip()
-        self._place = "before"
-        if tail.endswith(BEGIN):
-            self._place = "inside"
-        elif tail.endswith(END):
-            self._place = "after"
+        self._place = _place_after(prompt)
         self._text = ""
         self._blank = ""  # white space in the thoughts that is dropped if they end
         self._is_first = True  # whether white space that comes next is dropped
@@ -82,6 +91,14 @@ class DeepSeekR1Parser(ThinkParser):
     """As ThinkParser, but an answer without the mark that opens begins with thoughts too."""
 
     begins_with_thoughts = True
+
+
+def _place_after(prompt: str) -> str:
+    """Return where an answer begins: before its thoughts, inside or after them."""
+    tail = prompt[-1024:].rstrip()
+    if tail.endswith(BEGIN):
+        return "inside"
+    return "after" if tail.endswith(END) else "before"
 
 
 def _split_before(text: str, mark: str) -> tuple[str, str]:
