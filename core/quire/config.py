@@ -17,11 +17,7 @@ from quire.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # as vLLM spells them too
 # The formats of a quantized KV cache, as vLLM spells them, and what PyTorch calls them.
-KV_FORMATS = {
-    "fp8": "float8_e4m3fn",
-    "fp8_e4m3": "float8_e4m3fn",
-    "fp8_e5m2": "float8_e5m2",
-}
+KV_FORMATS = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 KV_SCALES = ("auto", "calibrated", "unit")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
@@ -294,6 +290,9 @@ class DeviceOptions:
         1, "GPUs that share the model; one in this version", low=1, high=1
     )
     enforce_eager: bool = flag_setting(False, "never use CUDA graphs")
+    deterministic: bool = flag_setting(
+        False, "a request's logits have the same bits whatever runs beside it; slower"
+    )
     seed: int = count_setting(0, "where seeds of unseeded requests start", low=0, high=2**63 - 1)
     num_threads: int | None = count_setting(
         None, "compute threads on a CPU; not given: PyTorch's", low=1, high=1024

@@ -28,6 +28,7 @@ from quire.hooks.attention_choice import (
     parts_asked_for,
 )
 from quire.hooks.builds import build_before_use, build_in_background, tell_what_is_missing
+from quire.hooks.invariance import declares_invariance, refuse_layer, refuse_model
 from quire.hooks.selection import (
     parse_attention_options,
     select_logits_processors,
@@ -37,6 +38,7 @@ from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.model import Model
 from quire.interfaces.plugin import Selection
 from quire.layers.combined_attention import combine
+from quire.layers.weights import WeightStore
 from quire.preparation import Prepared, kv_request
 
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
@@ -84,13 +86,19 @@ class Starter:
         if self.device.type == "cpu":
             setup.set_threads(self.config.device.num_threads)
         self._dtype = self.config.model.dtype
+        self._is_invariant = self.config.device.deterministic
         _, sampler, self._sampler_choice = select_sampler(
-            prepared.registry, self.config.plugins.sampler, self.device.type
+            prepared.registry,
+            self.config.plugins.sampler,
+            self.device.type,
+            batch_invariant=self._is_invariant,
         )
         with self.phases.timed("plugins"):
             self._classes = self._load_classes(sampler)
         names = self.config.plugins.logits_processors
-        chosen = select_logits_processors(prepared.registry, names)
+        chosen = select_logits_processors(
+            prepared.registry, names, batch_invariant=self._is_invariant
+        )
         self.processors = {plugin.name: kind for plugin, kind in chosen}
 
     def _load_classes(self, sampler: type) -> setup.ChosenClasses:
@@ -204,13 +212,27 @@ class Starter:
         )
 
     def _build(self, device: str) -> Model:
-        return setup.build_model(
+        if self._is_invariant and not declares_invariance(self._classes.model):
+            raise refuse_model(self.prepared.registry, self.prepared.model.name)
+        model = setup.build_model(
             self._classes,
             self.prepared.model_config,
             dtype=self._dtype,
             device=device,
             max_model_len=self._longest(),
+            batch_invariant=self._is_invariant,
         )
+        if self._is_invariant:
+            self._check_products(model)
+        return model
+
+    def _check_products(self, model: Model) -> None:
+        """Refuse a quantization method whose layers do not declare what is asked for."""
+        for module in model.modules():
+            if isinstance(module, WeightStore) and not declares_invariance(module.method):
+                raise refuse_layer(
+                    self.prepared.registry, self.prepared.quantization.name, module.spec
+                )
 
     def _longest(self) -> int:
         wanted = self.config.model.max_model_len

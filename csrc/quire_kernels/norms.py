@@ -54,14 +54,16 @@ def _norm_kernel(
     tl.store(out_ptr + rows * SIZE + columns, rounded(normed * weight, dtype), mask=inside)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Norm the rows of `x` [num_rows, size] into new memory."""
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, is_fixed: bool
+) -> Tensor:
+    """Norm the rows of `x` [num_rows, size] into new memory; `is_fixed`: each by a program."""
     num_rows, size = x.shape
     out = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return out
     block = triton.next_power_of_2(size)
-    rows = max(1, 2048 // block) if num_rows >= _MANY_ROWS else 1
+    rows = max(1, 2048 // block) if num_rows >= _MANY_ROWS and not is_fixed else 1
     _norm_kernel[(triton.cdiv(num_rows, rows),)](
         x,
         x if residual is None else residual,
@@ -82,14 +84,16 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, is_fixed: bool = False) -> Tensor:
     """Return `ops.rms_norm` for rows of at most MAX_SIZE."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    return _launch(flat, None, weight, eps).view(x.shape)
+    return _launch(flat, None, weight, eps, is_fixed=is_fixed).view(x.shape)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, is_fixed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return `ops.add_rms_norm` for rows of at most MAX_SIZE whose values are neighbours."""
-    return _launch(x, residual, weight, eps), x
+    return _launch(x, residual, weight, eps, is_fixed=is_fixed), x

@@ -21,6 +21,8 @@ _PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 # Tokens of a group, of which a draw takes one before a token.
 _GROUP = 64
+# So many numbers PyTorch shares out among a CPU's threads.
+_SHARED_AMONG_THREADS = 32768
 
 
 @functools.cache
@@ -38,14 +40,15 @@ def _cpu_kernels() -> Any:
     return rows if rows.is_built() else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, batch_invariant: bool = False) -> Tensor:
     """Return x / rms(x) * weight over the last dimension, computed in float32.
 
-    `x` [..., size], `weight` [size] of the same dtype.
+    `x` [..., size], `weight` [size] of the same dtype. `batch_invariant`, here and below: a row has
+    the same bits however many there are.
     Source: Zhang and Sennrich, "Root mean square layer normalization", 2019.
     """
     if x.is_cuda and (kernels := _kernels("norms")) and x.shape[-1] <= kernels.MAX_SIZE:
-        normed: Tensor = kernels.rms_norm(x, weight, eps)
+        normed: Tensor = kernels.rms_norm(x, weight, eps, is_fixed=batch_invariant)
         return normed
     if not x.is_cpu:
         return functional.rms_norm(x, weight.shape, weight, eps)
@@ -61,21 +64,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype).mul_(weight)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual); the sum may be made in x's memory.
 
     `x`, `residual` [num_tokens, size], `weight` [size].
     """
     if x.is_cuda and (kernels := _kernels("norms")) and x.shape[-1] <= kernels.MAX_SIZE:
-        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm(x, residual, weight, eps)
+        fused: tuple[Tensor, Tensor]
+        fused = kernels.add_rms_norm(x, residual, weight, eps, is_fixed=batch_invariant)
         return fused
     if x.is_cpu and (rows := _cpu_kernels()) and rows.serves(x) and rows.serves(residual):
         return rows.rms_norm(x, weight, eps, residual), x
     total = x.add_(residual)
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, batch_invariant=batch_invariant), total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
     """Return silu(gate) * up of `gate_up` [num_tokens, 2 * size], gate first: [num_tokens, size].
 
     Source: Shazeer, "GLU variants improve transformer", 2020.
@@ -87,6 +93,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         out = rows.silu_mul(gate_up)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
+    if batch_invariant and gate.numel() >= _SHARED_AMONG_THREADS:
+        # Where a thread begins or ends is told by the number of rows, and vectors end there.
+        pieces = gate.split(max(1, (_SHARED_AMONG_THREADS - 1) // gate.shape[1]))
+        return torch.cat([functional.silu(piece) for piece in pieces]).mul_(up)
     return functional.silu(gate).mul_(up)
 
 

@@ -66,7 +66,13 @@ def set_threads(wanted: int | None) -> None:
 
 
 def build_model(
-    classes: ChosenClasses, config: ModelConfig, *, dtype: str, device: str, max_model_len: int
+    classes: ChosenClasses,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    device: str,
+    max_model_len: int,
+    batch_invariant: bool = False,
 ) -> Model:
     """Build a model with empty weights; on device `meta` it takes no memory."""
     builder = LayerBuilder(
@@ -75,6 +81,7 @@ def build_model(
         max_model_len=max_model_len,
         quantization=classes.quantization,
         dense=classes.dense,
+        batch_invariant=batch_invariant,
     )
     with torch.inference_mode(False), torch.no_grad():
         return classes.model(config, builder).eval()

@@ -74,6 +74,11 @@ def choose_attention(registry: Registry, requested: str, spec: AttentionSpec) ->
     if ALL in names:
         plugin, found, selection = select_attention(registry, requested, spec)
         return AttentionChoice(parts={ALL: (plugin, found)}, selection=selection)
+    if spec.batch_invariant and names[PREFILL] != names[DECODE]:
+        raise ConfigError(
+            f"--attention-backend {requested}: with --deterministic one backend serves all steps, "
+            f"since two do not give the same bits. Take one for both."
+        )
     parts: dict[str, Found] = {}
     for part, name in names.items():
         plugin, found, _ = select_attention(registry, name, spec)

@@ -13,9 +13,15 @@ from quire.config import nearest
 from quire.errors import ConfigError
 from quire.hooks.builds import build_before_use
 from quire.hooks.candidates import Candidates, as_sentence, comes_after
+from quire.hooks.invariance import who_is, why_not_invariant
 from quire.hooks.kinds import KINDS
 from quire.hooks.registry import Registry
-from quire.interfaces.attention import AttentionBackend, AttentionSpec, why_refused
+from quire.interfaces.attention import (
+    NOT_INVARIANT,
+    AttentionBackend,
+    AttentionSpec,
+    why_refused,
+)
 from quire.interfaces.plugin import (
     AttentionPlugin,
     Descriptor,
@@ -44,7 +50,7 @@ def select_attention(
         registry=registry,
         kind="attention",
         contract=AttentionBackend,
-        ask=lambda backend: why_refused(backend, spec),
+        ask=lambda backend: _why_refused(registry, requested, backend, spec),
     )
     if requested != AUTO:
         plugin = registry.attention(requested)
@@ -54,6 +60,17 @@ def select_attention(
         return plugin, found, choice
     everyone = [registry.attention(name) for name in registry.names("attention")]
     return candidates.best(everyone, spec.device)
+
+
+def _why_refused(
+    registry: Registry, requested: str, backend: type[AttentionBackend], spec: AttentionSpec
+) -> str | None:
+    """Return why a backend cannot serve, and who can where it is not deterministic enough."""
+    reason = why_refused(backend, spec)
+    if reason != NOT_INVARIANT or requested == AUTO:
+        return reason
+    others = who_is(registry, "attention", lambda other: why_refused(other, spec) is None)
+    return f"{reason}; {others}"
 
 
 def answer_attention(
@@ -94,9 +111,9 @@ def require_attention(
 
 
 def select_sampler(
-    registry: Registry, requested: str, device: str
+    registry: Registry, requested: str, device: str, *, batch_invariant: bool = False
 ) -> tuple[SamplerPlugin, type[Sampler], Selection]:
-    """Choose the sampler for a device.
+    """Choose the sampler for a device; `batch_invariant`: one that declares to be so.
 
     Raises: ConfigError where the requested one, or under `auto` every one, cannot run there.
     """
@@ -104,7 +121,10 @@ def select_sampler(
         registry=registry,
         kind="sampler",
         contract=Sampler,
-        ask=lambda sampler: sampler.why_unsupported(device),
+        ask=lambda sampler: (
+            (why_not_invariant(registry, "sampler", sampler) if batch_invariant else None)
+            or sampler.why_unsupported(device)
+        ),
     )
     if requested != AUTO:
         plugin = registry.sampler(requested)
@@ -114,14 +134,20 @@ def select_sampler(
 
 
 def select_logits_processors(
-    registry: Registry, names: Iterable[str]
+    registry: Registry, names: Iterable[str], *, batch_invariant: bool = False
 ) -> list[tuple[LogitsProcessorPlugin, type[LogitsProcessor]]]:
     """Return the named logits processors, in the order in which they are named.
 
-    Raises: ConfigError for an unknown, unusable or repeated name.
+    Raises: ConfigError for an unknown, unusable or repeated name, and, where `batch_invariant` is
+    asked for, for one that does not declare it.
     """
     candidates = Candidates(
-        registry=registry, kind="logits-processor", contract=LogitsProcessor, ask=lambda _: None
+        registry=registry,
+        kind="logits-processor",
+        contract=LogitsProcessor,
+        ask=lambda kind: (
+            why_not_invariant(registry, "logits-processor", kind) if batch_invariant else None
+        ),
     )
     chosen: dict[str, tuple[LogitsProcessorPlugin, type[LogitsProcessor]]] = {}
     for name in names:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quire.interfaces.batch import Batch
 
 
+NOT_INVARIANT = "it does not declare batch_invariant, which --deterministic asks for"
 # A number of such a cache stands for itself times its head's scale.
 QUANTIZED_KV_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 
@@ -49,6 +50,8 @@ class AttentionSpec:
     tokens that a token sees, itself included. `logit_softcap` c means c * tanh(score / c).
     Dtypes and device are spelled as in torch, without `torch.`. `kv_dtype` is what the cache holds:
     with one of `QUANTIZED_KV_DTYPES` layers have scales, and a backend has to declare it.
+    `batch_invariant`: a token's output must have the same bits whatever else is in the step, and
+    however many tokens of its own sequence are.
     """
 
     num_heads: int
@@ -127,6 +130,7 @@ class AttentionBackend(abc.ABC):
     its device part, captured at the head of a CUDA graph; its tensors keep their addresses.
     `write`, `attend` and `rotate_and_write` never wait for the device.
 
+    `batch_invariant`: it serves specs that ask for it; those that do not may be served faster.
     `quantized_kv` are those of `QUANTIZED_KV_DTYPES` that it writes and reads with scales.
     """
 
@@ -217,8 +221,11 @@ def why_refused(backend: type[AttentionBackend], spec: AttentionSpec) -> str | N
     """Return None if a backend can serve the spec, else why not, in a sentence.
 
     Its own `why_unsupported` is not asked about a quantized cache that it does not declare: a
-    backend that is older than such caches would read stored numbers for true ones.
+    backend that is older than such caches would read stored numbers for true ones. Nor is it asked
+    about batch invariance, which is declared or not.
     """
+    if spec.batch_invariant and not backend.batch_invariant:
+        return NOT_INVARIANT
     if spec.has_quantized_kv and spec.kv_dtype not in backend.quantized_kv:
         return f"it has no {spec.kv_dtype} KV cache: its `quantized_kv` does not name it"
     return backend.why_unsupported(spec)

@@ -30,7 +30,8 @@ class BuildContext(Protocol):
     """What a model's constructor gets: its rank, and makers of the layers that plugins decide.
 
     `name` is the module's name in the checkpoint, such as `model.layers.0.mlp.down_proj`.
-    Weights are created empty, in `dtype` on `device`.
+    Weights are created empty, in `dtype` on `device`. `batch_invariant`: layers made here give a
+    token the same bits whatever the step, and so must what the model does between them.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class BuildContext(Protocol):
     dtype: Any
     device: Any
     max_model_len: int
+    batch_invariant: bool
 
     def linear(
         self,
@@ -94,9 +96,12 @@ class Model(nn.Module, abc.ABC):
     """A model as the core sees it. Tokens of all sequences lie end to end, without padding.
 
     The stages are separate so that pictures, drafts and pipeline stages can enter between them.
+    `batch_invariant`: built where `BuildContext.batch_invariant` asks for it, it gives a token the
+    same bits whatever else is in the step, and however its sequence is cut into steps.
     """
 
     weight_names: ClassVar[WeightNames] = WeightNames()
+    batch_invariant: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, build: BuildContext) -> None:
         super().__init__()

@@ -35,7 +35,8 @@ class LinearSpec:
     """A matrix product y = x W^T + b, possibly several projections fused along the outputs.
 
     `name` is the checkpoint's module name of the whole, `parts` the names of the projections,
-    `output_sizes` their sizes, this rank's.
+    `output_sizes` their sizes, this rank's. `batch_invariant`: `--deterministic` asks for a
+    `LayerMethod` that is.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LinearSpec:
     bias: bool
     dtype: str
     device: str
+    batch_invariant: bool = False
 
     @property
     def out_features(self) -> int:
@@ -62,6 +64,7 @@ class ExpertsSpec:
     intermediate_size: int
     dtype: str
     device: str
+    batch_invariant: bool = False
 
 
 @frozen(kw_only=True)
@@ -74,6 +77,7 @@ class EmbeddingSpec:
     is_head: bool
     dtype: str
     device: str
+    batch_invariant: bool = False
 
 
 @frozen(kw_only=True)
@@ -129,7 +133,8 @@ class LayerMethod(abc.ABC):
 
     `activation_format` names what the operation before the layer should emit: None for a plain
     tensor, or a name that `quire_kernels.ops` knows, such as "fp8-per-token". With
-    `batch_invariant` a row comes out with the same bits whatever else is in the batch.
+    `batch_invariant` a row comes out with the same bits whatever else is in the batch; a method
+    that costs more so is returned for specs that ask for it.
     """
 
     activation_format: ClassVar[str | None] = None

@@ -84,10 +84,12 @@ class Sampler(abc.ABC):
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Gumbel-max.
 
     A sampler with `capturable` may draw inside a CUDA graph: `sample` reads nothing back, and the
-    memory that it takes does not depend on values.
+    memory that it takes does not depend on values. With `batch_invariant` a row's token depends on
+    nothing else in the batch, not by a bit either.
     """
 
     capturable: ClassVar[bool] = False
+    batch_invariant: ClassVar[bool] = False
 
     @classmethod
     def why_unsupported(cls, device: str) -> str | None:
@@ -125,10 +127,12 @@ class LogitsProcessor(abc.ABC):
 
     Arguments come from `SamplingParams.extra_args[name]`; a request cannot bring code.
     With `needs_host_tokens` no further step is scheduled before a row's tokens are on the host.
+    With `batch_invariant` a row comes out with the same bits whatever else is in the batch.
     """
 
     name: ClassVar[str]
     needs_host_tokens: ClassVar[bool] = False
+    batch_invariant: ClassVar[bool] = False
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: str) -> None:
         """Prepare for so many persistent rows."""

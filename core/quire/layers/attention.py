@@ -61,9 +61,11 @@ class Attention(nn.Module):
         device: torch.device,
         *,
         name: str = "",
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
+        self.batch_invariant = batch_invariant
         self.options = options
         self.index = options.layer_index
         self.num_heads, self.num_kv_heads = options.num_heads, options.num_kv_heads
@@ -100,6 +102,7 @@ class Attention(nn.Module):
             logit_softcap=o.logit_softcap,
             sinks=o.sinks,
             causal=o.causal,
+            batch_invariant=self.batch_invariant,
         )
 
     def bind(self, backend: AttentionBackend, kv_cache: Tensor | None, group: int) -> None:

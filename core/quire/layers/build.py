@@ -35,12 +35,14 @@ class LayerBuilder:
         max_model_len: int,
         quantization: QuantizationMethod,
         dense: QuantizationMethod,
+        batch_invariant: bool = False,
     ) -> None:
         self.rank = 0
         self.world_size = 1
         self.dtype = dtype
         self.device = device
         self.max_model_len = max_model_len
+        self.batch_invariant = batch_invariant
         self._quantization = quantization
         self._dense = dense
         self._dtype_name = str(dtype).removeprefix("torch.")
@@ -73,6 +75,7 @@ class LayerBuilder:
             bias=bias,
             dtype=self._dtype_name,
             device=str(self.device),
+            batch_invariant=self.batch_invariant,
         )
         return Linear(spec, self._method(spec))
 
@@ -84,6 +87,7 @@ class LayerBuilder:
             is_head=is_head,
             dtype=self._dtype_name,
             device=str(self.device),
+            batch_invariant=self.batch_invariant,
         )
 
     def embedding(self, name: str, num_embeddings: int, embedding_dim: int) -> nn.Module:
@@ -106,7 +110,9 @@ class LayerBuilder:
                 f"{name}: num_attention_heads {options.num_heads} is not a multiple of "
                 f"num_key_value_heads {options.num_kv_heads}."
             )
-        return Attention(options, self.dtype, self.device, name=name)
+        return Attention(
+            options, self.dtype, self.device, name=name, batch_invariant=self.batch_invariant
+        )
 
     def experts(self, name: str, num_experts: int, hidden_size: int, size: int) -> nn.Module:
         """Refuse: no plugin of this version serves mixtures of experts."""

@@ -179,7 +179,8 @@ def combine(
             "prefill_class": prefill,
             "decode_class": decode,
             "graph_support": graphs,
-            "batch_invariant": prefill.batch_invariant and decode.batch_invariant,
+            # A token's bits would tell whether it was part of a prompt.
+            "batch_invariant": prefill is decode and prefill.batch_invariant,
             "quantized_kv": tuple(x for x in prefill.quantized_kv if x in decode.quantized_kv),
         },
     )

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from quire.interfaces.attention import AttentionBackend, GraphSupport
+from quire.interfaces.attention import AttentionBackend, GraphSupport, why_refused
 from quire.testing.attention_cases import Case, Inputs, make_batch, make_inputs, make_layer
 from quire.testing.attention_run import Subject, make_cache, run
 from quire.testing.attention_strategies import Choices
@@ -144,24 +144,43 @@ def check_rows_apart(subject: Subject, case: Case) -> Failure | None:
 
 
 def check_batch_invariance(subject: Subject, case: Case) -> Failure | None:
-    """A sequence gives the same bits alone and in a batch."""
+    """A token gives the same bits alone and in a batch, whatever of its sequence is beside it."""
+    if subject.backend.batch_invariant:
+        case = attrs.evolve(case, spec=attrs.evolve(case.spec, batch_invariant=True))
+        if why_refused(subject.backend, case.spec) is not None:
+            return None
     inputs = make_inputs(case)
     together = run(subject.backend, case, inputs, options=subject.options).out
-    for i, lengths in enumerate(case.lengths):
-        own = attrs.evolve(inputs, q=[inputs.q[i]], k=[inputs.k[i]], v=[inputs.v[i]])
-        alone = attrs.evolve(case, lengths=(lengths,), shared_blocks=0)
-        out = run(subject.backend, alone, own, options=subject.options).out[0]
-        if not torch.equal(out, together[i]):
-            what = f"sequence {i} gives other bits alone than in the batch"
-            guess = "batch_invariant = True is declared, and the order of sums depends on the batch"
-            return Failure(what=what, case=case, guess=guess)
+    for i, (query_len, seq_len) in enumerate(case.lengths):
+        cuts = {query_len}
+        if subject.backend.batch_invariant and case.spec.causal:
+            cuts |= {1, -(-query_len // 2)}
+        for cut in sorted(cuts, reverse=True):
+            own = attrs.evolve(
+                inputs, q=[inputs.q[i][query_len - cut :]], k=[inputs.k[i]], v=[inputs.v[i]]
+            )
+            alone = attrs.evolve(case, lengths=((cut, seq_len),), shared_blocks=0)
+            out = run(subject.backend, alone, own, options=subject.options).out[0]
+            if not torch.equal(out, together[i][query_len - cut :]):
+                return _other_bits(case, i, cut, query_len)
     return None
+
+
+def _other_bits(case: Case, sequence: int, cut: int, query_len: int) -> Failure:
+    declared = "batch_invariant = True is declared, and the order of sums depends on"
+    if cut == query_len:
+        what = f"sequence {sequence} gives other bits alone than in the batch"
+        return Failure(what=what, case=case, guess=f"{declared} the batch")
+    what = (
+        f"the last {cut} of {query_len} tokens of sequence {sequence} give other bits by themselves"
+    )
+    return Failure(what=what, case=case, guess=f"{declared} how a sequence is cut into steps")
 
 
 def is_not_invariant(choices: Choices) -> str | None:
     """Return why bits need not be the same, and how often they are."""
     if choices.backend.batch_invariant:
-        return None
+        return why_refused(choices.backend, attrs.evolve(choices.plain, batch_invariant=True))
     subject = Subject(backend=choices.backend, options=choices.options)
     lengths = ((1, 30), (1, 7), (5, 12), (9, 9))
     tried = [Case(spec=choices.plain, lengths=lengths, seed=seed) for seed in range(4)]

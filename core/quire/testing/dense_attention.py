@@ -20,6 +20,8 @@ LIMITS = BatchLimits(max_num_seqs=16, max_num_batched_tokens=4096, max_model_len
 class DenseAttention(AttentionBackend):
     """Attention with scores written out, in float64 for a float64 model, else in float32."""
 
+    batch_invariant = True
+
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
         """Serve all but latent attention."""
@@ -66,8 +68,16 @@ class DenseAttention(AttentionBackend):
                 at = torch.arange(seq_len, device=q.device)
                 blocks = plan.groups[0].block_table[row].long()[at // self.spec.block_size]
                 keys, values = kv_cache[blocks, :, at % self.spec.block_size].unbind(1)
-            found = self._attended(layer, q[part], keys, values, plan.positions[part])
-            out[part] = found.to(out.dtype)
+            parts = [(part, len(keys))]
+            if self.spec.batch_invariant and kv_cache is not None:
+                # One query after another, each with its own keys and nothing else.
+                past = seq_len - query_len - part.start
+                parts = [(slice(t, t + 1), past + t + 1) for t in range(part.start, part.stop)]
+            for own, count in parts:
+                found = self._attended(
+                    layer, q[own].clone(), keys[:count], values[:count], plan.positions[own]
+                )
+                out[own] = found.to(out.dtype)
 
     def _attended(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, positions: Tensor

@@ -24,6 +24,7 @@ class PlainWeight(LayerMethod):
     def __init__(self, shape: tuple[int, int], spec: LinearSpec | EmbeddingSpec) -> None:
         self.shape = shape
         self.spec = spec
+        self.batch_invariant = spec.batch_invariant  # type: ignore[misc]
         self.looks_up = isinstance(spec, EmbeddingSpec) and not spec.is_head
 
     def create_weights(self, layer: WeightLayer) -> None:
@@ -38,9 +39,11 @@ class PlainWeight(LayerMethod):
         """Multiply or look up."""
         assert isinstance(x, Tensor)
         weight = layer.get_weight("weight")
-        return (
-            functional.embedding(x, weight) if self.looks_up else functional.linear(x, weight, bias)
-        )
+        if self.looks_up:
+            return functional.embedding(x, weight)
+        if self.batch_invariant and len(x):
+            return torch.cat([functional.linear(row.clone(), weight, bias) for row in x.split(1)])
+        return functional.linear(x, weight, bias)
 
 
 class PlainWeights(QuantizationMethod):

@@ -53,6 +53,9 @@ def _checks(subject: ModelSubject, profile: Profile) -> list[search.Check]:
     whole = model_cases(every, longest, least=8)
     several = model_cases(every, longest, num_sequences=2)
     plain = model_cases([""], longest, least=8)
+    bits = model_cases(every, longest, dtypes=("float32", "bfloat16"), num_sequences=2)
+    is_declared = subject.model.batch_invariant
+    undeclared = None if is_declared else "batch_invariant is not declared"
     missing, narrow = why_missing(subject), checks.why_not_wide(subject)
 
     def check(
@@ -74,6 +77,7 @@ def _checks(subject: ModelSubject, profile: Profile) -> list[search.Check]:
         check("keys honoured", checks.check_keys, plain, 0.1),
         check("batch", checks.check_batch, several, 0.1, narrow),
         check("chunks", checks.check_chunks, mixed, 0.1, narrow),
+        check("batch invariance", checks.check_batch_invariance, bits, 0.05, undeclared),
         check("rows apart", checks.check_rows_apart, several, 0.05),
     ]
 
@@ -167,6 +171,10 @@ class ModelTests(search.KitTests):
     def test_sequence_is_the_same_alone_and_in_a_batch(self) -> None:
         """As near as float32."""
         self._check("batch")
+
+    def test_bits_are_the_same_alone_and_in_a_batch(self) -> None:
+        """Where `batch_invariant` is declared; also however steps are cut."""
+        self._check("batch invariance")
 
     def test_nan_in_one_sequence_does_not_reach_the_others(self) -> None:
         """In one step."""

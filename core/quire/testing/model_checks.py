@@ -46,11 +46,13 @@ def _model(
     *,
     dtype: str | None = None,
     weights: dict[str, Tensor] | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Return the model of a case with its weights."""
     given = _tensors(subject, case) if weights is None else weights
-    name = dtype or case.dtype
-    model = build(subject, given_json(subject, case.variation), getattr(torch, name))
+    name = getattr(torch, dtype or case.dtype)
+    config = given_json(subject, case.variation)
+    model = build(subject, config, name, batch_invariant=batch_invariant)
     load(model, draw_weights(model, case.weights) if given is None else given)
     return model
 
@@ -286,6 +288,26 @@ def check_batch(subject: ModelSubject, case: ModelCase) -> Failure | None:
         model = ready(subject, together.model, [case.lengths[i]])
         alone.append(model.logits([sequence]))
     return _compared(subject, case, torch.cat(alone), out, "sequences of a batch are mixed")
+
+
+def check_batch_invariance(subject: ModelSubject, case: ModelCase) -> Failure | None:
+    """A token's logits have the same bits alone, in a batch, and however steps are cut."""
+    model = _model(subject, case, batch_invariant=True)
+    together = ready(subject, model, case.lengths)
+    sequences = _sequences(case, together)
+    out = together.logits(sequences)
+    guess = "something between the layers is computed otherwise for another number of tokens"
+    for chunk in {1, case.chunk or 3}:
+        if not same_bits(ready(subject, model, case.lengths).logits(sequences, chunk), out):
+            what = f"in steps of {chunk} tokens a sequence has other bits than in one"
+            return Failure(what=what, case=case, guess=guess)
+    alone = [
+        ready(subject, model, [length]).logits([sequence])
+        for length, sequence in zip(case.lengths, sequences, strict=True)
+    ]
+    if same_bits(torch.cat(alone), out):
+        return None
+    return Failure(what="a sequence has other bits alone than in a batch", case=case, guess=guess)
 
 
 def check_rows_apart(subject: ModelSubject, case: ModelCase) -> Failure | None:

@@ -33,7 +33,13 @@ class Names:
     wrong: list[str]
 
 
-def build(subject: ModelSubject, given: Mapping[str, object], dtype: torch.dtype) -> Model:
+def build(
+    subject: ModelSubject,
+    given: Mapping[str, object],
+    dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
+) -> Model:
     """Build the model of a config.json; its parameters are NaN."""
     config = subject.config_class.from_json({"architectures": [subject.architecture], **given})
     builder = LayerBuilder(
@@ -42,6 +48,7 @@ def build(subject: ModelSubject, given: Mapping[str, object], dtype: torch.dtype
         max_model_len=config.longest_model_len,
         quantization=PlainWeights({}),
         dense=PlainWeights({}),
+        batch_invariant=batch_invariant,
     )
     model = subject.model(config, builder).eval()
     for parameter in model.parameters():

@@ -71,6 +71,7 @@ class LayerCase:
     rows: int = 1
     strided: bool = False
     seed: int = 0
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         outs = "+".join(map(str, self.sizes))
@@ -94,6 +95,7 @@ def spec_of(case: LayerCase, device: str, *, name: str = "") -> LinearSpec | Emb
             is_head=is_head,
             dtype=case.dtype,
             device=device,
+            batch_invariant=case.batch_invariant,
         )
     parts = PARTS[: len(case.sizes)] if len(case.sizes) > 1 else ("o_proj",)
     whole = "qkv_proj" if len(parts) > 1 else "o_proj"
@@ -105,6 +107,7 @@ def spec_of(case: LayerCase, device: str, *, name: str = "") -> LinearSpec | Emb
         bias=case.bias,
         dtype=case.dtype,
         device=device,
+        batch_invariant=case.batch_invariant,
     )
 
 

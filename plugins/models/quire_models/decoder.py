@@ -33,14 +33,17 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = build.parameter(size)
         self.eps = eps
+        self.batch_invariant = build.batch_invariant
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised `x` [num_tokens, size]."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, batch_invariant=self.batch_invariant)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised sum and the sum, which may be made in x's memory."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return ops.add_rms_norm(
+            x, residual, self.weight, self.eps, batch_invariant=self.batch_invariant
+        )
 
     def add_then(self, linear: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output for the normalised sum, and the sum."""
@@ -56,10 +59,12 @@ class Norm(nn.Module):
         return linear.after_norm((x, residual), (self.weight, self.eps), gated=True)
 
 
-def after_silu_mul(linear: Any, gate_up: Tensor) -> Tensor:
+def after_silu_mul(linear: Any, gate_up: Tensor, *, batch_invariant: bool) -> Tensor:
     """Return the layer's output for silu of the first half of `gate_up` times the second."""
     fused: Tensor | None = linear.after_silu_mul(gate_up)
-    out: Tensor = linear(ops.silu_mul(gate_up)) if fused is None else fused
+    if fused is not None:
+        return fused
+    out: Tensor = linear(ops.silu_mul(gate_up, batch_invariant=batch_invariant))
     return out
 
 
@@ -126,7 +131,7 @@ class MLP(nn.Module):
             out: Tensor = self.down_proj(gated)
         else:
             gate_up, total = norm.add_then(self.gate_up_proj, x, residual)
-            out = after_silu_mul(self.down_proj, gate_up)
+            out = after_silu_mul(self.down_proj, gate_up, batch_invariant=norm.batch_invariant)
         return out, total
 
 
@@ -208,6 +213,7 @@ class DecoderStack(nn.Module):
 class DecoderForCausalLM(Model):
     """A Llama-like model; a family says only how its layers differ."""
 
+    batch_invariant: ClassVar[bool] = True
     weight_names: ClassVar[WeightNames] = WeightNames(
         # The attention layer holds the weights of the q and k norms, one level deeper than files.
         renamed={r"\.self_attn\.attn\.": ".self_attn."},

@@ -86,7 +86,9 @@ class FakeQuantization(QuantizationMethod):
         self.asked: list[LayerSpec] = []
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
-        """Say which experts and caches it cannot serve."""
+        """Say which experts and caches it cannot serve, and that no row is the same anywhere."""
+        if not isinstance(spec, KVCacheSpec) and spec.batch_invariant:
+            return f"{spec.name}: no batch invariance"
         if isinstance(spec, ExpertsSpec):
             sizes = f"{spec.num_experts} experts of {spec.hidden_size} x {spec.intermediate_size}"
             return f"{spec.name}: no {sizes} in {spec.dtype} on {spec.device}"

@@ -50,7 +50,8 @@ class Int8Product(LayerMethod):
 
     def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
         # One row at a time: the same bits whatever else is in the batch.
-        rows = [row @ weight.T for row in x.float().split(1)]
+        # Each where memory is aligned, which a product may depend on, too.
+        rows = [row.clone() @ weight.T for row in x.float().split(1)]
         return torch.cat(rows) if rows else x.float() @ weight.T
 
     def apply(self, layer: WeightLayer, x: Any, bias: Tensor | None) -> Tensor:

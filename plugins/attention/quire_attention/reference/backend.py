@@ -30,7 +30,12 @@ class ReferencePlan:
 
 
 class ReferenceAttention(AttentionBackend):
-    """Serve every spec but latent attention; the judge of all other backends."""
+    """Serve every spec but latent attention; the judge of all other backends.
+
+    PyTorch's products of a sequence depend on how many queries they have, in the last bit. Where
+    batch invariance is asked for each query has products of its own, of a shape that its position
+    alone decides.
+    """
 
     batch_invariant = True
     quantized_kv = QUANTIZED_KV_DTYPES
@@ -90,11 +95,26 @@ class ReferenceAttention(AttentionBackend):
                 keys, values = k[tokens], v[tokens]
             else:
                 keys, values = self._gathered(layer, kv_cache, blocks, seq_len)
-            seen = slice(self._first_visible(query_len, seq_len), seq_len)
-            result, log_sum = self._attended(layer, q[tokens], keys[seen], values[seen])
-            out[tokens] = result.to(out.dtype)
-            if lse is not None:
-                lse[tokens] = log_sum
+            for part, last in self._parts(tokens, seq_len):
+                seen = slice(self._first_visible(part.stop - part.start, last), last)
+                # Of its own: a product may depend on where its factors lie, too.
+                queries = q[part].clone() if self.spec.batch_invariant else q[part]
+                result, log_sum = self._attended(layer, queries, keys[seen], values[seen])
+                out[part] = result.to(out.dtype)
+                if lse is not None:
+                    lse[part] = log_sum
+
+    def _parts(self, tokens: slice, seq_len: int) -> list[tuple[slice, int]]:
+        """Return which of a sequence's queries are attended at once, and how many keys there are.
+
+        Queries of an encoder see all keys, and are always there together.
+        """
+        if not (self.spec.batch_invariant and self.spec.causal):
+            return [(tokens, seq_len)]
+        past = seq_len - (tokens.stop - tokens.start)
+        return [
+            (slice(t, t + 1), past + 1 + t - tokens.start) for t in range(tokens.start, tokens.stop)
+        ]
 
     def _first_visible(self, query_len: int, seq_len: int) -> int:
         """Return the first position that a query sees; blocks before it may be someone else's."""

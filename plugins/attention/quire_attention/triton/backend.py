@@ -27,6 +27,7 @@ from quire_attention.triton.tuning import (
     Tile,
     Tuning,
     fitted,
+    invariant,
     power_of_two,
     tuning_for,
 )
@@ -66,8 +67,12 @@ class TritonAttention(AttentionBackend):
 
     Numbers of a quantized cache are made float16, or float32 as the model's, before they are
     multiplied, which loses nothing; scales are applied to scores and sums.
+
+    Where batch invariance is asked for all rows have the same tile, no sequence is split, and each
+    tile is masked, so that a row's sums are those of its own keys in their order.
     """
 
+    batch_invariant = True
     graph_support = GraphSupport.ANY
     quantized_kv = QUANTIZED_KV_DTYPES
 
@@ -78,7 +83,6 @@ class TritonAttention(AttentionBackend):
             "latent attention": spec.latent is not None,
             "ALiBi": spec.alibi,
             "bidirectional attention": not spec.causal,
-            "batch invariance": spec.batch_invariant,
             f"{spec.dtype}": spec.dtype not in DTYPES,
             "KV cache in another dtype than the model's": not spec.has_quantized_kv
             and spec.kv_dtype != spec.dtype,
@@ -227,6 +231,8 @@ class TritonAttention(AttentionBackend):
         """Normalise, rotate and write in one kernel, where values are as wide as keys."""
         if self.spec.value_head_dim != self.spec.head_dim:
             return None
+        if self.spec.batch_invariant and qk_norm is not None:
+            return None  # the kernel sums heads as the number of tokens tells it
         return head_token_kv.rotate_and_write(
             layer, qkv, positions, rotary, qk_norm, kv_cache, plan.slots
         )
@@ -327,6 +333,7 @@ class TritonAttention(AttentionBackend):
             BLOCK_D=power_of_two(spec.head_dim),
             BLOCK_V=power_of_two(spec.value_head_dim),
             SINGLE=is_single,
+            INVARIANT=spec.batch_invariant,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **overlap.options(),
@@ -336,7 +343,8 @@ class TritonAttention(AttentionBackend):
 def _tuning(spec: AttentionSpec) -> Tuning:
     dim = power_of_two(max(spec.head_dim, spec.value_head_dim))
     itemsize = 4 if spec.dtype == "float32" else 2
-    return tuning_for(group=spec.num_heads // spec.num_kv_heads, dim=dim, itemsize=itemsize)
+    found = tuning_for(group=spec.num_heads // spec.num_kv_heads, dim=dim, itemsize=itemsize)
+    return invariant(found) if spec.batch_invariant else found
 
 
 def _fitted_tuning(spec: AttentionSpec) -> Tuning:

@@ -151,7 +151,8 @@ def attend(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr, INVARIANT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Attend BLOCK_M (token, head) rows of one KV head to a range of its sequence's keys.
 
@@ -164,6 +165,8 @@ def attend(
 
         low                  seen by all rows             position          high
          |... masked (window) |   plain ...  |  masked (diagonal, tail) ...|
+
+    INVARIANT: all tiles are masked, as for one token, so that each row goes the same way.
     """
     let_next_begin(OVERLAPS)
     wait_for_previous(OVERLAPS)
@@ -222,7 +225,7 @@ def attend(
         q, row_scale = narrowed(q)
         row_scale *= tl.load(k_scale_ptr + kv_head)
     plain_to = begin
-    if not SINGLE:
+    if not SINGLE and not INVARIANT:
         plain_from = begin
         if WINDOW is not None:
             # The last row sees from `high - WINDOW` on; tiles that begin there or later are plain.

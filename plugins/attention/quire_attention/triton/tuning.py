@@ -67,6 +67,16 @@ def tuning_for(*, group: int, dim: int, itemsize: int) -> Tuning:
     return Tuning(single=single, crowd=crowd, few=few, many=many)
 
 
+# More keys than a sequence has: it is never split.
+UNSPLIT = 1 << 30
+
+
+def invariant(tuning: Tuning) -> Tuning:
+    """Return one tile for all rows, and no splits: what a row is summed with is its own affair."""
+    tile = tuning.few
+    return evolve(tuning, single=tile, crowd=tile, many=tile, few_chunk=UNSPLIT, chunk=UNSPLIT)
+
+
 def fitted(tuning: Tuning, *, dim: int, itemsize: int, shared_bytes: int) -> Tuning:
     """Return the tuning with as many stages and keys as a program's shared memory holds."""
     tiles = (tuning.single, tuning.crowd, tuning.few, tuning.many)

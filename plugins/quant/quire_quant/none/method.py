@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -16,7 +19,7 @@ from quire.interfaces.quantization import (
     ShardRule,
     WeightLayer,
 )
-from quire_kernels import ops
+from quire_kernels import fixed_rows, ops
 
 # For so few PyTorch's `embedding` has a kernel that takes them one after another on a GPU.
 FEW_TOKENS = 16
@@ -89,8 +92,59 @@ class DenseProduct(LayerMethod):
         return ops.add_rms_norm_linear_silu_mul(*addends, *norm, layer.get_weight("weight"))
 
 
+class FixedProduct(DenseProduct):
+    """The same, of which a row has the same bits however many there are.
+
+    On a GPU by a kernel of its own, on a CPU by the library's products of some rows at a time.
+    """
+
+    batch_invariant = True
+
+    def __init__(self, shape: tuple[int, int], dtype: str, device: str, *, bias: bool) -> None:
+        super().__init__(*shape, dtype, device)
+        self._bias = bias
+        self._sizes: tuple[int, ...] = ()
+
+    def finish_loading(self, layer: WeightLayer) -> None:
+        """Pack where that pays, and find out how many rows at a time give equal bits."""
+        super().finish_loading(layer)
+        self._sizes = self._equal_sizes()
+
+    def _equal_sizes(self) -> tuple[int, ...]:
+        if self.device.type != "cpu":
+            return fixed_rows.sizes_on_gpu(self.shape, self.dtype, self._bias, self.device)
+        make = _packed_product if _packing_pays(self.dtype) else fixed_rows.plain
+        num_threads = torch.get_num_threads()
+        return fixed_rows.sizes_on_cpu(make, self.shape, self.dtype, self._bias, num_threads)
+
+    def apply(
+        self, layer: WeightLayer, x: Tensor | QuantizedActivation, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product."""
+        assert isinstance(x, Tensor)
+        # A tied head is never told that the weights are there.
+        self._sizes = self._sizes or self._equal_sizes()
+        if x.is_cuda:
+            return fixed_rows.in_tiles(x, layer.get_weight("weight"), bias, self._sizes)
+        product = super().apply
+        return fixed_rows.in_pieces(lambda rows: product(layer, rows, bias), x, self._sizes)
+
+    def apply_after_norm(self, *_args: Any) -> None:
+        """Offer nothing: what is done at once is cut by the number of rows."""
+
+    def apply_gated_after_norm(self, *_args: Any) -> None:
+        """Offer nothing."""
+
+
+def _packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return lambda x: _packed_linear(x, packed, bias, "none", [], "")
+
+
 class DenseLookup(LayerMethod):
     """Rows of W [num_embeddings, embedding_dim]."""
+
+    batch_invariant = True
 
     def __init__(self, spec: EmbeddingSpec) -> None:
         self.spec = spec
@@ -125,9 +179,17 @@ class NoQuantization(QuantizationMethod):
     def method_for(self, spec: LayerSpec) -> LayerMethod | None:
         """Return a method in the layer's own dtype."""
         if isinstance(spec, LinearSpec):
-            return DenseProduct(spec.out_features, spec.in_features, spec.dtype, spec.device)
+            return _product(spec, (spec.out_features, spec.in_features), bias=spec.bias)
         if isinstance(spec, EmbeddingSpec) and spec.is_head:
-            return DenseProduct(spec.num_embeddings, spec.embedding_dim, spec.dtype, spec.device)
+            return _product(spec, (spec.num_embeddings, spec.embedding_dim), bias=False)
         if isinstance(spec, EmbeddingSpec):
             return DenseLookup(spec)
         return None
+
+
+def _product(
+    spec: LinearSpec | EmbeddingSpec, shape: tuple[int, int], *, bias: bool
+) -> DenseProduct:
+    if spec.batch_invariant and fixed_rows.serves(spec.device):
+        return FixedProduct(shape, spec.dtype, spec.device, bias=bias)
+    return DenseProduct(*shape, spec.dtype, spec.device)

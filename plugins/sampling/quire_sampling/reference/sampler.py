@@ -15,6 +15,8 @@ class ReferenceSampler(Sampler):
     Source: the order of the filters is vLLM's; the draw is `quire.interfaces.sampling.Sampler`'s.
     """
 
+    batch_invariant = True
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         """Draw one token a row."""
         if batch.suppressed is not None:

@@ -15,6 +15,7 @@ class TritonSampler(Sampler):
     """
 
     capturable = True
+    batch_invariant = True
 
     @classmethod
     def why_unsupported(cls, device: str) -> str | None:

@@ -44,6 +44,7 @@ class Watermark(LogitsProcessor):
     """
 
     name: ClassVar[str] = "watermark"
+    batch_invariant: ClassVar[bool] = True
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: str) -> None:
         super().__init__(vocab_size, max_num_seqs, device)
