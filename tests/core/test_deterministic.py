@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attrs import frozen
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from quire.config import EngineConfig
 from quire.engine import Engine
+from quire.errors import ConfigError
 from quire.frontend import Frontend
 from quire.request import Request
+from quire.server.served_engine import ServedEngine
 from quire_kernels.cpu import LIBRARY
 
 # Sizes that fill no vector, so that what is left over would be computed in another way.
@@ -189,3 +193,119 @@ def test_logits_are_bit_equal_whatever_shares_the_steps(
     check_same(kept, expected.bits)
     assert tokens == expected.tokens
     assert has_all_blocks(engine)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logits_are_bit_equal_at_sizes_that_threads_share(tmp_path: Path, threads: int) -> None:
+    sizes = {"hidden_size": 264, "intermediate_size": 1000, "head_dim": 44, "vocab_size": 1003}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SIZES, **FAMILIES["llama"], **sizes, "num_hidden_layers": 1})
+    )
+    options = {"attention_backend": "reference", "num_threads": threads}
+    many = [request(i, prompt(i, 60), max_tokens=3, prompt_logprobs=1) for i in range(8)]
+    one = start(tmp_path, **options)
+    expected = record(one)
+    for each in many:
+        run(one, [each])
+    engine = start(tmp_path, **options)
+    found = record(engine)
+
+    run(engine, many)
+
+    check_same(found, expected)
+
+
+@pytest.fixture
+def exact_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter sum products as a GPU does, whatever the row and its place."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def dot(_self: Any, a: Any, b: Any, d: Any, *_others: Any) -> Any:
+        wide = np.einsum("mk,kn->mn", a.data.astype(np.float32), b.data.astype(np.float32))
+        return interpreter.TensorHandle(wide + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.mark.usefixtures("exact_interpreter")
+def test_logits_are_bit_equal_with_triton(folders: dict[str, Path]) -> None:
+    options = {"attention_backend": "triton", "sampler": "triton"}
+    mixed = [
+        request(0, prompt(0, 9), max_tokens=3, temperature=1.0),
+        request(1, prompt(1, 5), max_tokens=4),
+        request(2, prompt(1, 5), max_tokens=2, temperature=0.5, top_p=0.7),
+    ]
+    one = start(folders["qwen3"], **options)
+    expected = record(one)
+    for each in mixed:
+        run(one, [each])
+    engine = start(folders["qwen3"], **options, max_num_batched_tokens=4, max_num_seqs=3)
+    found = record(engine)
+
+    run(engine, mixed)
+
+    check_same(found, expected)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"attention_backend": "sdpa"},
+        "--attention-backend sdpa cannot be used: it does not declare batch_invariant, which "
+        "--deterministic asks for; of those installed these would do: .*reference",
+    ),
+    (
+        {"attention_backend": "prefill=cpu,decode=reference"},
+        "with --deterministic one backend serves all steps",
+    ),
+    (
+        {"quantization": "int8"},
+        "quantization method 'int8' cannot be used: how it keeps .* does not declare "
+        "batch_invariant; of those installed these would do: none",
+    ),
+    (
+        {"logits_processors": ["top_n_sigma"]},
+        "top_n_sigma cannot be used: .*these would do: watermark",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:30])
+def test_a_plugin_that_does_not_declare_it_is_refused(
+    folders: dict[str, Path], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start(folders["llama"], **options)
+
+
+def test_a_model_that_does_not_declare_it_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quire_models.llama.model import Llama
+
+    monkeypatch.setattr(Llama, "batch_invariant", False)
+
+    with pytest.raises(ConfigError, match="model implementation 'llama' cannot be used: .* qwen3"):
+        start(folders["llama"], attention_backend="auto")
+
+
+def test_auto_passes_over_what_does_not_declare_it(folders: dict[str, Path]) -> None:
+    engine = start(folders["llama"], attention_backend="auto", disable_plugin="attention-cpu")
+
+    (choice,) = [one for one in engine.selections if one.kind == "attention"]
+
+    assert choice.used == "reference"
+    assert "does not declare batch_invariant" in dict(choice.passed_over)["sdpa"]
+
+
+def test_identity_tells_the_mode_and_the_versions(folders: dict[str, Path]) -> None:
+    def identity(**options: Any) -> list[str]:
+        engine = start(folders["llama"], attention_backend="reference", **options)
+        return ServedEngine(engine).ready({}).identity
+
+    exact, fast = identity(), identity(deterministic=False)
+
+    assert set(exact) - set(fast) == {"mode: deterministic"}
+    assert set(fast) - set(exact) == {"mode: fast"}
+    assert f"torch: {torch.__version__}" in exact
+    assert f"attention: reference of quire {version('quire')}" in exact
+    assert f"model: {folders['llama']}" in exact

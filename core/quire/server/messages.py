@@ -96,13 +96,16 @@ class StepStats(msgspec.Struct, array_like=True):
 
 
 class Ready(msgspec.Struct, tag=True, array_like=True):
-    """The model is loaded. `phases_s` says how long each part of the start took."""
+    """The model is loaded. `phases_s` says how long each part of the start took.
+
+    `identity` is all that decides what numbers come out, a line each.
+    """
 
     max_model_len: int
     num_blocks: int
     block_size: int
     phases_s: dict[str, float]
-    selections: list[str]
+    identity: list[str]
 
 
 class Stepped(msgspec.Struct, tag=True, array_like=True):

@@ -32,7 +32,7 @@ class ServedEngine:
             num_blocks=engine.block_manager.num_blocks,
             block_size=engine.config.cache.block_size,
             phases_s=phases_s,
-            selections=[f"{s.kind}: {s.used}" for s in engine.selections],
+            identity=_identity(engine),
         )
 
     def stats(self) -> StepStats:
@@ -64,6 +64,31 @@ class ServedEngine:
             return None, None, None
         self._gpu_asked_at = now
         return gpu_figures(self._gpu)
+
+
+def _identity(engine: Engine) -> list[str]:
+    """Return model, plugins, versions and mode, of which each may change what numbers come out."""
+    import torch
+
+    prepared, config = engine.prepared, engine.config
+    device = engine.runner.device
+    is_gpu = device.type == "cuda"
+    chip = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
+    lines = [
+        f"model: {config.model.model} {config.model.revision or ''}".rstrip(),
+        f"architecture: {', '.join(prepared.raw_config['architectures'])}",
+        f"device: {device.type} {chip}",
+        f"torch: {torch.__version__}",
+        f"dtype: {config.model.dtype}, KV cache {config.kv_dtype}",
+        f"mode: {'deterministic' if config.device.deterministic else 'fast'}",
+    ]
+    names = config.plugins.logits_processors
+    chosen = [(s.kind, s.used) for s in engine.selections]
+    for kind, used in [*chosen, *(("logits-processor", name) for name in names)]:
+        for part in used.split(","):
+            owner = prepared.registry.entry(kind, part.rpartition("=")[2]).owner
+            lines.append(f"{kind}: {part} of {owner.distribution} {owner.version}")
+    return lines
 
 
 def _gpu_of(engine: Engine) -> Any | None:

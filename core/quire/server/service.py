@@ -125,12 +125,18 @@ class Service:
             log.error("%s", stream.standing())
 
 
+_IS_DETERMINISTIC = "mode: deterministic"
+
+
 def _fingerprint(model: str, ready: Ready) -> str:
-    """Return a short name for what decides the numbers: model, plugins, version."""
+    """Return a short name for what decides the numbers: model, plugins, versions and mode."""
     from quire import __version__
 
-    text = "\n".join([__version__, model, *ready.selections])
-    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    lines = [f"quire: {__version__}", f"served as: {model}", *ready.identity]
+    short = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    fingerprint = f"fp_{short}" + ("_deterministic" if _IS_DETERMINISTIC in lines else "")
+    log.info("system_fingerprint %s stands for %s", fingerprint, "; ".join(lines))
+    return fingerprint
 
 
 def model_card(service: Service, name: str) -> dict[str, Any]:

@@ -36,6 +36,6 @@ def check_batch_invariance(subject: QuantizationSubject, case: LayerCase) -> Fai
             return Failure(what=what, case=case, guess="the order of a sum depends on the batch")
     large = loaded.layer(x.repeat(LARGE, 1))
     if not torch.equal(bits(large), bits(together.repeat(LARGE, 1))):
-        what = f"rows differ in their bits from the same rows {LARGE} times"
+        what = f"a row differs in its bits from the same row among {LARGE} times as many"
         return Failure(what=what, case=case, guess="the order of a sum depends on the batch")
     return None

@@ -148,7 +148,7 @@ class ScaleOverAllRows(Int8Product):
         return super().multiplied(x / scale, weight) * scale
 
 
-@broken("batch-decides", "differs in its bits")
+@broken("batch-decides", "in its bits from the")
 class BatchDecides(Int8Product):
     """Declared to be batch-invariant, and not."""
 
