@@ -17,6 +17,7 @@ from quire import LLM, SamplingParams
 from quire.constraints import StructuredOutputsParams
 from quire.errors import ConfigError, RequestError
 from quire.structured import checker
+from quire.structured.check_process import _allowed_from
 from quire.structured.checker import GrammarChecker
 from quire.structured.compiler import GrammarSetup
 
@@ -259,3 +260,20 @@ def test_without_an_engine_requests_are_told_how_to_get_one(folder: Path) -> Non
     with pytest.raises(RequestError, match="no grammar engine"):
         llm.generate("x", SamplingParams(structured_outputs={"regex": "a"}), use_tqdm=False)
     llm.frontend.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "bits", "token_id"),
+    [
+        (0, 0b1000, 3),
+        (3, 0b1000, 3),
+        (4, 0b1000, 3),
+        (2, 0b10011, 4),
+        (70, 1 << 65 | 2, 1),
+        (5, 0, None),
+    ],
+)
+def test_a_walk_takes_the_next_allowed_token_around(
+    first: int, bits: int, token_id: int | None
+) -> None:
+    assert _allowed_from(first, bits) == token_id
