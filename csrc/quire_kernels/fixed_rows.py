@@ -28,8 +28,22 @@ SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _LEAST_ROWS, _MOST_OUTPUTS = 16, 1024
 # What cancels is larger by this than what is left; float16 holds its products.
 _LARGE = 2.0**12
+# So many numbers PyTorch shares out among a CPU's threads.
+SHARED_AMONG_THREADS = 32768
 # PyTorch allocates at such addresses; a library may ask for them.
 _ALIGNMENT = 64
+
+
+def apart_from_threads(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return an elementwise function of `x` [num_rows, size], of a row whatever else there is.
+
+    Where a thread begins or ends is told by the number of rows; vectors end there, and what is left
+    over is computed in another way.
+    """
+    if x.numel() < SHARED_AMONG_THREADS:
+        return function(x)
+    pieces = x.split(max(1, (SHARED_AMONG_THREADS - 1) // x.shape[1]))
+    return torch.cat([function(piece) for piece in pieces])
 
 
 def in_pieces(product: Callable[[Tensor], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
