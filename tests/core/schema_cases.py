@@ -59,6 +59,8 @@ class SchemaMaker:
             lambda: {"type": "integer", "minimum": draw.randint(-50, 0), "maximum": 300},
             lambda: {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 3000},
             lambda: {"type": "integer", "minimum": 0, "maximum": 500, "multipleOf": 5},
+            lambda: {"type": "number", "minimum": -2.5, "maximum": draw.choice([0, 7.25, 1e3])},
+            lambda: {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.125},
             lambda: {"type": ["boolean", "null"]},
             lambda: {"type": "boolean"},
             lambda: {"type": "null"},

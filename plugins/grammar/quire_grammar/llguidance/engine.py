@@ -19,6 +19,7 @@ from quire.interfaces.grammar import (
     GrammarStuck,
     GrammarVocabulary,
 )
+from quire_grammar.llguidance.bounds import with_exact_bounds
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
 from quire_grammar.llguidance.tags import TagGrammar, check_no_settings
 
@@ -91,7 +92,10 @@ class LLGuidanceEngine(GrammarEngine):
         if source.kind not in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT):
             raise ValueError(f"llguidance does not read {source.kind}")
         text = source.text if source.kind is GrammarKind.JSON_SCHEMA else ANY_OBJECT
-        check_no_settings(json.loads(text))
+        schema = json.loads(text)
+        check_no_settings(schema)
+        exact = with_exact_bounds(schema)
+        text = text if exact is schema else json.dumps(exact)
         return LLMatcher.grammar_from_json_schema(text, overrides=JSON_SETTINGS)
 
 
