@@ -82,3 +82,13 @@ def test_whole_numbers_and_what_is_no_bound_stay_as_they_are() -> None:
     assert with_exact_bounds(schema) is schema
     assert with_exact_bounds(table) == table
     assert [text for text in ("5", "6", "8", "9") if accepts(schema, text)] == ["6", "8"]
+
+
+def test_counts_of_names_that_may_repeat_are_refused() -> None:
+    kept = {"type": "object", "required": ["a", "b"], "minProperties": 2}
+    least_one = {"type": "object", "minProperties": 1, "properties": {}}
+
+    assert with_exact_bounds(kept) is kept
+    assert with_exact_bounds(least_one) is least_one
+    with pytest.raises(ValueError, match="'minProperties' of 2 .* here 1"):
+        with_exact_bounds({"allOf": [{"minProperties": 2, "required": ["a"]}]})

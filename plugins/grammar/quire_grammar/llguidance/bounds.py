@@ -1,8 +1,8 @@
-"""Exclusive bounds that llguidance reads too loosely, as bounds that it reads right.
+"""Bounds that llguidance keeps too loosely: written as bounds that it keeps, or refused.
 
-With `{"exclusiveMinimum": 5, "maximum": 5.5}` llguidance 1.9 allows the number 5, and with its mirror
-image, `{"minimum": -5.5, "exclusiveMaximum": -5}`, -5: where the other bound lies within the same
-whole number. The two may stand in different parts of a schema (`allOf`, `$ref`).
+With `{"exclusiveMinimum": 5, "maximum": 5.5}` llguidance 1.9 allows the number 5, and with its
+mirror image, `{"minimum": -5.5, "exclusiveMaximum": -5}`, -5: where the other bound lies within
+the same whole number. The two may stand in different parts of a schema (`allOf`, `$ref`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Keywords of what is to be written as it stands, and is no schema.
+VALUES = ("const", "enum", "default", "examples")
 LOWER, UPPER = ("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")
 # Numbers nearer to an exclusive bound than this share of it, or this itself, are given up.
 GAP = 1e-12
 
 
 def with_exact_bounds(schema: Any) -> Any:
-    """Return a schema, itself where nothing is to be changed, whose exclusive bounds are kept."""
+    """Return a schema, itself where nothing is to be changed, whose exclusive bounds are kept.
+
+    Raises: ValueError for a number of properties that is not kept.
+    """
+    _check_counts(schema)
     bounds = list(_bounds(schema))
     uppers = [value for name, value in bounds if name in UPPER]
     lowers = [value for name, value in bounds if name in LOWER]
@@ -28,6 +34,25 @@ def with_exact_bounds(schema: Any) -> Any:
         or (name == UPPER[0] and any(_within(-value, -other) for other in lowers))
     }
     return _changed(schema, loose) if loose else schema
+
+
+def _check_counts(part: Any) -> None:
+    """Refuse to count names that are not required: one that is written twice is one property."""
+    if isinstance(part, list):
+        for one in part:
+            _check_counts(one)
+    if not isinstance(part, Mapping):
+        return
+    least, required = part.get("minProperties"), part.get("required")
+    named = len(required) if isinstance(required, list) else 0
+    if type(least) in (int, float) and least > max(1, named):
+        raise ValueError(
+            f"keyword 'minProperties' of {least} is supported up to the number of required "
+            f"properties, here {named}"
+        )
+    for name, value in part.items():
+        if name not in VALUES:
+            _check_counts(value)
 
 
 def _within(whole: float, other: float) -> bool:
@@ -52,9 +77,7 @@ def _changed(part: Any, loose: set[tuple[str, float]]) -> Any:
     if not isinstance(part, Mapping):
         return part
     found = {
-        # What is to be written as it stands is no schema.
-        name: value if name in ("const", "enum", "default", "examples") else _changed(value, loose)
-        for name, value in part.items()
+        name: value if name in VALUES else _changed(value, loose) for name, value in part.items()
     }
     for (exclusive, inclusive), sign, nearest in ((LOWER, 1, max), (UPPER, -1, min)):
         value = found.get(exclusive)
