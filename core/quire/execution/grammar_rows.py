@@ -68,30 +68,40 @@ class GrammarRows:
         if not self.asks(rows):
             return logits
         places = [place for place, row in enumerate(rows) if row in self._rows]
-        words = (self._vocab_size + BITS - 1) // BITS
-        masks = np.full((len(places), words), -1, np.int32)
-        for mask, place in zip(masks, places, strict=True):
-            self._fill(self._rows[rows[place]], mask)
-        bits = to_device(masks, torch.int32, self._device)
-        forbidden = ((bits.unsqueeze(-1) >> self._shifts) & 1).view(len(places), -1) == 0
-        forbidden = forbidden[:, : self._vocab_size]
+        forbidden = self._forbidden(self._masks([self._rows[rows[place]] for place in places]))
         if len(places) == len(rows):
             return logits.masked_fill_(forbidden, float("-inf"))
         where = to_device(places, torch.int64, self._device)
         own = logits.index_select(0, where).masked_fill_(forbidden, float("-inf"))
         return logits.index_copy_(0, where, own)
 
-    def _fill(self, sequence_id: int, mask: np.ndarray) -> None:
-        matcher = self._matchers.get(sequence_id)
-        if matcher is None or sequence_id in self._stuck:
-            return
-        try:
-            matcher.fill_mask(mask)
-            if not mask.any():
-                raise GrammarStuck("no token can continue it")
-        except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequence
-            mask.fill(-1)
-            self._stop(sequence_id, error)
+    def _forbidden(self, masks: np.ndarray) -> Tensor:
+        """Return which tokens have no bit, bool [rows, vocab_size], on the device."""
+        if self._device == "cpu":
+            # 15 us for 64 rows of 4,096 tokens, and 123 us by shifts, on one thread.
+            flags = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little")
+            return torch.from_numpy(flags).view(torch.bool)[:, : self._vocab_size]
+        bits = to_device(masks, torch.int32, self._device)
+        forbidden = ((bits.unsqueeze(-1) >> self._shifts) & 1).view(len(masks), -1) == 0
+        return forbidden[:, : self._vocab_size]
+
+    def _masks(self, sequence_ids: list[int]) -> np.ndarray:
+        """Return a bit a token for each sequence; all are set where it cannot go on."""
+        words = (self._vocab_size + BITS - 1) // BITS
+        masks = np.full((len(sequence_ids), words), -1, np.int32)
+        for mask, sequence_id in zip(masks, sequence_ids, strict=True):
+            matcher = self._matchers.get(sequence_id)
+            if matcher is None or sequence_id in self._stuck:
+                continue
+            try:
+                matcher.fill_mask(mask)
+            except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequence
+                mask.fill(-1)
+                self._stop(sequence_id, error)
+        for i in np.flatnonzero(~masks.any(axis=1)):
+            masks[i] = -1
+            self._stop(sequence_ids[i], GrammarStuck("no token can continue it"))
+        return masks
 
     def accept(self, tokens: dict[int, list[int]], errors: dict[int, str]) -> None:
         """Go on by the tokens of a step, by sequence id; what cannot is moved to `errors`."""

@@ -45,7 +45,7 @@ def _check_counts(part: Any) -> None:
         return
     least, required = part.get("minProperties"), part.get("required")
     named = len(required) if isinstance(required, list) else 0
-    if type(least) in (int, float) and least > max(1, named):
+    if isinstance(least, (int, float)) and least > max(1, named):
         raise ValueError(
             f"keyword 'minProperties' of {least} is supported up to the number of required "
             f"properties, here {named}"
@@ -81,7 +81,7 @@ def _changed(part: Any, loose: set[tuple[str, float]]) -> Any:
     }
     for (exclusive, inclusive), sign, nearest in ((LOWER, 1, max), (UPPER, -1, min)):
         value = found.get(exclusive)
-        if type(value) in (int, float) and (exclusive, value) in loose:
+        if isinstance(value, (int, float)) and (exclusive, value) in loose:
             beyond = value + sign * max(GAP, GAP * abs(value))
             found[inclusive] = nearest(beyond, found.get(inclusive, beyond))
             del found[exclusive]
