@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from attrs import frozen
@@ -215,19 +214,6 @@ def test_logits_are_bit_equal_at_sizes_that_threads_share(tmp_path: Path, thread
     check_same(found, expected)
 
 
-@pytest.fixture
-def exact_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Triton's interpreter sum products as a GPU does, whatever the row and its place."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-
-    def dot(_self: Any, a: Any, b: Any, d: Any, *_others: Any) -> Any:
-        wide = np.einsum("mk,kn->mn", a.data.astype(np.float32), b.data.astype(np.float32))
-        return interpreter.TensorHandle(wide + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-
-
-@pytest.mark.usefixtures("exact_interpreter")
 def test_logits_are_bit_equal_with_triton(folders: dict[str, Path]) -> None:
     options = {"attention_backend": "triton", "sampler": "triton"}
     mixed = [

@@ -344,7 +344,6 @@ REFUSED = {
     "latent attention": {"latent": object()},
     "ALiBi": {"alibi": True},
     "bidirectional attention": {"causal": False},
-    "batch invariance": {"batch_invariant": True},
     "KV cache in another dtype": {"kv_dtype": "float16"},
     "heads beyond 256": {"head_dim": 320},
     "block size of 12": {"block_size": 12},

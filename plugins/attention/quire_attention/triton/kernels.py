@@ -24,12 +24,17 @@ ITEM_SIZE = tl.constexpr(8)
 
 
 @triton.jit
-def product(a, b, acc):
+def product(a, b, acc, INVARIANT: tl.constexpr):
     """Return acc + a @ b with float32 sums; float32 factors are multiplied in IEEE arithmetic."""
     # The interpreter multiplies the bits of bfloat16 as integers.
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    # NumPy's products, unlike a GPU's, differ with a row's place.
+    if INTERPRETED and INVARIANT:
+        acc += tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -80,7 +85,7 @@ def over_keys(
     acc, peak, total, q, positions, table, cache, row_scale, stride_block, begin, end, low, high,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Take the tiles of keys in [begin, end) into the running softmax.
 
@@ -110,7 +115,8 @@ def over_keys(
         else:
             k = tl.load(k_pointers)
         k = widened(k, q.dtype)
-        scores = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32))
+        scores = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
+        scores = product(q, tl.trans(k), scores, INVARIANT)
         if row_scale is not None:
             scores *= row_scale[:, None]
         # 2 ** (scores * factor) is the exponential of a score.
@@ -134,7 +140,7 @@ def over_keys(
             v = tl.load(v_pointers, mask=(value_dims < VALUE_DIM)[None, :], other=0.0)
         else:
             v = tl.load(v_pointers)
-        acc = product(rounded(weights, q.dtype), widened(v, q.dtype), acc)
+        acc = product(rounded(weights, q.dtype), widened(v, q.dtype), acc, INVARIANT)
         peak = new_peak
     return acc, peak, total
 
@@ -234,20 +240,20 @@ def attend(
             acc, peak, total = over_keys(
                 acc, peak, total, q, positions, table, cache, row_scale, stride_block, begin,
                 plain_from, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM,
-                BLOCK_N, BLOCK_D, BLOCK_V, MASKED=True,
+                BLOCK_N, BLOCK_D, BLOCK_V, MASKED=True, INVARIANT=False,
             )  # fmt: skip
         plain_to = tl.maximum((position + 1) // BLOCK_N * BLOCK_N, plain_from)
         acc, peak, total = over_keys(
             acc, peak, total, q, positions, table, cache, row_scale, stride_block, plain_from,
             plain_to, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM,
-            BLOCK_N, BLOCK_D, BLOCK_V, MASKED=False,
+            BLOCK_N, BLOCK_D, BLOCK_V, MASKED=False, INVARIANT=False,
         )  # fmt: skip
     # One token is bound by memory, where masks are free: all its tiles in one loop, for the
     # pipeline of copies starts anew in each loop.
     acc, peak, total = over_keys(
         acc, peak, total, q, positions, table, cache, row_scale, stride_block, plain_to, high,
         low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
-        BLOCK_V, MASKED=True,
+        BLOCK_V, MASKED=True, INVARIANT=INVARIANT,
     )  # fmt: skip
 
     # A padding row has seen nothing, and is zero.

@@ -1,0 +1,97 @@
+"""What the kit says of a declaration of batch invariance that is not true."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from quire.interfaces.attention import AttentionSpec
+from quire.interfaces.quantization import LayerMethod, LayerSpec
+from quire.testing import check_model, check_quantization
+from quire.testing.attention_cases import Case
+from quire.testing.attention_checks import check_batch_invariance
+from quire.testing.attention_run import Subject
+from quire.testing.dense_attention import DenseAttention
+from quire.testing.dense_layers import PlainWeight, PlainWeights
+from quire.testing.kit_model import ModelSubject
+from quire.testing.kit_quantization import QuantizationSubject
+from quire_models.llama import LlamaConfig
+from quire_models.llama.model import Llama
+
+SPEC = AttentionSpec(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    value_head_dim=16,
+    scale=0.25,
+    dtype="float32",
+    kv_dtype="float32",
+    block_size=4,
+    device="cpu",
+)
+
+
+class CutDecides(DenseAttention):
+    """All queries of a sequence in one product, whose sums depend on how many they are."""
+
+    def __init__(self, spec: AttentionSpec, *others: Any) -> None:
+        super().__init__(evolve(spec, batch_invariant=False), *others)
+
+
+def test_attention_that_depends_on_how_a_sequence_is_cut_is_caught() -> None:
+    cases = [Case(spec=SPEC, lengths=((1, 9), (7, 40)), seed=seed) for seed in range(6)]
+
+    found = [check_batch_invariance(Subject(backend=CutDecides), case) for case in cases]
+    right = [check_batch_invariance(Subject(backend=DenseAttention), case) for case in cases]
+
+    assert right == [None] * len(cases)
+    caught = [failure for failure in found if failure is not None]
+    assert caught
+    assert any("of 7 tokens of sequence 1 give other bits alone" in one.what for one in caught)
+    assert any("how a sequence is cut" in (one.guess or "") for one in caught)
+
+
+class RowsDecide(PlainWeight):
+    """Fixed for a few rows, and another product for many."""
+
+    def apply(self, layer: Any, x: Any, bias: Tensor | None) -> Tensor:
+        out = super().apply(layer, x, bias)
+        return out if len(x) < 64 or self.looks_up else torch.nextafter(out, out + 1)
+
+
+class Few(PlainWeights):
+    """Lets the number of rows decide beyond those that a batch has mostly."""
+
+    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+        method = super().method_for(spec)
+        return RowsDecide(method.shape, method.spec) if isinstance(method, PlainWeight) else None
+
+
+def test_product_that_changes_with_many_rows_is_caught() -> None:
+    report = check_quantization(QuantizationSubject(method=Few, config={}))
+
+    (failed,) = [one for one in report.checks if one.outcome == "failed"]
+    assert failed.name == "batch invariance"
+    assert "12 times as many" in failed.detail
+
+
+class Turns(Llama):
+    """Computes hidden states otherwise where there are several tokens."""
+
+    def forward(self, hidden: Tensor, batch: Any) -> Tensor:
+        return super().forward(hidden * 3 / 3 if len(hidden) > 1 else hidden, batch)
+
+
+def subject_of(model: type[Llama]) -> ModelSubject:
+    return ModelSubject(model=model, config_class=LlamaConfig, architecture="LlamaForCausalLM")
+
+
+def test_model_whose_bits_depend_on_the_step_is_caught() -> None:
+    report = check_model(subject_of(Turns))
+
+    (failed,) = [one for one in report.checks if one.outcome == "failed"]
+    assert failed.name == "batch invariance"
+    assert "otherwise for another number of tokens" in failed.detail
