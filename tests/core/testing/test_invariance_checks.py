@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attrs import evolve
 from torch import Tensor
 
 from quire.interfaces.attention import AttentionSpec
@@ -35,10 +34,13 @@ SPEC = AttentionSpec(
 
 
 class CutDecides(DenseAttention):
-    """All queries of a sequence in one product, whose sums depend on how many they are."""
+    """Right to the last bit, which tells whether a token's sequence has others in the step."""
 
-    def __init__(self, spec: AttentionSpec, *others: Any) -> None:
-        super().__init__(evolve(spec, batch_invariant=False), *others)
+    def attend(self, layer: Any, q: Tensor, *others: Any) -> None:
+        super().attend(layer, q, *others)
+        plan, out = others[3], others[4]
+        singles = plan.query_lens.count(1)
+        out[singles:] = torch.nextafter(out[singles:], out[singles:] + 1)
 
 
 def test_attention_that_depends_on_how_a_sequence_is_cut_is_caught() -> None:
@@ -49,9 +51,9 @@ def test_attention_that_depends_on_how_a_sequence_is_cut_is_caught() -> None:
 
     assert right == [None] * len(cases)
     caught = [failure for failure in found if failure is not None]
-    assert caught
-    assert any("of 7 tokens of sequence 1 give other bits alone" in one.what for one in caught)
-    assert any("how a sequence is cut" in (one.guess or "") for one in caught)
+    assert len(caught) == len(cases)
+    assert all("the last 1 of 7 tokens of sequence 1" in one.what for one in caught)
+    assert all("how a sequence is cut" in (one.guess or "") for one in caught)
 
 
 class RowsDecide(PlainWeight):
