@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from quire.errors import ConfigError, PluginError
+from quire.errors import ConfigError
 from quire.hooks.kinds import KINDS
 from quire.hooks.registry import Registry
 from quire.interfaces.attention import NOT_INVARIANT
@@ -39,7 +39,7 @@ def _would_do(registry: Registry, kind: str, name: str, would_do: Callable[[Any]
         return False
     try:
         return would_do(entry.descriptor.load_class())
-    except (ConfigError, PluginError):
+    except Exception:  # noqa: BLE001  it is told where the plugin is asked for
         return False
 
 
@@ -48,8 +48,7 @@ def refuse_model(registry: Registry, name: str) -> ConfigError:
     others = who_is(registry, "model", declares_invariance)
     return ConfigError(
         f"--deterministic: {KINDS['model'].title} {name!r} cannot be used: {NOT_INVARIANT}; "
-        f"{others}. "
-        "Take another model, or leave --deterministic out."
+        f"{others}. Take another model, or leave --deterministic out."
     )
 
 
