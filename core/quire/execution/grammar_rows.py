@@ -89,19 +89,33 @@ class GrammarRows:
         """Return a bit a token for each sequence; all are set where it cannot go on."""
         words = (self._vocab_size + BITS - 1) // BITS
         masks = np.full((len(sequence_ids), words), -1, np.int32)
-        for mask, sequence_id in zip(masks, sequence_ids, strict=True):
-            matcher = self._matchers.get(sequence_id)
-            if matcher is None or sequence_id in self._stuck:
-                continue
-            try:
-                matcher.fill_mask(mask)
-            except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequence
-                mask.fill(-1)
-                self._stop(sequence_id, error)
-        for i in np.flatnonzero(~masks.any(axis=1)):
+        going = {
+            i: self._matchers[sequence_id]
+            for i, sequence_id in enumerate(sequence_ids)
+            if sequence_id in self._matchers and sequence_id not in self._stuck
+        }
+        for i, error in self._fill(masks, going).items():
             masks[i] = -1
-            self._stop(sequence_ids[i], GrammarStuck("no token can continue it"))
+            self._stop(sequence_ids[i], error)
+        for place in np.flatnonzero(~masks.any(axis=1)):
+            masks[place] = -1
+            self._stop(sequence_ids[place], GrammarStuck("no token can continue it"))
         return masks
+
+    @staticmethod
+    def _fill(masks: np.ndarray, going: dict[int, GrammarMatcher]) -> dict[int, Exception]:
+        """Fill the rows of `masks` that have a matcher; return what those raised that cannot."""
+        if not going:
+            return {}
+        places, matchers = list(going), list(going.values())
+        own = masks if len(places) == len(masks) else masks[places]
+        try:
+            raised = type(matchers[0]).fill_masks(matchers, own)
+        except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequences
+            raised = [error] * len(places)
+        if own is not masks:
+            masks[places] = own
+        return {i: e for i, e in zip(places, raised, strict=True) if e is not None}
 
     def accept(self, tokens: dict[int, list[int]], errors: dict[int, str]) -> None:
         """Go on by the tokens of a step, by sequence id; what cannot is moved to `errors`."""

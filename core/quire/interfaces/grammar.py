@@ -55,6 +55,24 @@ class GrammarMatcher(abc.ABC):
         Raises: GrammarStuck.
         """
 
+    @classmethod
+    def fill_masks(
+        cls, matchers: Sequence[GrammarMatcher], masks: NDArray[np.int32]
+    ) -> list[Exception | None]:
+        """Fill a row of `masks` [len(matchers), ceil(vocab_size / 32)] for each matcher of a step.
+
+        All are of this class. Returns what each raised; an engine that can do it at once may.
+        """
+        found: list[Exception | None] = []
+        for matcher, mask in zip(matchers, masks, strict=True):
+            try:
+                matcher.fill_mask(mask)
+            except Exception as error:  # noqa: BLE001  it ends its own sequence
+                found.append(error)
+            else:
+                found.append(None)
+        return found
+
     @abc.abstractmethod
     def accept(self, token_id: int) -> None:
         """Go on by a token, an end token included. Raises: GrammarStuck for one that may not come.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from quire.interfaces.grammar import (
@@ -31,6 +33,7 @@ JSON_SETTINGS: Any = {"whitespace_pattern": WHITESPACE}
 # How the library marks a token that is no text.
 SPECIAL = b"\xff"
 MAX_ERROR_CHARS = 200
+MOST_THREADS = 8
 
 
 class _Tokens:
@@ -99,6 +102,13 @@ class LLGuidanceEngine(GrammarEngine):
         return LLMatcher.grammar_from_json_schema(text, overrides=JSON_SETTINGS)
 
 
+@functools.cache
+def _threads() -> LLExecutor | None:
+    """Return threads on half of this process's processors; None where that is one."""
+    count = min(len(os.sched_getaffinity(0)) // 2, MOST_THREADS)
+    return LLExecutor(num_threads=count) if count > 1 else None
+
+
 class _Compiled(CompiledGrammar):
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -114,6 +124,19 @@ class _Matcher(GrammarMatcher):
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
+
+    @classmethod
+    def fill_masks(
+        cls, matchers: Sequence[GrammarMatcher], masks: NDArray[np.int32]
+    ) -> list[Exception | None]:
+        """Fill them in several threads, where there are processors for them."""
+        own = [matcher._matcher for matcher in matchers if isinstance(matcher, _Matcher)]
+        threads = _threads()
+        if threads is None or len(own) < 2 or not masks.flags.c_contiguous:
+            return super().fill_masks(matchers, masks)
+        places = [(matcher, i) for i, matcher in enumerate(own)]
+        threads.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
+        return [GrammarStuck(_reason(one)) if one.is_error() else None for one in own]
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)

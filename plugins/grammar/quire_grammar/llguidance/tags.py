@@ -10,6 +10,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from quire.interfaces.grammar import GrammarKind, GrammarSource, Node
+from quire_grammar.llguidance.bounds import with_exact_bounds
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
 
 ANY_TEXT = "/(?s:.*)/"
@@ -86,6 +87,7 @@ class TagGrammar:
             raise ValueError("nothing fulfils the schema false")
         schema = {} if schema is True else dict(schema)
         check_no_settings(schema)
+        schema = with_exact_bounds(schema)
         return self._rule(f"%json {json.dumps(schema | {OWN_SETTINGS: self._json_settings})}")
 
     def _regex(self, node: Node) -> str:
