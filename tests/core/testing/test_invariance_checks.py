@@ -9,7 +9,6 @@ from torch import Tensor
 
 from quire.interfaces.attention import AttentionSpec
 from quire.interfaces.quantization import LayerMethod, LayerSpec
-from quire.testing import check_model, check_quantization
 from quire.testing.attention_cases import Case
 from quire.testing.attention_checks import check_batch_invariance
 from quire.testing.attention_run import Subject
@@ -17,6 +16,10 @@ from quire.testing.dense_attention import DenseAttention
 from quire.testing.dense_layers import PlainWeight, PlainWeights
 from quire.testing.kit_model import ModelSubject
 from quire.testing.kit_quantization import QuantizationSubject
+from quire.testing.model_cases import ModelCase
+from quire.testing.model_checks import check_batch_invariance as check_model_bits
+from quire.testing.quantization_bits import check_batch_invariance as check_rows
+from quire.testing.quantization_cases import LayerCase
 from quire_models.llama import LlamaConfig
 from quire_models.llama.model import Llama
 
@@ -73,11 +76,13 @@ class Few(PlainWeights):
 
 
 def test_product_that_changes_with_many_rows_is_caught() -> None:
-    report = check_quantization(QuantizationSubject(method=Few, config={}))
+    case = LayerCase(in_features=48, sizes=(24,), rows=9)
 
-    (failed,) = [one for one in report.checks if one.outcome == "failed"]
-    assert failed.name == "batch invariance"
-    assert "12 times as many" in failed.detail
+    failed = check_rows(QuantizationSubject(method=Few, config={}), case)
+
+    assert failed is not None
+    assert "12 times as many" in failed.what
+    assert check_rows(QuantizationSubject(method=PlainWeights, config={}), case) is None
 
 
 class Turns(Llama):
@@ -92,8 +97,10 @@ def subject_of(model: type[Llama]) -> ModelSubject:
 
 
 def test_model_whose_bits_depend_on_the_step_is_caught() -> None:
-    report = check_model(subject_of(Turns))
+    case = ModelCase(lengths=(9, 4), chunk=3)
 
-    (failed,) = [one for one in report.checks if one.outcome == "failed"]
-    assert failed.name == "batch invariance"
-    assert "otherwise for another number of tokens" in failed.detail
+    failed = check_model_bits(subject_of(Turns), case)
+
+    assert failed is not None
+    assert "otherwise for another number of tokens" in (failed.guess or "")
+    assert check_model_bits(subject_of(Llama), case) is None
