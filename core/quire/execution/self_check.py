@@ -20,7 +20,7 @@ from quire.execution.self_check_case import fused_steps_of, lengths_of, pieces_o
 from quire.execution.self_check_heads import Drawn, Heads, RawSequences, Sequences
 from quire.execution.synthetic_batch import Span, batch_of, block_tables
 from quire.interfaces.attention import QUANTIZED_KV_DTYPES, AttentionSpec, BatchLimits
-from quire.interfaces.batch import Batch
+from quire.interfaces.batch import Batch, GroupBatch
 from quire.layers.attention import normalise_and_rotate
 from quire.layers.dense_attention import dense_attention
 
@@ -103,7 +103,7 @@ class _Check:
 
     def _write(self, spans: Sequence[Span]) -> tuple[Any, Heads]:
         """Plan for a batch and write its keys and values; return the plan and q, k, v."""
-        batch = batch_of(spans, self.tables, self.spec, self.number)
+        batch = _of_last_group(batch_of(spans, self.tables, self.spec, self.number))
         plan = self._call(spans, self.backend.plan, batch, self.number)
         batch.plans = [plan] * (self.number + 1)
         self._call(spans, self.backend.prepare, plan)
@@ -157,7 +157,8 @@ class _Check:
         """Allow twice the error of plain PyTorch, plus one rounding unit of the dtype."""
         exact = torch.cat([self._dense(self.heads.exact(s), torch.float64) for s in step])
         difference = (out.double() - exact).abs().nan_to_num(float("inf"))
-        unit = torch.finfo(out.dtype).eps * exact.abs().max().item()
+        numbers = torch.finfo(out.dtype)
+        unit = numbers.eps * max(exact.abs().max().item(), numbers.smallest_normal)
         error, bound = difference.max().item(), unit
         plain = [self.heads.plain(span) for span in step]
         for number, order in enumerate(self._orders()):
@@ -227,6 +228,14 @@ class _FusedCheck(_Check):
                 f"{list(wanted)} of {qkv.dtype} is wanted, for {_in_words(spans)}"
             )
         return q, k, v
+
+
+def _of_last_group(batch: Batch) -> Batch:
+    """Return a batch whose groups before the last one say nothing of it."""
+    own = batch.groups[-1]
+    table, slots = torch.zeros_like(own.block_table), torch.zeros_like(own.slot_mapping)
+    other = GroupBatch(block_table=table, slot_mapping=slots)
+    return evolve(batch, groups=(*[other] * (len(batch.groups) - 1), own))
 
 
 def _in_words(spans: Sequence[Span]) -> str:

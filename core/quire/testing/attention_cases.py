@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 from attrs import define, frozen
 from torch import Tensor
@@ -15,6 +16,12 @@ from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch, GroupBatch
 
 LIMITS = BatchLimits(max_num_seqs=16, max_num_batched_tokens=4096, max_model_len=4096)
+# Beyond those of LIMITS, where a case has more.
+MANY_SEQUENCES = 512
+# So many sequences of a case are told one by one.
+MOST_IN_WORDS = 12
+# What shifts scores has this number in queries, the rest in keys.
+SHIFTING_QUERY = 8.0
 # What lies in memory that must not be read, or must be written. A NaN goes through every mask
 # that multiplies; a large number goes through those that take NaN for zero.
 POISONS = {"nan": float("nan"), "large": 3e4, "zero": 0.0}
@@ -27,6 +34,9 @@ class Case:
     `shared_blocks` are the first blocks that sequences have in common with the first one, as far
     as they lie in the past of both. `strided`: q, k and v are cut from one qkv. `padding` rows of
     length 0 follow where the batch is one of a CUDA graph. `poison` is a key of `POISONS`.
+
+    `shift`: all scores of keys lie about that far from zero. `groups_before`: KV-cache groups of
+    the batch before the case's own. `spare_columns` of the block table belong to no sequence.
     """
 
     spec: AttentionSpec
@@ -36,6 +46,9 @@ class Case:
     strided: bool = True
     padding: int = 0
     poison: str = "nan"
+    shift: float = 0.0
+    groups_before: int = 0
+    spare_columns: int = 0
 
     @property
     def poison_value(self) -> float:
@@ -44,12 +57,21 @@ class Case:
 
     def __str__(self) -> str:
         size = self.spec.block_size
-        tokens = ", ".join(_in_words(query_len, seq_len) for query_len, seq_len in self.lengths)
+        shown = self.lengths[:MOST_IN_WORDS]
+        tokens = ", ".join(_in_words(query_len, seq_len) for query_len, seq_len in shown)
+        if len(shown) < len(self.lengths):
+            tokens += f" and {len(self.lengths) - len(shown)} more"
         words = [f"sequences of {tokens}", f"blocks of {size}", *_spec_in_words(self.spec)]
         if self.shared_blocks:
             words.append(f"{self.shared_blocks} shared blocks")
         if self.padding:
             words.append(f"{self.padding} padding rows")
+        if self.shift:
+            words.append(f"scores about {self.shift:g}")
+        if self.groups_before:
+            words.append(f"group {self.groups_before} of the batch")
+        if self.spare_columns:
+            words.append(f"{self.spare_columns} spare columns in the block table")
         layout = "cut from one qkv" if self.strided else "contiguous"
         return f"{'; '.join(words)}; q, k, v {layout}; seed {self.seed}"
 
@@ -102,6 +124,13 @@ class Layer:
     alibi_slopes: Tensor | None = None
 
 
+def limits_of(case: Case) -> BatchLimits:
+    """Return limits that a case keeps."""
+    if len(case.lengths) + case.padding <= LIMITS.max_num_seqs:
+        return LIMITS
+    return attrs.evolve(LIMITS, max_num_seqs=MANY_SEQUENCES)
+
+
 def make_spec(**changes: object) -> AttentionSpec:
     """Return a small spec with some values changed."""
     values = {
@@ -135,11 +164,20 @@ def make_inputs(case: Case) -> Inputs:
     )
     if spec.has_quantized_kv:
         inputs.k_scale, inputs.v_scale = draw_scales(spec, generator)
+    if case.shift:
+        _shift_scores(inputs, case)
     for i in range(1, len(case.lengths)):
         shared = num_shared(case, i) * spec.block_size
         inputs.k[i][:shared] = inputs.k[0][:shared]
         inputs.v[i][:shared] = inputs.v[0][:shared]
     return inputs
+
+
+def _shift_scores(inputs: Inputs, case: Case) -> None:
+    """Let the first dimension add about `shift` to every score."""
+    for q, k in zip(inputs.q, inputs.k, strict=True):
+        q[..., 0] = SHIFTING_QUERY
+        k[..., 0] = case.shift / (SHIFTING_QUERY * case.spec.scale)
 
 
 def draw_scales(spec: AttentionSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -222,7 +260,7 @@ def step_spans(case: Case) -> list[tuple[int, int]]:
 
 
 def step_batch(case: Case) -> Batch:
-    """Return the batch of the case's step."""
+    """Return the batch of the case's step, and nothing around it."""
     tables, _ = make_tables(case)
     return make_batch(step_spans(case), tables, case.spec.block_size, device=case.spec.device)
 

@@ -54,6 +54,10 @@ def check_output(subject: Subject, case: Case) -> Failure | None:
         return Failure(what=what, case=case)
     if done.changed is not None:
         return Failure(what=f"{done.changed} was changed; a backend may only read it", case=case)
+    if done.overrun is not None:
+        guess = "the rest of a tile is stored, or an address is computed wrongly"
+        what = f"memory beyond the ends of {done.overrun} was written"
+        return Failure(what=what, case=case, guess=guess)
     return None
 
 
@@ -73,20 +77,19 @@ def check_blocks(subject: Subject, case: Case) -> Failure | None:
 def check_slots(subject: Subject, case: Case) -> Failure | None:
     """Each slot has memory of its own, in its own block."""
     case = attrs.evolve(case, lengths=((1, 1),), poison="nan", shared_blocks=0)
-    spec = case.spec
+    failure = _slots_apart(case, subject, fresh=False)
+    if failure is not None and _slots_apart(case, subject, fresh=True) is None:
+        return attrs.evolve(failure, guess="something is kept from an earlier step (a stale plan)")
+    return failure
+
+
+def _slots_apart(case: Case, subject: Subject, *, fresh: bool) -> Failure | None:
+    """Write to each slot of a block; `fresh`: each time by an instance that knows no other."""
     backend = subject.make(case)
     written: list[Tensor] = []
-    for offset in range(spec.block_size):
-        cache = torch.cat([make_cache(subject.backend, case)] * 2)
-        batch = make_batch([(offset, offset + 1)], [[2]], spec.block_size, device=spec.device)
-        inputs = make_inputs(attrs.evolve(case, seed=offset))
-        plan = backend.plan(batch, 0)
-        backend.prepare(plan)
-        before = bits(cache.clone()).flatten(1)
-        k, v = inputs.k[0].to(spec.device), inputs.v[0].to(spec.device)
-        backend.write(make_layer(case, inputs), k, v, cache, plan)
-        changed = bits(cache).flatten(1) != before
-        changed[0] = False
+    for offset in range(case.spec.block_size):
+        backend = subject.make(case) if fresh else backend
+        changed = _changed_by_writing(offset, case, subject, backend)
         where = f"writing slot {offset} of block 2"
         if changed.any(1).nonzero().flatten().tolist() != [2]:
             return Failure(what=f"{where} changed other blocks, or nothing", case=case)
@@ -96,6 +99,24 @@ def check_slots(subject: Subject, case: Case) -> Failure | None:
                 return Failure(what=what, case=case, guess="a token is written to two slots")
         written.append(changed[2])
     return None
+
+
+def _changed_by_writing(
+    offset: int, case: Case, subject: Subject, backend: AttentionBackend
+) -> Tensor:
+    """Return which bytes [blocks, bytes] change where a slot of block 2 is written."""
+    spec = case.spec
+    cache = torch.cat([make_cache(subject.backend, case)] * 2)
+    batch = make_batch([(offset, offset + 1)], [[2]], spec.block_size, device=spec.device)
+    inputs = make_inputs(attrs.evolve(case, seed=offset))
+    plan = backend.plan(batch, 0)
+    backend.prepare(plan)
+    before = bits(cache.clone()).flatten(1)
+    k, v = inputs.k[0].to(spec.device), inputs.v[0].to(spec.device)
+    backend.write(make_layer(case, inputs), k, v, cache, plan)
+    changed = bits(cache).flatten(1) != before
+    changed[0] = False
+    return changed
 
 
 def check_log_sum(subject: Subject, case: Case) -> Failure | None:

@@ -16,15 +16,21 @@ from torch import Tensor
 from quire.interfaces.attention import AttentionBackend
 from quire.interfaces.batch import Batch
 from quire.testing.attention_cases import (
-    LIMITS,
     Case,
     Inputs,
     first_visible,
+    limits_of,
     make_batch,
     make_layer,
     make_tables,
-    step_batch,
     step_tensors,
+)
+from quire.testing.attention_surroundings import (
+    enclosed,
+    group_of,
+    poisoned_outputs,
+    step_of,
+    surrounded,
 )
 from quire.testing.bound import bits
 
@@ -38,14 +44,15 @@ class Subject:
 
     def make(self, case: Case) -> AttentionBackend:
         """Return an instance for the case."""
-        return self.backend(case.spec, LIMITS, dict(self.options))
+        return self.backend(case.spec, limits_of(case), dict(self.options))
 
 
 @define(kw_only=True)
 class Run:
     """What came out by sequence, what the cache held before and after, and the step's slots.
 
-    `changed` names an input that the backend changed, which it must not.
+    `changed` names an input that the backend changed, `overrun` memory beyond a tensor's ends that
+    it wrote to, which it must not.
     """
 
     out: list[Tensor]
@@ -55,6 +62,7 @@ class Run:
     slots: Tensor
     tables: list[list[int]]
     changed: str | None = None
+    overrun: str | None = None
 
 
 def make_cache(backend: type[AttentionBackend], case: Case) -> Tensor:
@@ -82,9 +90,10 @@ def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Ten
     spans = [span for span, _ in chosen]
     chosen_tables, device = [tables[i] for _, i in chosen], case.spec.device
     batch = make_batch(spans, chosen_tables, case.spec.block_size, device=device)
+    batch = surrounded(batch, case)
     k = torch.cat([inputs.k[i][first:last] for (first, last), i in chosen]).to(device)
     v = torch.cat([inputs.v[i][first:last] for (first, last), i in chosen]).to(device)
-    plan = backend.plan(batch, 0)
+    plan = backend.plan(batch, group_of(batch))
     backend.prepare(plan)
     backend.write(make_layer(case, inputs), k, v, cache, plan)
 
@@ -103,45 +112,39 @@ def run(
     `fresh`: the step has an instance of its own, that knows no earlier one.
     """
     subject = Subject(backend=backend_class, options=options or {})
-    backend, cache = subject.make(case), make_cache(backend_class, case)
+    backend, memory = subject.make(case), enclosed(make_cache(backend_class, case))
+    cache = memory.blocks
     write_past(backend, case, inputs, cache)
     before = cache.cpu().clone()
-    batch, layer = step_batch(case), make_layer(case, inputs)
+    batch, layer = step_of(case), make_layer(case, inputs)
     q, k, v = step_tensors(case, inputs)
     watched = watched_tensors(q, k, v, batch)
     copies = {name: tensor.clone() for name, tensor in watched.items()}
-    out, lse = poisoned_outputs(case, q, wants_lse=wants_lse)
+    given = poisoned_outputs(case, q, wants_lse=wants_lse)
     if fresh:
         backend = subject.make(case)
-    plan = backend.plan(batch, 0)
+    plan = backend.plan(batch, group_of(batch))
     backend.prepare(plan)
     backend.write(layer, k, v, cache, plan)
-    backend.attend(layer, q, k, v, cache, plan, out, lse)
+    backend.attend(layer, q, k, v, cache, plan, given.out, given.lse)
     changed = [
         name for name, was in copies.items() if not torch.equal(bits(watched[name]), bits(was))
     ]
     return Run(
-        out=list(out.cpu().split([n for n, _ in case.lengths])),
-        lse=None if lse is None else lse.cpu(),
+        out=list(given.out.cpu().split([n for n, _ in case.lengths])),
+        lse=None if given.lse is None else given.lse.cpu(),
         before=before,
         after=cache.cpu(),
-        slots=step_batch(case).groups[0].slot_mapping.cpu().long(),
+        slots=batch.groups[-1].slot_mapping.cpu().long(),
         tables=make_tables(case)[0],
         changed=changed[0] if changed else None,
+        overrun="the cache" if memory.is_overrun else given.overrun,
     )
-
-
-def poisoned_outputs(case: Case, q: Tensor, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Return `out`, and `lse` where it is wanted, full of NaN."""
-    shape = (len(q), case.spec.num_heads, case.spec.value_head_dim)
-    out = q.new_full(shape, float("nan"))
-    lse = q.new_full(shape[:2], float("nan"), dtype=torch.float32) if wants_lse else None
-    return out, lse
 
 
 def watched_tensors(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Return what a backend reads and must not change, by name."""
-    group = batch.groups[0]
+    group = batch.groups[-1]
     return {
         "q": q,
         "k": k,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from quire.testing.attention_run import Subject
 HEADS = [(2, 2), (1, 1), (3, 1), (2, 1), (2, 3), (1, 4), (3, 2), (2, 5), (1, 7), (2, 8), (1, 16)]
 HEAD_DIMS = [16, 64, 8, 20, 32, 80, 96, 128, 256]
 BLOCK_SIZES = [4, 16, 1, 2, 8, 32, 64, 128]
+# exp(120) is infinite in float32, exp(-150) zero.
+SHIFTS = [0.0, 0.0, 0.0, -150.0, 120.0]
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -77,21 +81,38 @@ def _served(backend: type[AttentionBackend], plain: AttentionSpec) -> dict[str, 
     }
 
 
-@st.composite
-def specs(draw: st.DrawFn, choices: Choices, small: bool = False) -> AttentionSpec:
+def specs(choices: Choices, small: bool = False) -> st.SearchStrategy[AttentionSpec]:
     """Draw what a model may ask for and the backend serves."""
-    changes: dict[str, Any] = {}
+    parts = []
     for name, served in choices.changes.items():
         if small and name == "head_dim":
             served = [change for change in served if change["head_dim"] <= 64]
-        if name == "window" and len(served) > 1 and draw(st.booleans()):
-            continue
-        changes.update(draw(st.sampled_from(served or [{}])))
-    spec = attrs.evolve(choices.plain, **changes)
-    # What it serves one by one it need not serve together.
-    return spec if why_refused(choices.backend, spec) is None else choices.plain
+        one = st.sampled_from(served or [{}])
+        if name == "window" and len(served) > 1:
+            one = st.one_of(st.just({}), one)
+        parts.append(one)
+
+    def made(drawn: tuple[dict[str, Any], ...]) -> AttentionSpec:
+        changes = {key: value for change in drawn for key, value in change.items()}
+        spec = attrs.evolve(choices.plain, **changes)
+        # What it serves one by one it need not serve together.
+        return spec if why_refused(choices.backend, spec) is None else choices.plain
+
+    return st.tuples(*parts).map(made)
 
 
+@functools.cache
+def _lengths(block_size: int, longest: int) -> st.SearchStrategy[int]:
+    """Draw small lengths, block edges with one more and one less, and anything."""
+    edges = st.builds(
+        lambda blocks, more: min(longest, max(1, blocks * block_size + more)),
+        st.integers(1, max(1, longest // block_size)),
+        st.integers(-1, 1),
+    )
+    return st.one_of(st.integers(1, min(9, longest)), edges, st.integers(1, longest))
+
+
+@functools.cache
 @st.composite
 def batches(
     draw: st.DrawFn,
@@ -100,16 +121,8 @@ def batches(
     most: int = 5,
     single: bool = False,
 ) -> tuple[tuple[int, int], ...]:
-    """Draw (query length, length) pairs: decodes first, then chunks and whole prompts.
-
-    Lengths are small ones, block edges with one more and one less, and anything.
-    """
-    edges = st.builds(
-        lambda blocks, more: min(longest, max(1, blocks * block_size + more)),
-        st.integers(1, max(1, longest // block_size)),
-        st.integers(-1, 1),
-    )
-    lengths = st.one_of(st.integers(1, min(9, longest)), edges, st.integers(1, longest))
+    """Draw (query length, length) pairs: decodes first, then chunks and whole prompts."""
+    lengths = _lengths(block_size, longest)
     pairs = []
     for _ in range(draw(st.integers(1, most))):
         seq_len = draw(lengths)
@@ -137,6 +150,9 @@ def cases(
         strided=draw(st.booleans()),
         padding=draw(st.integers(0, 4)) if single else 0,
         poison=draw(st.sampled_from(["nan", "nan", "large"])),
+        shift=draw(st.sampled_from(SHIFTS)),
+        groups_before=draw(st.sampled_from([0, 0, 1, 2])),
+        spare_columns=draw(st.sampled_from([0, 0, 1, 3])),
     )
 
 
@@ -153,6 +169,20 @@ def long_cases(draw: st.DrawFn, choices: Choices, longest: int) -> Case:
         pairs.append((draw(st.sampled_from([1, 1, 2, 17, 40])), seq_len))
     lengths = tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
     return Case(spec=spec, lengths=lengths, seed=draw(st.integers(0, 999)))
+
+
+@st.composite
+def crowded_cases(draw: st.DrawFn, choices: Choices, most: int) -> Case:
+    """Draw a case of many short sequences: more than a warp, or a block of threads, has lanes."""
+    spec = draw(specs(choices, small=True))
+    num_seqs = draw(st.one_of(st.sampled_from([33, 65, 17, 129, 257]), st.integers(17, most)))
+    rest = min(num_seqs, most) - 1
+    seed = draw(st.integers(0, 999))
+    numbers = random.Random(seed)
+    lengths = [(1, numbers.randint(1, 40)) for _ in range(rest)]
+    lengths += draw(batches(spec.block_size, 40, most=2))
+    ordered = tuple(sorted(lengths, key=lambda pair: pair[0] > 1))
+    return Case(spec=spec, lengths=ordered, seed=seed)
 
 
 def why_not_long(choices: Choices) -> str | None:

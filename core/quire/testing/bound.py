@@ -28,10 +28,10 @@ def bound(error: float, unit: float, plain_error: Callable[[int], float]) -> flo
 
 
 def unit_of(dtype: torch.dtype, exact: Tensor) -> float:
-    """Return one rounding unit of a dtype at the magnitude of `exact`."""
-    if not exact.numel():
-        return 0.0
-    return torch.finfo(dtype).eps * exact.abs().max().item()
+    """Return one rounding unit of a dtype at the magnitude of `exact`, or its smallest number."""
+    numbers = torch.finfo(dtype)
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    return numbers.eps * max(largest, numbers.smallest_normal)
 
 
 @frozen(kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quire.layers.quantized_cache import dequantize, quantize
 from quire.testing.attention_cases import Case, Inputs, first_visible, make_tables
-from quire.testing.bound import bound
+from quire.testing.bound import bound, unit_of
 
 # Scores whose rounding is looked at, at least, before an error counts as usual or not; and how
 # many numbers that may take at a time.
@@ -43,6 +43,7 @@ class Mistake:
     swapped: bool = False
     without_softcap: bool = False
     without_sinks: bool = False
+    without_alibi: bool = False
     cap_first: bool = False
     kv_scales: str = "own"
 
@@ -141,7 +142,7 @@ def scores_of(
         scores = torch.tanh(scores / cap) * cap
     queries = torch.arange(seq_len - query_len, seq_len)
     distance = queries[:, None] - torch.arange(k.shape[-3])
-    if inputs.alibi is not None:
+    if inputs.alibi is not None and not mistake.without_alibi:
         scores = scores - (inputs.alibi[:, None, None] * distance).to(dtype)
     return scores.masked_fill(~_visible(case, distance, seq_len, mistake), -math.inf)
 
@@ -242,8 +243,8 @@ class Verdict:
 
 def judge(case: Case, inputs: Inputs, out: list[Tensor], exact: list[Tensor]) -> Verdict:
     """Allow twice the error of plain PyTorch, plus one rounding unit of the output's dtype."""
-    difference, magnitude = _difference(out, exact)
-    unit = torch.finfo(getattr(torch, case.spec.dtype)).eps * magnitude
+    difference = (torch.cat(out).double() - torch.cat(exact)).abs()
+    unit = unit_of(getattr(torch, case.spec.dtype), torch.cat(exact))
     allowed = _allowed(case, inputs, difference, unit, which=0)
     error = difference.max().item()
     return Verdict(error=error, allowed=allowed, wrong=~(difference <= allowed).all(-1))
@@ -252,8 +253,7 @@ def judge(case: Case, inputs: Inputs, out: list[Tensor], exact: list[Tensor]) ->
 def judge_log_sums(case: Case, inputs: Inputs, lse: Tensor) -> Verdict:
     """Judge `lse` [tokens, heads]; it is float32 whatever the model's dtype."""
     exact = torch.cat(log_sums(case, inputs, torch.float64))
-    difference, magnitude = _difference([lse], [exact])
-    unit = torch.finfo(torch.float32).eps * magnitude
+    difference, unit = (lse.double() - exact).abs(), unit_of(torch.float32, exact)
     allowed = _allowed(case, inputs, difference, unit, which=1)
     wrong = ~(difference <= allowed)
     return Verdict(error=difference.max().item(), allowed=allowed, wrong=wrong)
@@ -266,11 +266,6 @@ def _allowed(case: Case, inputs: Inputs, difference: Tensor, unit: float, *, whi
         unit,
         lambda rounds: plain_errors(case, inputs, rounds=rounds)[which],
     )
-
-
-def _difference(found: list[Tensor], exact: list[Tensor]) -> tuple[Tensor, float]:
-    difference = (torch.cat(found).double() - torch.cat(exact)).abs()
-    return difference, torch.cat(exact).abs().max().item()
 
 
 def check_within_bound(case: Case, inputs: Inputs, out: list[Tensor]) -> None:

@@ -7,6 +7,7 @@ what came out, the mistake is named.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -34,6 +35,7 @@ MISTAKES = [
     Mistake(words="the soft cap is ignored", without_softcap=True),
     Mistake(words="the soft cap is taken before the scale", cap_first=True),
     Mistake(words="the sinks are ignored", without_sinks=True),
+    Mistake(words="ALiBi is ignored", without_alibi=True),
     Mistake(words="values and keys are swapped", swapped=True),
     Mistake(words="the scales of the quantized cache are ignored", kv_scales="none"),
     Mistake(words="the scales of the quantized cache are applied twice", kv_scales="squared"),
@@ -43,6 +45,20 @@ MISTAKES = [
     Mistake(words="blocks are read in a row, not by the block table", blocks="in a row"),
     Mistake(words="another sequence's row of the block table is read", blocks="next row"),
 ]
+# What a plainer case has not, and what is wrong where that one comes out right.
+NEEDED: list[tuple[dict[str, Any], str]] = [
+    ({"groups_before": 0}, "the tensors of another group of the batch are read"),
+    (
+        {"spare_columns": 0},
+        "the width of the block table is guessed, or what is behind a sequence's blocks read",
+    ),
+    ({"strided": False}, "the strides of q, k or v are ignored"),
+    ({"shared_blocks": 0}, "blocks that sequences share are not read by all of them"),
+]
+SHIFTED = {
+    True: "exponentials are infinite: the maximum of the scores is not taken off",
+    False: "all exponentials are zero: the maximum is not taken off, or does not begin at -inf",
+}
 
 
 def guess_output(subject: Subject, cases: Sequence[Case]) -> str | None:
@@ -54,6 +70,9 @@ def guess_output(subject: Subject, cases: Sequence[Case]) -> str | None:
     fresh = _outputs(subject, smallest, inputs, fresh=True)
     if fresh is not None and _judged(smallest, inputs, fresh).is_right:
         return "something is kept from an earlier step (a stale plan)"
+    needed = _what_it_needs(subject, smallest)
+    if needed is not None:
+        return needed
     seen, unwritten = [], None
     for case in cases:
         # Poison hides what was computed; with zeros in its place a formula may explain it.
@@ -68,6 +87,19 @@ def guess_output(subject: Subject, cases: Sequence[Case]) -> str | None:
         if seen and all(_gives(mistake, one) for one in seen):
             return mistake.words
     return unwritten
+
+
+def _what_it_needs(subject: Subject, case: Case) -> str | None:
+    """Return what is wrong where the same case with less in it comes out right."""
+    plainer = [(attrs.evolve(case, **less), words) for less, words in NEEDED]
+    plainer.append((attrs.evolve(case, shift=0.0), SHIFTED[case.shift > 0]))
+    for other, words in plainer:
+        if other != case:
+            inputs = make_inputs(other)
+            found = _outputs(subject, other, inputs)
+            if found is not None and _judged(other, inputs, found).is_right:
+                return words
+    return None
 
 
 def _guess_unwritten(out: Tensor) -> str:
@@ -113,7 +145,8 @@ def _gives(mistake: Mistake, one: _Seen) -> bool:
     found = torch.cat(one.out).double()
     # A mistake may make scores large and rounding with them: it is recognised, not judged.
     is_single = one.case.spec.dtype == "float32"
-    unit = (64 if is_single else 6) * torch.finfo(getattr(torch, one.case.spec.dtype)).eps
+    units = 64 + 4 * abs(one.case.shift) if is_single else 6
+    unit = units * torch.finfo(getattr(torch, one.case.spec.dtype)).eps
     near = unit * max(1.0, expected.nan_to_num().abs().max().item())
     # A row that sees nothing is 0/0 in the formula, and zero in many a kernel.
     is_same = (found - expected).abs() <= near
@@ -127,6 +160,7 @@ def _applies(case: Case, mistake: Mistake) -> bool:
         mistake.window_shift and spec.sliding_window is None,
         (mistake.without_softcap or mistake.cap_first) and spec.logit_softcap is None,
         mistake.without_sinks and not spec.sinks,
+        mistake.without_alibi and not spec.alibi,
         mistake.swapped and spec.head_dim != spec.value_head_dim,
         mistake.causal_shift and not spec.causal,
         mistake.heads == "modulo" and spec.num_heads == spec.num_kv_heads,

@@ -23,6 +23,7 @@ from quire.testing.attention_cases import (
     step_tensors,
 )
 from quire.testing.attention_run import Subject, make_cache, write_past
+from quire.testing.attention_surroundings import decoys, group_of
 
 
 def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -55,7 +56,7 @@ class GraphStep:
         self._layer = make_layer(case, inputs)
         self.num_rows = len(case.lengths) + case.padding
         tensors = step_tensors(case, inputs)
-        # Outputs of padding rows of an earlier layer are finite; so are q, k and v of theirs.
+        # Padding rows come from a token too: q, k and v of theirs are finite, and not zero.
         self._q, self._k, self._v = (self._padded(x) for x in tensors)
         shape = (self.num_rows, case.spec.num_heads, case.spec.value_head_dim)
         self._out = self._q.new_full(shape, float("nan"))
@@ -67,7 +68,7 @@ class GraphStep:
 
     def _padded(self, x: Tensor) -> Tensor:
         more = self.num_rows - len(x)
-        return torch.cat((x, x.new_zeros(more, *x.shape[1:]))) if more else x
+        return torch.cat((x, x.new_ones(more, *x.shape[1:]))) if more else x
 
     def _empty_batch(self) -> Batch:
         """Return a batch of padding alone, which is what is captured."""
@@ -78,7 +79,8 @@ class GraphStep:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         width = max(len(table) for table in tables) + 1
-        group = GroupBatch(block_table=zeros(num_rows, width), slot_mapping=zeros(num_rows))
+        table = zeros(num_rows, width + self.case.spare_columns)
+        group = GroupBatch(block_table=table, slot_mapping=zeros(num_rows))
         return Batch(
             token_ids=zeros(num_rows),
             positions=zeros(num_rows),
@@ -86,7 +88,7 @@ class GraphStep:
             seq_lens=zeros(num_rows),
             logit_rows=torch.arange(num_rows, dtype=torch.int32, device=device),
             rows=zeros(num_rows),
-            groups=(group,),
+            groups=(*decoys(self.case, group), group),
             query_lens=[],
             seq_lens_bound=[],
             num_single_token_seqs=0,
@@ -95,7 +97,7 @@ class GraphStep:
         )
 
     def _captured(self) -> Callable[[], Tensor]:
-        plan = self.backend.plan(self.batch, 0)
+        plan = self.backend.plan(self.batch, group_of(self.batch))
 
         def step() -> Tensor:
             self._out.fill_(float("nan"))
@@ -118,7 +120,7 @@ class GraphStep:
         tables, _ = make_tables(self.case)
         spans = [(length - 1, length) for length in lengths]
         step = make_batch(spans, tables, size, device=device)
-        group, num_seqs = self.batch.groups[0], len(lengths)
+        group, num_seqs = self.batch.groups[-1], len(lengths)
         width = step.groups[0].block_table.shape[1]
         group.block_table.zero_()
         group.block_table[:num_seqs, :width] = step.groups[0].block_table
@@ -133,7 +135,7 @@ class GraphStep:
         # Every step is planned; a graph keeps the plan of its capture.
         self.batch.query_lens, self.batch.seq_lens_bound = [1] * num_seqs, list(lengths)
         self.batch.num_single_token_seqs = num_seqs
-        self.backend.plan(self.batch, 0)
+        self.backend.plan(self.batch, group_of(self.batch))
         return cut
 
     def inputs_of(self, cut: Case) -> Inputs:

@@ -16,13 +16,18 @@ from quire.testing.attention_strategies import (
     Choices,
     cases,
     choices_of,
+    crowded_cases,
     given_specs,
     long_cases,
     why_not_long,
 )
 from quire.testing.attention_strategies import specs as served_specs
 from quire.testing.kit_report import PROFILES, CheckResult, Profile, Report, profile_of
+from quire.testing.large_cache import check_large_cache, why_no_large_cache
 from quire.testing.search import check_device
+
+# Each is some gigabytes of addresses.
+LARGE_CACHES = 12
 
 __all__ = [
     "PROFILES",
@@ -53,20 +58,41 @@ def _checks(
         )
         for check in CHECKS
     ]
-    return [*found, _long_check(subject, choices, profile)]
+    return [*found, *_large_checks(subject, choices, profile)]
 
 
-def _long_check(subject: Subject, choices: Choices, profile: Profile) -> search.Check:
-    reason = why_not_long(choices)
-    if profile.small:
-        reason = f"the profile {profile.name} has no lengths in thousands"
-    return search.Check(
-        name="thousands of keys",
-        judge=partial(check_output, subject),
-        cases=long_cases(choices, LIMITS.max_model_len),
-        share=0.15,
-        skipped=reason,
-    )
+def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[search.Check]:
+    """Return the checks whose cases take long: of these few are drawn, or none."""
+    most = profile.large_cases
+    has_none = None if most else f"the profile {profile.name} has no cases of that size"
+    sequences, keys = (70, 2100) if profile.small else (300, LIMITS.max_model_len)
+    judge = partial(check_output, subject)
+    return [
+        search.Check(
+            name="many sequences",
+            judge=judge,
+            cases=crowded_cases(choices, sequences),
+            share=0.1,
+            most=most,
+            skipped=has_none,
+        ),
+        search.Check(
+            name="thousands of keys",
+            judge=judge,
+            cases=long_cases(choices, keys),
+            share=0.1,
+            most=most,
+            skipped=has_none or why_not_long(choices),
+        ),
+        search.Check(
+            name="large cache",
+            judge=partial(check_large_cache, subject),
+            cases=cases(served_specs(choices, small=True), longest=40),
+            share=0.05,
+            most=min(most, LARGE_CACHES),
+            skipped=has_none or why_no_large_cache(choices, subject, is_small=profile.small),
+        ),
+    ]
 
 
 def iter_attention(
@@ -177,8 +203,16 @@ class AttentionBackendTests(search.KitTests):
         self._check("graph replay")
 
     def test_thousands_of_keys_are_within_the_bound(self) -> None:
-        """In the full profile."""
+        """Keys and values in 16 bits."""
         self._check("thousands of keys")
+
+    def test_many_sequences_are_within_the_bound(self) -> None:
+        """More than there are lanes in a warp."""
+        self._check("many sequences")
+
+    def test_offsets_are_right_in_a_cache_of_more_than_2_to_the_31_numbers(self) -> None:
+        """On a GPU in the full profile."""
+        self._check("large cache")
 
     def test_graph_of_any_step_serves_other_batches(self) -> None:
         """Where `graph_support` is ANY."""

@@ -15,6 +15,7 @@ class Profile:
 
     A check has `least` cases or its share. `shrink_s` more seconds are spent on making a failure
     smaller. `small`: heads of at most 64 dimensions, no large matrix, no large vocabulary.
+    `large_cases` at most are drawn of those that take long: thousands of keys, many sequences.
     """
 
     name: str
@@ -24,11 +25,22 @@ class Profile:
     shrink_s: float
     small: bool = False
     least: int = 15
+    large_cases: int = 0
 
 
 PROFILES = {
-    "quick": Profile(name="quick", seconds=3, examples=300, longest=40, shrink_s=0.6, small=True),
-    "full": Profile(name="full", seconds=60, examples=3000, longest=700, shrink_s=20),
+    "quick": Profile(
+        name="quick",
+        seconds=3,
+        examples=300,
+        longest=40,
+        shrink_s=0.6,
+        small=True,
+        large_cases=4,
+    ),
+    "full": Profile(
+        name="full", seconds=60, examples=3000, longest=700, shrink_s=20, large_cases=500
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from quire.testing.attention_cases import (
     step_tensors,
 )
 from quire.testing.attention_run import Subject, make_cache, write_past
+from quire.testing.attention_surroundings import decoys, group_of
 from quire.testing.graph_steps import captured
 
 # Tokens and sequences beyond those of the largest step.
@@ -39,10 +40,10 @@ class MixedGraphStep:
         self._cache = make_cache(subject.backend, case)
         self.num_tokens = sum(query_len for query_len, _ in case.lengths) + PADDING
         tensors = step_tensors(case, inputs)
-        # Tokens that pad have numbers in an earlier layer's output.
+        # Tokens that pad have finite numbers, and not zeros.
         shapes = [(self.num_tokens, *x.shape[1:]) for x in tensors]
         self._q, self._k, self._v = (
-            x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)
+            x.new_ones(shape) for x, shape in zip(tensors, shapes, strict=True)
         )
         shape = (self.num_tokens, case.spec.num_heads, case.spec.value_head_dim)
         self._out = self._q.new_full(shape, float("nan"))
@@ -59,7 +60,8 @@ class MixedGraphStep:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         width = max(len(table) for table in tables) + 1
-        slots = zeros(self.num_tokens)
+        table = zeros(num_seqs, width + self.case.spare_columns)
+        group = GroupBatch(block_table=table, slot_mapping=zeros(self.num_tokens))
         return Batch(
             token_ids=zeros(self.num_tokens),
             positions=zeros(self.num_tokens),
@@ -67,7 +69,7 @@ class MixedGraphStep:
             seq_lens=zeros(num_seqs),
             logit_rows=zeros(1),
             rows=zeros(num_seqs),
-            groups=(GroupBatch(block_table=zeros(num_seqs, width), slot_mapping=slots),),
+            groups=(*decoys(self.case, group), group),
             query_lens=[],
             seq_lens_bound=[],
             num_single_token_seqs=0,
@@ -76,7 +78,7 @@ class MixedGraphStep:
         )
 
     def _captured(self) -> Callable[[], Tensor]:
-        plan = self.backend.plan(self.batch, 0)
+        plan = self.backend.plan(self.batch, group_of(self.batch))
 
         def step() -> Tensor:
             self._out.fill_(float("nan"))
@@ -99,9 +101,9 @@ class MixedGraphStep:
         tokens = [t for i in chosen for t in range(starts[i], starts[i + 1])]
         count, num_seqs = len(tokens), len(chosen)
         for memory, values in zip((self._q, self._k, self._v), everyone, strict=True):
-            memory.zero_()
+            memory.fill_(1)
             memory[:count] = values[tokens]
-        group, table = self.batch.groups[0], whole.groups[0].block_table
+        group, table = self.batch.groups[-1], whole.groups[0].block_table
         for memory in (group.block_table, group.slot_mapping, self.batch.seq_lens):
             memory.zero_()
         group.block_table[:num_seqs, : table.shape[1]] = table[chosen]
@@ -114,5 +116,5 @@ class MixedGraphStep:
         self.batch.query_lens = lens
         self.batch.seq_lens_bound = [whole.seq_lens_bound[i] for i in chosen]
         self.batch.num_single_token_seqs = lens.count(1)
-        self.backend.plan(self.batch, 0)
+        self.backend.plan(self.batch, group_of(self.batch))
         return case, attrs.evolve(given, q=q, k=k, v=v)

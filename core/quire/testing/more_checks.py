@@ -16,10 +16,10 @@ from quire.testing.attention_cases import (
     make_inputs,
     make_layer,
     make_tables,
-    step_batch,
     step_tensors,
 )
-from quire.testing.attention_run import Subject, make_cache, poisoned_outputs, write_past
+from quire.testing.attention_run import Subject, make_cache, write_past
+from quire.testing.attention_surroundings import group_of, poisoned_outputs, step_of
 from quire.testing.dense import attention, judge
 from quire.testing.diagnosis import explain, first_wrong
 from quire.testing.kit_report import Failure
@@ -50,16 +50,16 @@ def _run_planned_at_once(subject: Subject, case: Case, steps: list[Case]) -> Fai
             cache = make_cache(subject.backend, step)
             write_past(backend, step, make_inputs(own), cache)
             caches.append(cache)
-    batches = [step_batch(step) for step in steps]
+    batches = [step_of(step) for step in steps]
     for slot, batch in enumerate(batches):
         batch.in_flight_slot = slot % (LIMITS.max_steps_in_flight + 1)
-    plans = [backend.plan(batch, 0) for batch in batches]
+    plans = [backend.plan(batch, group_of(batch)) for batch in batches]
     for n, step in enumerate(steps):
         backend.prepare(plans[n])
         for layer in range(2):
             inputs = make_inputs(attrs.evolve(step, seed=step.seed + 2 * layer))
             q, k, v = step_tensors(step, inputs)
-            out, _ = poisoned_outputs(step, q, wants_lse=False)
+            out = poisoned_outputs(step, q, wants_lse=False).out
             backend.write(make_layer(step, inputs), k, v, caches[2 * n + layer], plans[n])
             arguments = (k, v, caches[2 * n + layer], plans[n], out)
             backend.attend(make_layer(step, inputs), q, *arguments)
@@ -86,7 +86,7 @@ def check_fused_write(subject: Subject, case: Case) -> Failure | None:
     if spec.value_head_dim != spec.head_dim:
         return None
     generator = torch.Generator().manual_seed(case.seed)
-    dtype, batch = getattr(torch, spec.dtype), step_batch(case)
+    dtype, batch = getattr(torch, spec.dtype), step_of(case)
     num_tokens, split = len(batch.positions), spec.num_heads + spec.num_kv_heads
     shape = (num_tokens, (split + spec.num_kv_heads) * spec.head_dim)
     qkv = torch.randn(*shape, generator=generator).to(spec.device, dtype)
@@ -96,7 +96,7 @@ def check_fused_write(subject: Subject, case: Case) -> Failure | None:
     exact = _exact(case, heads[:, :split], norm, rotary, batch.positions)
     backend = subject.make(case)
     caches = [make_cache(subject.backend, attrs.evolve(case, poison="zero")) for _ in range(2)]
-    plan = backend.plan(batch, 0)
+    plan = backend.plan(batch, group_of(batch))
     backend.prepare(plan)
     rounded, layer = exact.to(dtype), make_layer(case, make_inputs(case))
     backend.write(layer, rounded[:, spec.num_heads :], heads[:, split:], caches[0], plan)
@@ -172,7 +172,7 @@ def check_encoder(subject: Subject, case: Case) -> Failure | None:
     tables, _ = make_tables(case)
     batch = make_batch([(0, n) for n, _ in lengths], tables, spec.block_size, device=spec.device)
     q, k, v = step_tensors(case, inputs)
-    out, _ = poisoned_outputs(case, q, wants_lse=False)
+    out = poisoned_outputs(case, q, wants_lse=False).out
     plan = backend.plan(batch, 0)
     backend.prepare(plan)
     backend.attend(make_layer(case, inputs), q, k, v, None, plan, out)

@@ -23,14 +23,15 @@ class Check:
     """One line of a report.
 
     `judge(case)` returns None for a case that is right. `share` is the part of the time that it may
-    take. `skipped`: why it is not looked at. `guess` looks at the cases that failed, the smallest
-    first, where `judge` cannot guess alone.
+    take, `most` how many cases are drawn of one that takes long. `skipped`: why it is not looked
+    at. `guess` looks at the cases that failed, the smallest first, where `judge` cannot guess.
     """
 
     name: str
     judge: Callable[[Any], Failure | None]
     cases: SearchStrategy[Any]
     share: float
+    most: int | None = None
     skipped: str | None = None
     guess: Callable[[Sequence[Any]], str | None] | None = None
 
@@ -96,8 +97,9 @@ def run(check: Check, profile: Profile, *, seed: int = 0) -> CheckResult:
     if check.skipped is not None:
         return CheckResult(name=check.name, outcome="skipped", detail=check.skipped)
     search = _Search(check=check, profile=profile)
+    wanted = max(profile.least, round(check.share * profile.examples))
     rules = settings(
-        max_examples=max(profile.least, round(check.share * profile.examples)),
+        max_examples=min(wanted, check.most or wanted),
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink),

@@ -284,6 +284,21 @@ def test_every_group_is_checked() -> None:
         check_attention(groups, LIMITS)
 
 
+class FirstGroupAlways(GatherAttention):
+    """Right where all layers are alike."""
+
+    def plan(self, batch: Batch, group: int) -> Any:
+        return super().plan(batch, 0)
+
+
+def test_backend_that_reads_another_group_is_refused() -> None:
+    groups = [make_group(FirstGroupAlways), make_group(FirstGroupAlways, sliding_window=7)]
+
+    check_attention(groups[:1], LIMITS)
+    with pytest.raises(KernelError, match="fails the self-check: it is wrong"):
+        check_attention(groups, LIMITS)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

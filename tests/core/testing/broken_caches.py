@@ -40,15 +40,20 @@ class QuantizedGather(GatherAttention):
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, kv_cache: Any, *rest: Any
     ) -> None:
-        """Attend to a wide copy of the cache."""
-        if layer.k_scale is None:
-            super().attend(layer, q, k, v, kv_cache, *rest)
-            return
-        k_scale, v_scale = self.scales_to_read(self.scales_of(layer))
-        keys, values = kv_cache.tensor_split((self.spec.head_dim,), dim=-1)
+        """Keep the layer, whose scales are wanted."""
+        self.layer = layer
+        super().attend(layer, q, k, v, kv_cache, *rest)
+
+    def gathered(self, cache: Tensor, slots: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather from a wide copy of the sequence's tokens."""
+        if self.layer.k_scale is None:
+            return super().gathered(cache, slots, visible)
+        k_scale, v_scale = self.scales_to_read(self.scales_of(self.layer))
+        tokens = cache.flatten(0, 1)[slots][None]
+        keys, values = tokens.tensor_split((self.spec.head_dim,), dim=-1)
         keys = dequantize(keys, k_scale, torch.float32)
         wide = torch.cat((keys, dequantize(values, v_scale, torch.float32)), dim=-1)
-        super().attend(layer, q, k, v, wide, *rest)
+        return super().gathered(wide, torch.arange(len(slots)), visible)
 
     def scales_of(self, layer: AttentionLayer) -> Scales:
         """Return the scales of keys and of values."""

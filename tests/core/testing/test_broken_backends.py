@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import broken_kernels
 import broken_plans  # noqa: F401 - it adds its own to BROKEN
 import pytest
 from attrs import evolve
@@ -27,12 +28,13 @@ def test_right_backend_passes() -> None:
     assert report.passed, failure_of(report)
     assert {c.name for c in report.checks if c.outcome == "skipped"} == {
         *("batch invariance", "rotate_and_write", "encoder"),
-        *("graph of any step", "thousands of keys"),
+        "graph of any step",
     }
 
 
-def test_right_backend_with_a_quantized_cache_passes() -> None:
-    report = check_attention(QuantizedGather, profile=PATIENT)
+@pytest.mark.parametrize("backend", [QuantizedGather, broken_kernels.AnyStep, broken_kernels.Alibi])
+def test_right_backend_with_more_in_it_passes(backend: type[GatherAttention]) -> None:
+    report = check_attention(backend, profile=PATIENT)
 
     assert report.passed, failure_of(report)
 

@@ -101,6 +101,8 @@ def test_each_known_mistake_explains_itself_alone(mistake) -> None:
         case = attrs.evolve(case, spec=attrs.evolve(case.spec, sliding_window=None))
     if mistake.kv_scales != "own":
         case = attrs.evolve(case, spec=attrs.evolve(case.spec, kv_dtype="float8_e4m3fn"))
+    if mistake.without_alibi:
+        case = attrs.evolve(case, spec=attrs.evolve(case.spec, alibi=True))
     inputs = make_inputs(case)
     wrong = attention(case, inputs, torch.float64, mistake)
 
