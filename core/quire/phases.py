@@ -8,6 +8,11 @@ from collections.abc import Iterator
 
 from attrs import Factory, define
 
+from quire.patience import telling
+
+# Weights may well take that long.
+PHASE_PATIENCE_S = 60.0
+
 
 @define
 class Phases:
@@ -21,7 +26,8 @@ class Phases:
         begin = time.perf_counter()
         self.seconds.setdefault(name, 0.0)
         try:
-            yield
+            with telling(f"{name!r}, a part of the start,", after_s=PHASE_PATIENCE_S):
+                yield
         finally:
             self.seconds[name] += time.perf_counter() - begin
 

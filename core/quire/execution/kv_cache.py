@@ -17,6 +17,7 @@ from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLim
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.layers.quantized_cache import as_bytes
+from quire.patience import telling
 from quire.scheduling.output import KVCacheGroup
 
 Answer = TypeVar("Answer")
@@ -121,7 +122,8 @@ def layout_of(name: str, backend: type[AttentionBackend], spec: AttentionSpec) -
 def ask(name: str, method: str, call: Callable[[], Answer]) -> Answer:
     """Return what a backend's method gives. Raises: PluginError naming both where it raises."""
     try:
-        return call()
+        with telling(f"{method}() of attention backend {name!r}"):
+            return call()
     except (QuireError, torch.cuda.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:

@@ -23,6 +23,7 @@ from quire.interfaces.attention import QUANTIZED_KV_DTYPES, AttentionSpec, Batch
 from quire.interfaces.batch import Batch, GroupBatch
 from quire.layers.attention import normalise_and_rotate
 from quire.layers.dense_attention import dense_attention
+from quire.patience import Wait, telling
 
 PLAIN_DTYPES = ("float32", "bfloat16", "float16")
 # What lies in slots that nobody has written: read and not masked, it outweighs all else.
@@ -65,17 +66,24 @@ def check_attention(groups: Sequence[LayerGroup], limits: BatchLimits) -> None:
     for number, group in enumerate(groups):
         if why_skipped(group.spec) is not None:
             continue
-        _Check(group, number, limits, steps_of(group.spec, limits)).run()
-        if group.layers[0].has_fused_write:
-            _FusedCheck(group, number, limits, fused_steps_of(limits)).run()
+        with telling() as wait:
+            _Check(group, number, limits, steps_of(group.spec, limits), wait).run()
+            if group.layers[0].has_fused_write:
+                _FusedCheck(group, number, limits, fused_steps_of(limits), wait).run()
 
 
 class _Check:
     """The check of one group's backend, in a cache of its own: plan, prepare, write, attend."""
 
     def __init__(
-        self, group: LayerGroup, number: int, limits: BatchLimits, steps: list[list[Span]]
+        self,
+        group: LayerGroup,
+        number: int,
+        limits: BatchLimits,
+        steps: list[list[Span]],
+        wait: Wait,
     ) -> None:
+        self.wait = wait
         self.spec, self.number, self.limits, self.steps = group.spec, number, limits, steps
         self.layer = group.layers[0]
         self.name, self.backend = group.backend_name, self.layer.backend
@@ -142,6 +150,10 @@ class _Check:
         return out.cpu()
 
     def _call(self, spans: Sequence[Span], method: Callable[..., Any], *arguments: Any) -> Any:
+        self.wait.words = (
+            f"the self-check of attention backend {self.name!r}, in {method.__name__}() for "
+            f"{_in_words(spans)}: --skip-self-check starts without it"
+        )
         try:
             return method(*arguments)
         except torch.cuda.OutOfMemoryError:

@@ -14,6 +14,7 @@ from quire.hooks.kinds import KINDS
 from quire.hooks.loading import first_line, refusal
 from quire.hooks.registry import Registry
 from quire.interfaces.plugin import AttentionPlugin, Descriptor, SamplerPlugin, Selection
+from quire.patience import telling
 
 Contract = TypeVar("Contract")
 Ranked = TypeVar("Ranked", AttentionPlugin, SamplerPlugin)
@@ -102,7 +103,8 @@ class Candidates(Generic[Contract]):
             return as_sentence(not_built(plugin.name)), None
         found = self._load(plugin)
         try:
-            reason = self.ask(found)
+            with telling(f"why_unsupported() of {plugin.name!r}, {entry.owner}"):
+                reason = self.ask(found)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -119,7 +121,8 @@ class Candidates(Generic[Contract]):
         """Import a plugin's class. Raises: PluginError where it does not keep the contract."""
         owner = self.registry.entry(self.kind, plugin.name).owner
         try:
-            found = plugin.load_class()
+            with telling(f"the import of {plugin.load!r}, {owner}"):
+                found = plugin.load_class()
         except KeyboardInterrupt:
             raise
         except BaseException as error:

@@ -14,6 +14,7 @@ from attrs import frozen
 from quire.config import nearest
 from quire.errors import ConfigError, PluginError
 from quire.interfaces.plugin import API_VERSION
+from quire.patience import telling
 
 GROUP = "quire"
 
@@ -49,7 +50,12 @@ def import_plugins(disabled: Collection[str] = ()) -> list[LoadedPlugin]:
     _check_disabled(disabled, [entry.name for entry in found])
     wanted = [entry for entry in found if entry.name not in disabled]
     _check_unique(wanted)
-    return [_import(entry) for entry in wanted]
+    found_plugins = []
+    with telling() as wait:
+        for entry in wanted:
+            wait.words = f"the import of {_owner(entry)}"
+            found_plugins.append(_import(entry))
+    return found_plugins
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from quire.hooks import hookspecs
 from quire.hooks.kinds import KINDS, Kind
 from quire.hooks.loading import LoadedPlugin, Owner, first_line, refusal
 from quire.interfaces.plugin import Descriptor
+from quire.patience import telling
 
 HOOKS = tuple(kind.hook for kind in KINDS.values())
 
@@ -137,7 +138,8 @@ def _wrong_argument(hooks: dict[str, Callable[..., Any]]) -> str:
 
 def _call(kind: Kind, plugin: LoadedPlugin, function: Callable[[], Any]) -> list[Registered]:
     try:
-        offered = function()
+        with telling(f"{kind.hook!r} of {plugin.owner}"):
+            offered = function()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -173,7 +175,8 @@ def _type_of(value: object) -> str:
 
 def _why_unusable(owner: Owner, descriptor: Descriptor) -> str | None:
     try:
-        reason = descriptor.why_unusable()
+        with telling(f"why_unusable() of {descriptor.name!r}, {owner}"):
+            reason = descriptor.why_unusable()
     except KeyboardInterrupt:
         raise
     except BaseException as error:

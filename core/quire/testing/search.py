@@ -6,6 +6,7 @@ import random
 import time
 import unittest
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,11 @@ from hypothesis.errors import NoSuchExample
 from hypothesis.strategies import SearchStrategy
 
 from quire.errors import ConfigError
+from quire.patience import telling
 from quire.testing.kit_report import PROFILES, CheckResult, Failure, Profile, Report
+
+# A case may have kernels compiled.
+CASE_PATIENCE_S = 60.0
 
 
 @frozen(kw_only=True)
@@ -75,6 +80,9 @@ class _Search:
         except (Exception, SystemExit):  # noqa: BLE001 - a plugin that raises again; what failed is known
             return failure
 
+    def _in_words(self, case: Any) -> str:
+        return f"check {self.check.name!r}, case: {case},"
+
     def _is_over(self) -> bool:
         now = time.perf_counter()
         if self.failed_at is not None:
@@ -86,7 +94,8 @@ class _Search:
 
     def _judged(self, case: Any) -> Failure | None:
         try:
-            return self.check.judge(case)
+            with telling(partial(self._in_words, case), after_s=CASE_PATIENCE_S):
+                return self.check.judge(case)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises is its failure
             text = " ".join(str(error).split())
             return Failure(what=f"it raises {type(error).__name__}: {text}", case=case)

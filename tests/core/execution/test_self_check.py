@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from quire.execution.kv_cache import LayerGroup
 from quire.execution.self_check import check_attention, foretell, why_skipped
 from quire.execution.self_check_case import pieces_of, steps_of
 from quire.interfaces.attention import AttentionBackend, BatchLimits, KVLayout, LatentSpec
+from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions
 from quire.interfaces.rope import RopeParameters
 from quire.layers.attention import Attention
@@ -282,6 +284,27 @@ def test_every_group_is_checked() -> None:
     check_attention(groups[:1], LIMITS)
     with pytest.raises(KernelError, match="blocks of 16, window 7"):
         check_attention(groups, LIMITS)
+
+
+class Slow(GatherAttention):
+    """Takes long where it attends."""
+
+    def attend(self, *tensors: Any, **more: Any) -> None:
+        time.sleep(0.2)
+        super().attend(*tensors, **more)
+
+
+def test_backend_that_takes_long_is_named_with_the_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("quire.patience.PATIENCE_S", 0.05)
+
+    check_attention([make_group(Slow)], LIMITS)
+
+    [line] = capsys.readouterr().err.splitlines()
+    start = "quire: still waiting for the self-check of attention backend 'mine', in attend() for "
+    assert line.startswith(f"{start}sequences of new tokens 1 after 0,")
+    assert "--skip-self-check starts without it after 0.05 s" in line
 
 
 class FirstGroupAlways(GatherAttention):
