@@ -72,6 +72,19 @@ def test_greedy_tokens_are_the_same_in_every_way_of_computing_them(
     assert has_all_blocks(engine)
 
 
+@pytest.mark.parametrize("name", ["reference", "sdpa", "triton"])
+def test_greedy_tokens_are_the_same_with_every_backend(
+    folder: Path, alone: Tokens, name: str
+) -> None:
+    engine = make_engine(folder, attention_backend=name)
+    few = requests_of_all_lengths()[::4]
+
+    tokens, _ = run_all(engine, few)
+
+    assert tokens == {request_id: alone[request_id] for request_id in tokens}
+    assert len(tokens) == len(few)
+
+
 def test_two_backends_serve_several_groups_of_layers(tmp_path: Path) -> None:
     windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     folder = tiny_llama.write_folder(tmp_path, architectures=["Qwen2ForCausalLM"], **windows)

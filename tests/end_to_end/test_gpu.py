@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.errors import ConfigError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,6 +99,24 @@ def test_greedy_tokens_on_a_gpu_equal_transformers(
     assert [output.outputs[0].token_ids for output in outputs] == wanted
     blocks = llm.engine.block_manager
     assert blocks.usage == 0
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa", "triton", "cuda", "flashinfer"])
+def test_greedy_tokens_in_float32_are_the_same_with_every_backend_that_takes_it(
+    name: str, folder_and_oracle: tuple[Path, Any]
+) -> None:
+    folder, oracle = folder_and_oracle
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        llm = LLM(str(folder), dtype="float32", gpu_memory_utilization=0.2, attention_backend=name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+
+    outputs = llm.generate(prompts(), params, use_tqdm=False)
+
+    wanted = [greedy(oracle, prompt) for prompt in prompts()]
+    assert [output.outputs[0].token_ids for output in outputs] == wanted
 
 
 def test_seeded_draws_are_the_same_on_gpu_and_cpu(
