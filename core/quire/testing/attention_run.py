@@ -78,19 +78,35 @@ def make_cache(backend: type[AttentionBackend], case: Case) -> Tensor:
 
 def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Tensor) -> None:
     """Write what earlier steps wrote, as far as it may still be read."""
-    tables, _ = make_tables(case)
     chosen = []
     for i, (query_len, seq_len) in enumerate(case.lengths):
         span = (first_visible(case, query_len, seq_len), seq_len - query_len)
         if span[0] < span[1]:
             chosen.append((span, i))
     chosen.sort(key=lambda pair: pair[0][1] - pair[0][0] > 1)
-    if not chosen:
-        return
-    spans = [span for span, _ in chosen]
-    chosen_tables, device = [tables[i] for _, i in chosen], case.spec.device
-    batch = make_batch(spans, chosen_tables, case.spec.block_size, device=device)
-    batch = surrounded(batch, case)
+    most = limits_of(case).max_num_batched_tokens
+    if sum(last - first for (first, last), _ in chosen) <= most:
+        steps = [chosen] if chosen else []
+    else:
+        steps = [[one] for one in chosen]
+    for step in steps:
+        _write_spans(backend, case, inputs, cache, step)
+        if cache.is_cuda and len(steps) > 1:
+            # A plan may write its staging again only when the last step with it has ended.
+            torch.cuda.synchronize(cache.device)
+
+
+def _write_spans(
+    backend: AttentionBackend,
+    case: Case,
+    inputs: Inputs,
+    cache: Tensor,
+    chosen: list[tuple[tuple[int, int], int]],
+) -> None:
+    """Write positions [first, last) of some sequences in one step."""
+    (tables, _), device = make_tables(case), case.spec.device
+    spans, own = [span for span, _ in chosen], [tables[i] for _, i in chosen]
+    batch = surrounded(make_batch(spans, own, case.spec.block_size, device=device), case)
     k = torch.cat([inputs.k[i][first:last] for (first, last), i in chosen]).to(device)
     v = torch.cat([inputs.v[i][first:last] for (first, last), i in chosen]).to(device)
     plan = backend.plan(batch, group_of(batch))

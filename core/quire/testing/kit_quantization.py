@@ -23,7 +23,13 @@ from quire.testing import quantization_checks as checks
 from quire.testing import search
 from quire.testing.kit_report import CheckResult, Failure, Profile, Report, profile_of
 from quire.testing.quantization_bits import check_batch_invariance
-from quire.testing.quantization_cases import LayerCase, QuantizationSubject, make_layer, spec_of
+from quire.testing.quantization_cases import (
+    UNUSUAL,
+    LayerCase,
+    QuantizationSubject,
+    make_layer,
+    spec_of,
+)
 
 __all__ = ["QuantizationMethodTests", "QuantizationSubject", "check_quantization"]
 
@@ -96,6 +102,7 @@ def layer_cases(
         rows=draw(st.one_of(st.sampled_from(ROWS), st.integers(1, 40))),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
+        unusual=draw(st.sampled_from(["", *UNUSUAL])),
     )
     # What it serves one by one it need not serve together.
     return case if _is_served(subject, case) else evolve(choices.plain, kind=kind)

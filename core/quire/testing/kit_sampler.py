@@ -46,18 +46,24 @@ def rows(draw: st.DrawFn, *, bad: bool = False, greedy: bool | None = None) -> R
 
 @st.composite
 def filtered_cases(draw: st.DrawFn, vocab_sizes: Sequence[int]) -> SamplerCase:
-    """Draw one row that asks for several filters, each of which drops something."""
+    """Draw one row that asks for several filters, each of which drops something, or for none."""
     row = Row(
         temperature=draw(st.sampled_from([1.0, 0.5, 2.5])),
         top_k=draw(st.sampled_from([3, 2, 5, 8, None])),
         top_p=draw(st.sampled_from([0.7, 0.5, 0.9, 0.3, 1.0])),
         min_p=draw(st.sampled_from([0.0, 0.1, 0.3, 0.02])),
         seed=draw(st.integers(0, 2**40)),
+        child=draw(st.sampled_from([0, 1, 5])),
+        position=draw(st.sampled_from([0, 7, 2**16 - 9, 2**20])),
     )
+    # All tokens are near each other: it shows how exactly they are compared.
+    plain = evolve(row, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0)
+    shapes = ["normal", "normal", "normal", "ties", "sparse"]
+    row, shapes = draw(st.sampled_from([(row, shapes)] * 3 + [(plain, ["normal"])]))
     return SamplerCase(
         rows=(row,),
         vocab_size=draw(st.sampled_from(vocab_sizes)),
-        shape=draw(st.sampled_from(["normal", "normal", "normal", "ties", "sparse"])),
+        shape=draw(st.sampled_from(shapes)),
         dtype=draw(st.sampled_from(DTYPES)),
         more_flags=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),

@@ -84,6 +84,11 @@ def check_tensors(subject: ModelSubject, case: ModelCase) -> Failure | None:
     if doubled:
         guess = "two layers were given the same name: a layer's number may be missing in it"
         return Failure(what=f"{doubled[0]} has two places", case=case, guess=guess)
+    indices = [m.index for m in model.modules() if isinstance(m, Attention)]
+    again = [index for index in indices if indices.count(index) > 1]
+    if again:
+        what = f"{len(again)} attention layers have layer_index {again[0]}"
+        return Failure(what=what, case=case, guess="layer_index must count the layers")
     patterns = model.weight_names.ignored
     needed = [n for n in places(model) if any(re.fullmatch(p, n) for p in patterns)]
     if needed:

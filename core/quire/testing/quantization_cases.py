@@ -25,6 +25,11 @@ from quire.testing.dense_layers import PlainWeight
 PARTS = ("q_proj", "k_proj", "v_proj")
 # How large the weights of each part are: shards that share a scale would lose the small ones.
 PART_SIZES = (1.0, 0.05, 20.0)
+# What real models have now and then: activations far larger than their neighbours, rows of padding,
+# pruned outputs. One of the two latter has others beside it, whose size the bound is taken of.
+OUTLIER, ZERO_ROW = "an input far larger than the others", "a row of zeros"
+ZERO_OUTPUT = "an output whose weights are zeros"
+UNUSUAL = ("", OUTLIER, ZERO_ROW, ZERO_OUTPUT)
 Encode = Callable[[Tensor, LayerSpec], EncodedWeight | None]
 
 
@@ -61,6 +66,7 @@ class LayerCase:
     """A layer and its inputs. `kind`: linear, head, tied head or embedding.
 
     `sizes` are the outputs of each projection. `strided`: rows of x are cut from a wider tensor.
+    `unusual` is a key of `UNUSUAL`.
     """
 
     kind: str = "linear"
@@ -72,6 +78,7 @@ class LayerCase:
     strided: bool = False
     seed: int = 0
     batch_invariant: bool = False
+    unusual: str = ""
 
     def __str__(self) -> str:
         outs = "+".join(map(str, self.sizes))
@@ -80,7 +87,7 @@ class LayerCase:
         plural = "" if self.rows == 1 else "s"
         return (
             f"{self.rows} row{plural} through a {self.kind} of {self.in_features} -> {outs}{bias}; "
-            f"{self.dtype}; x {layout}; seed {self.seed}"
+            f"{self.dtype}; x {layout}; seed {self.seed}{self.unusual and '; '}{self.unusual}"
         )
 
 
@@ -141,7 +148,13 @@ def make_input(case: LayerCase, device: str) -> Tensor:
         return ids.to(device, torch.int32)
     dtype = getattr(torch, case.dtype)
     width = case.in_features * (2 if case.strided else 1)
-    x = draw(case, case.rows, width, salt=1).to(device, dtype)
+    x = draw(case, case.rows, width, salt=1)
+    if case.unusual == OUTLIER:
+        # What comes out must be finite in float16.
+        x[:, -1 - case.seed % case.in_features] *= 100 if dtype is torch.float16 else 1e5
+    if case.unusual == ZERO_ROW and case.rows > 1:
+        x[case.seed % case.rows] = 0
+    x = x.to(device, dtype)
     return x[:, case.in_features :] if case.strided else x
 
 
@@ -196,6 +209,8 @@ def fill(subject: QuantizationSubject, layer: WeightStore, case: LayerCase) -> L
     bias = draw(case, sum(case.sizes), salt=2).to(dtype) if case.bias else None
     is_plain = _is_plain(layer, case, dtype)
     encoded = [None if is_plain else subject.encoded(weight, spec) for weight in given]
+    if case.unusual == ZERO_OUTPUT and encoded[0] is None and case.sizes[0] > 1:
+        given[0][case.seed % case.sizes[0]] = 0
     tensors: dict[str, Tensor] = {}
     exact: list[Tensor] = []
     biases = [None] * len(given) if bias is None else list(bias.split(case.sizes))

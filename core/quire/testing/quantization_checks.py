@@ -26,6 +26,8 @@ from quire.testing.quantization_cases import (
 )
 
 AXES = ("row", "output")
+# Of so many seeds one has its layer called twice.
+CALLED_ONCE = 4
 
 
 @frozen(kw_only=True)
@@ -99,6 +101,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def check_product(subject: QuantizationSubject, case: LayerCase) -> Failure | None:
     """The product is within the bound, of the right kind, and nothing else is changed."""
+    failure = _judge_call(subject, case)
+    if failure is None or not case.unusual:
+        return failure
+    usual = _judge_call(subject, evolve(case, unusual=""))
+    guess = f"{case.unusual} is what makes it wrong" if usual is None else failure.guess
+    return evolve(failure, guess=guess)
+
+
+def _judge_call(subject: QuantizationSubject, case: LayerCase) -> Failure | None:
     loaded = make_layer(subject, subject.make(), case)
     if loaded is None:
         return None
@@ -111,7 +122,12 @@ def check_product(subject: QuantizationSubject, case: LayerCase) -> Failure | No
         return failure
     if not same_bits(x, kept):
         return Failure(what="x was changed; a layer may only read it", case=case)
-    return None
+    if case.seed % CALLED_ONCE or case.kind == "embedding":
+        return None
+    other = make_input(evolve(case, seed=case.seed + 1), subject.device) * 4
+    failure = judge_product(subject, case, loaded, other, loaded.layer(other))
+    guess = "something is kept from the first call"
+    return failure and evolve(failure, what=f"the second call: {failure.what}", guess=guess)
 
 
 def _judge_shape(case: LayerCase, out: Tensor, dtype: torch.dtype) -> Failure | None:

@@ -26,6 +26,7 @@ from quire.testing.sampler_formula import EPS, MISTAKES, RIGHT, Draws, Mistake, 
 
 # How often one row is drawn where its tokens are judged one by one.
 NUM_POSITIONS = 64
+DEPENDS = "the draw depends on the batch"
 
 
 @frozen(kw_only=True)
@@ -185,16 +186,22 @@ def check_alone(subject: SamplerSubject, case: SamplerCase) -> Failure | None:
     batch = make_batch(case, logits, subject.device)
     if batch.suppressed is not None:
         return None
+    kept = subject.sampler()
+    kept.sample(logits.to(subject.device), batch)
     for order in ([*range(1, size), 0], *([i] for i in range(size))):
         part = evolve(case, rows=tuple(rows[i] for i in order), more_flags=case.more_flags)
-        given = logits[order].to(subject.device)
-        again = subject.sampler().sample(given, make_batch(part, logits[order], subject.device))
-        tokens = again.token_ids[:, 0].tolist()
+        own = make_batch(part, logits[order], subject.device)
+        tokens, fresh = (
+            sampler.sample(logits[order].to(subject.device), own).token_ids[:, 0].tolist()
+            for sampler in (kept, subject.sampler())
+        )
         for at, i in enumerate(order):
             if not rows[i].bad and tokens[at] != done.tokens[i]:
                 where = "alone" if len(order) == 1 else f"as row {at} of {size}"
                 what = f"row {i}: token {done.tokens[i]} in the batch, token {tokens[at]} {where}"
-                return Failure(what=what, case=case, guess="the draw depends on the batch")
+                is_kept = fresh[at] == done.tokens[i]
+                guess = "something is kept from an earlier step" if is_kept else DEPENDS
+                return Failure(what=what, case=case, guess=guess)
     return None
 
 

@@ -29,6 +29,7 @@ class Mistake:
     words: str = ""
     changes: Mapping[str, Any] = Factory(dict)
     position_shift: int = 0
+    position_bits: int = 32
     seed_bits: int = 64
     k_shift: int = 0
     filters_first: bool = False
@@ -48,6 +49,7 @@ MISTAKES = [
     Mistake(words="the position is off by one", position_shift=1),
     Mistake(words="the position is off by one", position_shift=-1),
     Mistake(words="the seed is cut to 32 bits", seed_bits=32),
+    Mistake(words="the position is cut to 16 bits", position_bits=16),
     Mistake(words="top_p is applied before top_k", p_before_k=True),
     Mistake(words="top_k is ignored", changes={"top_k": None}),
     Mistake(words="top_p is ignored", changes={"top_p": 1.0}),
@@ -98,7 +100,8 @@ def uniforms(
         position = position * 0
     child, last = torch.full_like(quads, row.child), torch.full_like(quads, stage)
     seed = row.seed & ((1 << mistake.seed_bits) - 1)
-    lanes = philox((quads, position & MASK, child, last), seed)
+    position = position & ((1 << mistake.position_bits) - 1)
+    lanes = philox((quads, position, child, last), seed)
     joined = torch.cat(lanes, 1) if mistake.lanes_in_a_row else torch.stack(lanes, -1).flatten(1)
     return ((joined[:, :size].float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from int8_weights import HiddenInt8Product, Int8, Int8Product, Packed, PackedProduct
+from int8_weights import GROUP, HiddenInt8Product, Int8, Int8Product, Packed, PackedProduct
 from torch import Tensor
 
 from quire.interfaces.quantization import (
@@ -144,7 +144,7 @@ class ScaleOverAllRows(Int8Product):
     """Activations are scaled by the largest of the batch."""
 
     def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
-        scale = x.float().abs().max() if len(x) else 1.0
+        scale = x.float().abs().max().clamp(min=1e-30) if len(x) else 1.0
         return super().multiplied(x / scale, weight) * scale
 
 
@@ -205,6 +205,78 @@ class GateAndUpSwapped(Int8Product):
 class ExcludedLayerQuantized(Int8):
     def method_for(self, spec: LayerSpec) -> LayerMethod | None:
         return Int8Product(spec) if "proj" in spec.name else None
+
+
+@broken("sums-in-half-precision", "got ")
+class SumsInHalfPrecision(Int8Product):
+    """The accumulator has the dtype of the result."""
+
+    def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
+        total = torch.zeros(len(x), len(weight))
+        for i in range(0, x.shape[1], 4):
+            part = x[:, i : i + 4].float() @ weight[:, i : i + 4].T
+            total = (total + part).to(self.dtype).float()
+        return total
+
+
+@broken("overflows-in-half-precision", "an input far larger than the others")
+class OverflowsInHalfPrecision(Int8Product):
+    """Products in float16, whatever the model's dtype is."""
+
+    def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.dtype is torch.bfloat16:
+            x = x.half()
+        return super().multiplied(x, weight)
+
+
+@broken("row-of-zeros-divided", "a row of zeros")
+class RowOfZerosDivided(Int8Product):
+    """Each row is scaled by its largest number."""
+
+    def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
+        scale = x.float().abs().amax(1, keepdim=True)
+        return super().multiplied(x.float() / scale, weight) * scale
+
+
+@broken("output-of-zeros-divided", "an output whose weights are zeros")
+class OutputOfZerosDivided(Int8Product):
+    def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
+        largest = weight.abs().amax(1)
+        return super().multiplied(x, weight / largest[:, None]) * largest
+
+
+@broken("scale-of-the-first-call", "the second call")
+class ScaleOfTheFirstCall(Int8Product):
+    """Activations are clipped to what was seen first."""
+
+    def multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not len(x):
+            return super().multiplied(x, weight)
+        self.most = getattr(self, "most", x.float().abs().max())
+        return super().multiplied(x.float().clamp(-self.most, self.most), weight)
+
+
+@broken("scales-of-groups-in-turn", "got ")
+class ScalesOfGroupsInTurn(PackedProduct):
+    """Each input in turn has the next scale, where neighbours share one."""
+
+    def apply(self, layer: WeightLayer, x: Any, bias: Tensor | None) -> Tensor:
+        values = self.unpacked(layer.get_weight("weight_packed")).float() - 8
+        scales = layer.get_weight("weight_scale").repeat(1, GROUP)
+        out = torch.nn.functional.linear(x.float(), values * scales)
+        return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+@broken("read-back-without-its-scale", "got ")
+class ReadBackWithoutItsScale(Int8Product):
+    """The product is right; what is read back is not."""
+
+    def dequantize(self, layer: WeightLayer) -> Tensor | None:
+        return layer.get_weight("values").float()
+
+    def apply(self, layer: WeightLayer, x: Any, bias: Tensor | None) -> Tensor:
+        out = self.multiplied(x, layer.get_weight("values").float() * layer.get_weight("scales"))
+        return (out if bias is None else out + bias.float()).to(self.dtype)
 
 
 class BiasForgottenMethod(Int8):

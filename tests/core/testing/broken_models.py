@@ -176,3 +176,69 @@ class ResidualDropped(SmallDecoder):
 
     def attended(self, layer: SmallLayer, x: Tensor, batch: Batch) -> Tensor:
         return super().attended(layer, x, batch) - self.dropped * x
+
+
+@broken("keys-and-values-swapped", "got ")
+class KeysAndValuesSwapped(SmallDecoder):
+    def __init__(self, config: SmallConfig, build: BuildContext) -> None:
+        super().__init__(config, build)
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.sizes = (config.hidden_size, kv_size, kv_size)
+
+    def attended(self, layer: SmallLayer, x: Tensor, batch: Batch) -> Tensor:
+        q, k, v = layer.qkv(x).split(self.sizes, -1)
+        return layer.o_proj(layer.attention(torch.cat((q, v, k), -1), batch))
+
+
+@broken("one-index-for-all-layers", "2 attention layers have layer_index 0")
+class OneIndexForAllLayers(SmallDecoder):
+    def attention_options(self, index: int, config: SmallConfig) -> AttentionOptions:
+        return super().attention_options(0, config)
+
+
+@broken("one-attention-for-all-layers", "got ")
+class OneAttentionForAllLayers(SmallDecoder):
+    """The second layer writes its keys over those of the first."""
+
+    def attended(self, layer: SmallLayer, x: Tensor, batch: Batch) -> Tensor:
+        first = self.model.layers[0]
+        return layer.o_proj(first.attention(layer.qkv(x), batch))
+
+
+@broken("positions-cut", "got ")
+class PositionsCut(SmallDecoder):
+    """The table of angles ends early, and later tokens take its last row."""
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return super().forward(hidden, attrs.evolve(batch, positions=batch.positions.clamp(max=9)))
+
+
+@broken("embedding-scaled", "got ")
+class EmbeddingScaled(SmallDecoder):
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return super().embed(token_ids) * self.config.hidden_size**0.5
+
+
+@broken("angles-of-the-first-step", "what is kept of earlier tokens")
+class AnglesOfTheFirstStep(SmallDecoder):
+    """Positions are kept by the number of tokens."""
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        if not hasattr(self, "kept"):
+            self.kept: dict[int, Tensor] = {}
+        positions = self.kept.setdefault(len(batch.positions), batch.positions.clone())
+        return super().forward(hidden, attrs.evolve(batch, positions=positions))
+
+
+@broken("padded-vocabulary", "logits")
+class PaddedVocabulary(SmallDecoder):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return functional.pad(super().logits(hidden), (0, 3))
+
+
+@broken("squares-in-half-precision", "got ")
+class SquaresInHalfPrecision(SmallDecoder):
+    def normed(self, x: Tensor, norm: Norm, where: str) -> Tensor:
+        half = x.half()
+        variance = half.square().mean(-1, keepdim=True).to(x.dtype)
+        return x * (variance + self.config.rms_norm_eps).rsqrt() * norm.weight

@@ -191,3 +191,59 @@ class LogprobsOfTheUnfiltered(PlainSampler):
     def drawn(self, logits: Tensor, batch: SamplingBatch, i: int) -> tuple[int, float]:
         token, _ = super().drawn(logits, batch, i)
         return token, float(logits.float().log_softmax(0)[token])
+
+
+@broken("suppressed-tokens-drawn", "instead of token")
+class SuppressedTokensDrawn(PlainSampler):
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        return super().sample(logits, attrs.evolve(batch, suppressed=None))
+
+
+@broken("temperature-of-the-first-row", "instead of token")
+class TemperatureOfTheFirstRow(PlainSampler):
+    def filtered(self, logits: Tensor, batch: SamplingBatch, i: int) -> Tensor:
+        drawn = batch.temperature[batch.temperature > 0]
+        first = attrs.evolve(batch, temperature=drawn[:1].expand_as(batch.temperature))
+        return super().filtered(logits, first, i)
+
+
+@broken("scores-in-bfloat16", "instead of token")
+class ScoresInBfloat16(PlainSampler):
+    """Scores of 8 bits: near ones become equal."""
+
+    def drawn(self, logits: Tensor, batch: SamplingBatch, i: int) -> tuple[int, float]:
+        if batch.temperature[i] == 0:
+            return super().drawn(logits, batch, i)
+        scaled = self.filtered(logits.float(), batch, i)
+        return int((scaled + self.noises[i]).bfloat16().argmax()), 0.0
+
+
+@broken("position-cut", "the position is cut to 16 bits")
+class PositionCut(PlainSampler):
+    def counter(self, seed: int, child: int, position: int, i: int) -> Row:
+        return Row(seed=seed, child=child, position=position & 0xFFFF)
+
+
+@broken("noise-of-the-first-step", "kept from an earlier step")
+class NoiseOfTheFirstStep(PlainSampler):
+    def noise(self, batch: SamplingBatch, vocab_size: int) -> Tensor:
+        made = super().noise(batch, vocab_size)
+        kept = getattr(self, "kept", made)
+        self.kept = kept if kept.shape == made.shape else made
+        return self.kept
+
+
+@broken("first-tile-of-tokens", "instead of token")
+class FirstTileOfTokens(PlainSampler):
+    """What is beyond 64 ids is never the best."""
+
+    def greedy(self, logits: Tensor) -> int:
+        return int(logits[:64].argmax())
+
+
+@broken("greedy-row-with-nan-is-right", "status 0 instead of 1 (NOT_FINITE)")
+class GreedyRowWithNaN(PlainSampler):
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        done = super().sample(logits, batch)
+        status = torch.where(batch.temperature == 0, 0, done.status)
+        return attrs.evolve(done, status=status.int())
