@@ -80,7 +80,7 @@ def _measure_shape(
         assert truth is not None, "there is a contender"
         try:
             row = _measured(one, inputs, truth, device)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises is its row
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a backend raises is its row
             row = _row(one.name, shape, "failed", why=_first_line(error))
         rows.append(row)
         gc.collect()
@@ -109,7 +109,7 @@ def _measured(one: Contender, inputs: Inputs, truth: Truth, device: torch.device
     assert one.backend is not None, "it can take part"
     shape, spec = inputs.shape, inputs.spec
     workload = Workload(one.backend, one.options, inputs)
-    judged = truth.judge(workload.attend())
+    judged = truth.judge(workload.attend_once())
     copies = workload.make_copies(rotated_bytes(device))
     times = measure(workload.attend, copies, device)
     window = spec.sliding_window

@@ -10,6 +10,8 @@ from attrs import define, frozen
 from torch import Tensor
 
 from quire.benchmark.attention_shapes import Shape
+from quire.errors import KernelError
+from quire.execution.kv_cache import layout_of
 from quire.execution.synthetic_batch import Span, batch_of, block_tables
 from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch
@@ -96,7 +98,7 @@ class Workload:
         self.backend = backend(spec, inputs.limits(), options)
         lengths = [length for _, length in inputs.shape.rows]
         self._tables, num_blocks = block_tables(lengths, spec.block_size)
-        layout = backend.kv_layout(spec)
+        layout = layout_of(backend.__name__, backend, spec)
         shape, dtype = (num_blocks, *layout.block_shape), getattr(torch, layout.dtype)
         self._caches = [torch.zeros(shape, dtype=dtype, device=spec.device)]
         self._q = [inputs.q]
@@ -173,4 +175,13 @@ class Workload:
         out = self._out[i]
         arguments = (self._k, self._v, self._caches[i], self._plan, out)
         self.backend.attend(self.inputs.layer, self._q[i], *arguments)
+        return out
+
+    def attend_once(self) -> Tensor:
+        """Enqueue the step and return its output. Raises: KernelError for one of another shape."""
+        wanted = tuple(self._out[0].shape)
+        out = self.attend()
+        if tuple(out.shape) != wanted:
+            name = type(self.backend).__name__
+            raise KernelError(f"{name} made `out` {list(out.shape)}, given as {list(wanted)}")
         return out

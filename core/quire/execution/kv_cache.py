@@ -116,6 +116,11 @@ def layout_of(name: str, backend: type[AttentionBackend], spec: AttentionSpec) -
     layout = ask(name, "kv_layout", lambda: backend.kv_layout(spec))
     if not isinstance(layout, KVLayout):
         raise _broken(name, f"returns {layout!r} from kv_layout() where a KVLayout is wanted")
+    if not isinstance(getattr(torch, str(layout.dtype), None), torch.dtype):
+        raise _broken(name, f"wants a KV cache of {layout.dtype!r}, which is no dtype of torch")
+    if not layout.block_shape or not all(isinstance(n, int) and n > 0 for n in layout.block_shape):
+        wanted = "whole numbers above 0 are wanted"
+        raise _broken(name, f"wants KV blocks of shape {layout.block_shape!r}, where {wanted}")
     return layout
 
 

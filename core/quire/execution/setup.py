@@ -188,7 +188,10 @@ def workspace_bytes(groups: list[LayerGroup], limits: BatchLimits) -> int:
     """Return what the backends' instances hold."""
 
     def held(group: LayerGroup) -> int:
-        return group.backend_class.workspace_bytes(group.spec, limits)
+        found = group.backend_class.workspace_bytes(group.spec, limits)
+        if not isinstance(found, int) or found < 0:
+            raise ValueError(f"it returns {found!r}, where a number of bytes is wanted")
+        return found
 
     return sum(ask(g.backend_name, "workspace_bytes", partial(held, g)) for g in groups)
 

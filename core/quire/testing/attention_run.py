@@ -70,10 +70,14 @@ def make_cache(backend: type[AttentionBackend], case: Case) -> Tensor:
     layout, (_, num_blocks) = backend.kv_layout(case.spec), make_tables(case)
     dtype = getattr(torch, layout.dtype)
     shape = (num_blocks, *layout.block_shape)
-    poison = case.poison_value
-    if case.spec.has_quantized_kv:
-        poison = min(poison, torch.finfo(dtype).max)
-    return torch.full(shape, poison, dtype=dtype, device=case.spec.device)
+    return torch.full(shape, poison_of(case, dtype), dtype=dtype, device=case.spec.device)
+
+
+def poison_of(case: Case, dtype: torch.dtype) -> float:
+    """Return the number that fills a cache of a dtype."""
+    if not case.spec.has_quantized_kv:
+        return case.poison_value
+    return min(case.poison_value, torch.finfo(dtype).max)
 
 
 def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Tensor) -> None:

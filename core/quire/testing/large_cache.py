@@ -27,7 +27,7 @@ from quire.testing.attention_cases import (
     step_spans,
     step_tensors,
 )
-from quire.testing.attention_run import Subject
+from quire.testing.attention_run import Subject, poison_of
 from quire.testing.attention_strategies import Choices
 from quire.testing.attention_surroundings import poisoned_outputs
 from quire.testing.dense import attention, judge
@@ -51,7 +51,7 @@ def _memory(backend: type[AttentionBackend], case: Case) -> tuple[Tensor, int]:
         REACH + (first + num_blocks) * a_block, dtype=dtype, device=case.spec.device
     )
     if memory.is_cuda:
-        memory.fill_(case.poison_value)
+        memory.fill_(poison_of(case, dtype))
     return memory[REACH:].view(first + num_blocks, *layout.block_shape), first
 
 

@@ -158,6 +158,37 @@ def test_backend_that_raises_has_a_row_and_the_others_go_on() -> None:
     assert has_failed(report)
 
 
+class Exits(GatherAttention):
+    def attend(self, *arguments: Any) -> None:
+        raise SystemExit(3)
+
+
+class MakesItSmall(GatherAttention):
+    def attend(self, layer: Any, q: Tensor, *rest: Any) -> None:
+        rest[4].resize_(3)
+
+
+class HasNoLayout(GatherAttention):
+    @classmethod
+    def kv_layout(cls, spec: Any) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        (Exits, "SystemExit: 3"),
+        (MakesItSmall, "KernelError: MakesItSmall made `out` [3], given as [2, 4, 16]"),
+        (HasNoLayout, "PluginError: attention backend 'HasNoLayout' returns None from kv_layout()"),
+    ],
+)
+def test_backend_that_breaks_its_contract_has_a_row(backend: type, why: str) -> None:
+    [row] = report_of(contender("bad", backend), shapes=SHAPES[:1])["rows"]
+
+    assert row["verdict"] == "failed"
+    assert row["why"].startswith(why)
+
+
 def test_backend_that_is_not_usable_has_one_row_with_the_reason() -> None:
     report = report_of(contender("no", None, reason="it is not built."), contender("yes"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from attrs import evolve
 from gather_attention import GatherAttention
 
 from quire.errors import BuildError, PluginError
@@ -60,6 +61,37 @@ def test_layout_of_another_type_is_named() -> None:
     with pytest.raises(PluginError, match=r"'mine' returns 'layout' from kv_layout\(\)"):
         layout_of("mine", Broken, SPEC)
     assert layout_of("mine", GatherAttention, SPEC) == GatherAttention.kv_layout(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"dtype": "bfloat17"}, "wants a KV cache of 'bfloat17', which is no dtype of torch"),
+        ({"dtype": "nn"}, "wants a KV cache of 'nn', which is no dtype"),
+        ({"block_shape": (4, -2)}, r"KV blocks of shape \(4, -2\), where whole numbers above 0"),
+        ({"block_shape": ()}, r"KV blocks of shape \(\), where whole numbers"),
+    ],
+)
+def test_layout_that_no_tensor_can_have_is_named(changes: dict[str, Any], fact: str) -> None:
+    class Broken(GatherAttention):
+        @classmethod
+        def kv_layout(cls, spec: Any) -> Any:
+            return evolve(super().kv_layout(spec), **changes)
+
+    with pytest.raises(PluginError, match=f"attention backend 'mine' {fact}"):
+        layout_of("mine", Broken, SPEC)
+
+
+def test_workspace_below_zero_is_named() -> None:
+    """It would make room for blocks that are not there."""
+
+    class Broken(GatherAttention):
+        @classmethod
+        def workspace_bytes(cls, spec: Any, limits: Any) -> int:
+            return -5
+
+    with pytest.raises(PluginError, match=r"workspace_bytes\(\): it returns -5, where a number"):
+        workspace_bytes([group_of(Broken)], LIMITS)
 
 
 def test_workspace_that_raises_is_named() -> None:
