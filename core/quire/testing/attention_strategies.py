@@ -156,17 +156,27 @@ def cases(
     )
 
 
+# Changes of a specification that change the work.
+SHAPES = ("heads", "head_dim", "value_head_dim", "block_size")
+
+
+def without_shapes(choices: Choices) -> Choices:
+    """Return choices among specifications of the plain one's shape."""
+    kept = {name: served for name, served in choices.changes.items() if name not in SHAPES}
+    return attrs.evolve(choices, changes=kept)
+
+
 @st.composite
-def long_cases(draw: st.DrawFn, choices: Choices, longest: int) -> Case:
+def long_cases(draw: st.DrawFn, choices: Choices, longest: int, query_lens: Sequence[int]) -> Case:
     """Draw a case of thousands of keys, in 16 bits: of float32 sums that long say little."""
     changes = {**choices.changes, "dtype": [c for c in choices.changes["dtype"] if _is_short(c)]}
     spec = draw(specs(attrs.evolve(choices, changes=changes), small=True))
     edges = st.integers(1000 // spec.block_size + 1, longest // spec.block_size - 1)
     near = st.builds(lambda n, more: n * spec.block_size + more, edges, st.integers(-1, 1))
     pairs = []
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(1, 3)) if len(query_lens) > 1 else 1):
         seq_len = draw(st.one_of(near, st.integers(1000, longest)))
-        pairs.append((draw(st.sampled_from([1, 1, 2, 17, 40])), seq_len))
+        pairs.append((draw(st.sampled_from(query_lens)), seq_len))
     lengths = tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
     return Case(spec=spec, lengths=lengths, seed=draw(st.integers(0, 999)))
 
@@ -175,12 +185,13 @@ def long_cases(draw: st.DrawFn, choices: Choices, longest: int) -> Case:
 def crowded_cases(draw: st.DrawFn, choices: Choices, most: int) -> Case:
     """Draw a case of many short sequences: more than a warp, or a block of threads, has lanes."""
     spec = draw(specs(choices, small=True))
-    num_seqs = draw(st.one_of(st.sampled_from([33, 65, 17, 129, 257]), st.integers(17, most)))
-    rest = min(num_seqs, most) - 1
+    edges = [n for n in (33, 65, 17, 129, 257) if n <= most]
+    rest = draw(st.one_of(st.sampled_from(edges), st.integers(17, most))) - 1
     seed = draw(st.integers(0, 999))
     numbers = random.Random(seed)
-    lengths = [(1, numbers.randint(1, 40)) for _ in range(rest)]
-    lengths += draw(batches(spec.block_size, 40, most=2))
+    longest = most // 4
+    lengths = [(1, numbers.randint(1, longest)) for _ in range(rest)]
+    lengths += draw(batches(spec.block_size, longest, most=2))
     ordered = tuple(sorted(lengths, key=lambda pair: pair[0] > 1))
     return Case(spec=spec, lengths=ordered, seed=seed)
 

@@ -68,8 +68,11 @@ def test_layout_of_another_type_is_named() -> None:
     [
         ({"dtype": "bfloat17"}, "wants a KV cache of 'bfloat17', which is no dtype of torch"),
         ({"dtype": "nn"}, "wants a KV cache of 'nn', which is no dtype"),
-        ({"block_shape": (4, -2)}, r"KV blocks of shape \(4, -2\), where whole numbers above 0"),
-        ({"block_shape": ()}, r"KV blocks of shape \(\), where whole numbers"),
+        (
+            {"block_shape": (4, -2)},
+            r"wants KV blocks of shape \(4, -2\), where whole numbers above 0",
+        ),
+        ({"block_shape": ()}, r"wants KV blocks of shape \(\), where whole numbers"),
     ],
 )
 def test_layout_that_no_tensor_can_have_is_named(changes: dict[str, Any], fact: str) -> None:
