@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import sys
 
 from quire.cli.options import given_options
 from quire.config import nearest
@@ -72,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
         registry = load_plugins(given_options(arguments).get("disable_plugin", ()))
         name = arguments.name
         kind = _kind_of(registry, name, getattr(arguments, "kind", None))
+    # A kernel that reads where it must not may end the process: then say where it was.
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
     # Here, so that a name that is unknown needs neither torch nor hypothesis.
     from quire.testing import installed
     from quire.testing.kit_report import Report

@@ -24,11 +24,8 @@ from quire.testing.attention_strategies import (
 )
 from quire.testing.attention_strategies import specs as served_specs
 from quire.testing.kit_report import PROFILES, CheckResult, Profile, Report, profile_of
-from quire.testing.large_cache import check_large_cache, why_no_large_cache
+from quire.testing.large_cache import MOST_CASES, check_large_cache, why_no_large_cache
 from quire.testing.search import check_device
-
-# Each is some gigabytes of addresses.
-LARGE_CACHES = 12
 
 __all__ = [
     "PROFILES",
@@ -77,7 +74,7 @@ def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[
             name="many sequences",
             judge=judge,
             cases=crowded_cases(choices, sequences),
-            share=0.1,
+            share=0.07,
             most=most,
             skipped=has_none,
         ),
@@ -85,16 +82,16 @@ def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[
             name="thousands of keys",
             judge=judge,
             cases=long_cases(choices, keys, query_lens),
-            share=0.1,
+            share=0.07,
             most=most,
             skipped=has_none or why_not_long(choices),
         ),
         search.Check(
             name="large cache",
             judge=partial(check_large_cache, subject),
-            cases=cases(served_specs(choices, small=True), longest=40),
-            share=0.05,
-            most=min(most, LARGE_CACHES),
+            cases=cases(served_specs(choices, small=True), longest=9 if profile.small else 40),
+            share=0.03,
+            most=min(most, MOST_CASES),
             skipped=has_none or why_no_large_cache(choices, subject, is_small=profile.small),
         ),
     ]

@@ -19,6 +19,7 @@ from quire.interfaces.quantization import (
     LinearSpec,
     QuantizationMethod,
 )
+from quire.testing import fused_product_checks as fused
 from quire.testing import quantization_checks as checks
 from quire.testing import search
 from quire.testing.kit_report import CheckResult, Failure, Profile, Report, profile_of
@@ -127,9 +128,9 @@ def _offers(subject: QuantizationSubject, choices: Choices, name: str) -> str | 
     method = subject.make().method_for(spec_of(choices.plain, subject.device))
     is_own = getattr(type(method), name) is not getattr(LayerMethod, name)
     if is_own and name == "apply_after_norm":
-        return None if checks.offers_fused_norm(subject, choices.plain) else "not offered here"
+        return None if fused.offers_fused_norm(subject, choices.plain) else "not offered here"
     if is_own and name == "apply_after_silu_mul":
-        return None if checks.offers_fused_gate(subject, choices.plain) else "not offered here"
+        return None if fused.offers_fused_gate(subject, choices.plain) else "not offered here"
     return None if is_own else "not offered"
 
 
@@ -187,8 +188,8 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
         check("batch invariance", check_batch_invariance, linears, 0.1, not_invariant),
         check("memory", checks.check_memory, memory, 0.05),
         check("left alone", checks.check_left_alone, linears, 0.02),
-        check("fused norm", checks.check_fused_norm, linears, 0.05, no_fusion),
-        check("fused gate", checks.check_fused_gate, linears, 0.05, no_gate),
+        check("fused norm", fused.check_fused_norm, linears, 0.05, no_fusion),
+        check("fused gate", fused.check_fused_gate, linears, 0.05, no_gate),
     ]
 
 

@@ -36,6 +36,8 @@ from quire.testing.kit_report import Failure
 
 REACH = 2**31
 SPARE_BYTES = 2**31
+# Each has some gigabytes of addresses.
+MOST_CASES = 12
 
 
 def _memory(backend: type[AttentionBackend], case: Case) -> tuple[Tensor, int]:

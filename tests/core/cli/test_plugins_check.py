@@ -71,7 +71,7 @@ def test_right_backend_ends_with_0_and_a_line_a_check(
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("output             passed")
-    assert "encoder            skipped: it has no latent attention" in lines[-3]
+    assert any("encoder            skipped: it has no latent attention" in line for line in lines)
     assert any("batches came out bit-equal" in line for line in lines)
     assert lines[-1].startswith("right: passed (quick on cpu, seed 0; ")
 

@@ -211,11 +211,8 @@ class TemperatureOfTheFirstRow(PlainSampler):
 class ScoresInBfloat16(PlainSampler):
     """Scores of 8 bits: near ones become equal."""
 
-    def drawn(self, logits: Tensor, batch: SamplingBatch, i: int) -> tuple[int, float]:
-        if batch.temperature[i] == 0:
-            return super().drawn(logits, batch, i)
-        scaled = self.filtered(logits.float(), batch, i)
-        return int((scaled + self.noises[i]).bfloat16().argmax()), 0.0
+    def taken(self, scaled: Tensor, i: int) -> int:
+        return super().taken(scaled.bfloat16().float(), i)
 
 
 @broken("position-cut", "the position is cut to 16 bits")
@@ -226,11 +223,10 @@ class PositionCut(PlainSampler):
 
 @broken("noise-of-the-first-step", "kept from an earlier step")
 class NoiseOfTheFirstStep(PlainSampler):
-    def noise(self, batch: SamplingBatch, vocab_size: int) -> Tensor:
-        made = super().noise(batch, vocab_size)
-        kept = getattr(self, "kept", made)
-        self.kept = kept if kept.shape == made.shape else made
-        return self.kept
+    def noise(self, batch: SamplingBatch, count: int, *, stage: int = 0) -> Tensor:
+        made = super().noise(batch, count, stage=stage)
+        self.kept: dict[Any, Tensor] = getattr(self, "kept", {})
+        return self.kept.setdefault((made.shape, stage), made)
 
 
 @broken("first-tile-of-tokens", "instead of token")

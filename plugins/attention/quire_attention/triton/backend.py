@@ -328,14 +328,26 @@ class TritonAttention(AttentionBackend):
             BLOCK_SIZE=spec.block_size,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            BLOCK_D=power_of_two(spec.head_dim),
-            BLOCK_V=power_of_two(spec.value_head_dim),
+            **_block_widths(spec),
             SINGLE=is_single,
             INVARIANT=spec.batch_invariant,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **overlap.options(),
         )
+
+
+def _block_widths(spec: AttentionSpec) -> dict[str, int]:
+    """Return how wide the tiles of keys and of values are.
+
+    Both are the same where numbers have one byte: with values of 8 beside keys of 20 or 64, tiles
+    of 128 rows and widths of their own, Triton 3.6 reads beyond its shared memory on an H200; with
+    one width for both it does not.
+    """
+    block_d, block_v = power_of_two(spec.head_dim), power_of_two(spec.value_head_dim)
+    if spec.has_quantized_kv:
+        block_d = block_v = max(block_d, block_v)
+    return {"BLOCK_D": block_d, "BLOCK_V": block_v}
 
 
 def _tuning(spec: AttentionSpec) -> Tuning:
