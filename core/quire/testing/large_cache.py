@@ -69,7 +69,7 @@ def why_no_large_cache(choices: Choices, subject: Subject, *, is_small: bool) ->
     except (Exception, SystemExit):  # noqa: BLE001 - another check tells what it raises
         return None
     try:
-        check_large_cache(subject, case)
+        _judged(subject, case)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the check itself will tell
         if _is_about_memory(error):
             return f"it takes more memory than there is: is the whole cache copied? {error}"
@@ -99,7 +99,19 @@ def _bounded(cache: Tensor) -> Iterator[None]:
 
 
 def check_large_cache(subject: Subject, case: Case) -> Failure | None:
-    """A step whose blocks are the last ones of a large cache gives what it should."""
+    """A step whose blocks are the last ones of a large cache gives what it should.
+
+    Where it takes more memory than is allowed, there is nothing to judge.
+    """
+    try:
+        return _judged(subject, case)
+    except (Exception, SystemExit) as error:
+        if _is_about_memory(error):
+            return None
+        raise
+
+
+def _judged(subject: Subject, case: Case) -> Failure | None:
     inputs = make_inputs(case)
     cache, first = _memory(subject.backend, case)
     with _bounded(cache):

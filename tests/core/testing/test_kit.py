@@ -178,6 +178,28 @@ def test_captured_step_of_single_tokens_says_what_it_is_captured_for() -> None:
     assert step.batch.captured_for is GraphSupport.SINGLE_TOKEN
 
 
+class CopiesTheCache(GatherAttention):
+    """Right, and would take all memory of a machine where a cache is large."""
+
+    def gathered(self, cache: Any, *rest: Any) -> Any:
+        return super().gathered(cache.double(), *rest)
+
+
+class CopiesHalves(GatherAttention):
+    """The same in one dtype alone."""
+
+    def gathered(self, cache: Any, *rest: Any) -> Any:
+        return super().gathered(cache.double() if self.spec.dtype == "float16" else cache, *rest)
+
+
+def test_backend_that_copies_the_whole_cache_passes_without_a_large_one() -> None:
+    report = check_attention(CopiesTheCache)
+
+    assert report.passed
+    assert "is the whole cache copied?" in report.checks[-1].detail
+    assert check_attention(CopiesHalves).passed
+
+
 def test_backend_that_exits_fails() -> None:
     """The kit would end without a word, with the backend's own status."""
 

@@ -93,6 +93,10 @@ SPECS = {
         **{"kv_dtype": "float8_e4m3fn", "head_dim": 20, "value_head_dim": 24, "block_size": 2},
         **{"logit_softcap": 3.0, "sinks": True, "num_heads": 6, "num_kv_heads": 3},
     },
+    "fp8-narrow-values": {
+        **{"kv_dtype": "float8_e5m2", "head_dim": 20, "value_head_dim": 8, "block_size": 2},
+        **{"dtype": "float16", "num_heads": 2, "num_kv_heads": 2},
+    },
     "fp8-e5m2": {
         **{"kv_dtype": "float8_e5m2", "dtype": "float16", "sliding_window": 20},
         **{"num_heads": 7, "num_kv_heads": 1, "block_size": 32},
