@@ -99,7 +99,7 @@ ROWS = [
     Row(temperature=3.0, top_k=4, top_p=0.8, min_p=0.05),
     Row(temperature=3.0, top_k=4, top_p=0.8, seed=1),
     Row(temperature=2.0, min_p=0.3, seed=2),
-    Row(temperature=2.0, top_k=3, seed=3),
+    Row(temperature=2.0, top_k=3, seed=3, position=2**16),
 ]
 
 
