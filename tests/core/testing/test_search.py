@@ -6,10 +6,11 @@ import sys
 import time
 from typing import Any
 
+from attrs import evolve
 from hypothesis import strategies as st
 
 from quire.testing.kit_report import Failure, Profile
-from quire.testing.search import Check, run
+from quire.testing.search import Check, run, run_all
 
 SHORT = Profile(name="short", seconds=0.1, examples=20, longest=9, shrink_s=0.1)
 
@@ -50,3 +51,16 @@ def test_plugin_that_exits_has_failed() -> None:
     check = Check(name="output", judge=judge, cases=st.integers(0, 9), share=1.0)
     result = run(check, SHORT)
     assert (result.outcome, "raises SystemExit: 0" in result.detail) == ("failed", True)
+
+
+def test_checks_share_the_seconds_of_the_profile() -> None:
+    """Each may take half of it, and there are four."""
+    slow = Check(name="slow", judge=lambda _: time.sleep(0.01), cases=st.integers(), share=0.5)
+    profile = evolve(SHORT, seconds=0.4, examples=1000)
+
+    alone, *together = run(slow, evolve(profile, seconds=10)), *run_all([slow] * 4, profile, 0)
+
+    assert [result.outcome for result in together] == ["passed"] * 4
+    # A tenth of a second each, a hundredth a case, and the first one is not counted.
+    assert all(result.cases <= 13 for result in together)
+    assert alone.cases > 13
