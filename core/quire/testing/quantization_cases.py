@@ -66,7 +66,7 @@ class LayerCase:
     """A layer and its inputs. `kind`: linear, head, tied head or embedding.
 
     `sizes` are the outputs of each projection. `strided`: rows of x are cut from a wider tensor.
-    `unusual` is a key of `UNUSUAL`.
+    `unusual` is one of `UNUSUAL`.
     """
 
     kind: str = "linear"
