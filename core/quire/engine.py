@@ -10,7 +10,7 @@ from attrs import Factory, define
 
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, RequestError
-from quire.execution.model_runner import InFlight
+from quire.execution.model_runner import Forwarded, InFlight
 from quire.preparation import Prepared
 from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from quire.scheduling.block_manager import BlockManager
@@ -110,24 +110,24 @@ class Engine:
         self._check_alive()
         begin = time.perf_counter()
         self.timing.started.clear()
+        waited, updates = 0.0, []
         try:
-            while len(self._in_flight) < self._depth:
-                output = self.schedule()
-                if output is None:
-                    break
-                self._last_step = output.step_id
-                self._in_flight.append((output, self.dispatch(output)))
-                self.timing.note_dispatched(output)
+            late = self._launch()
             if not self._in_flight:
                 self.timing.note_collected(None)
                 return []
-            output, in_flight = self._in_flight.popleft()
-            self.timing.note_collected(output)
-            self._last_step = output.step_id
-            waited = time.perf_counter()
-            result = self.collect(in_flight)
-            waited = time.perf_counter() - waited
-            updates = self.scheduler.update(result)
+            # What ends late needs the tokens of all before it.
+            for _ in range(1 if late is None else len(self._in_flight)):
+                output, in_flight = self._in_flight.popleft()
+                self.timing.note_collected(output)
+                self._last_step = output.step_id
+                before = time.perf_counter()
+                result = self.collect(in_flight)
+                waited += time.perf_counter() - before
+                updates += self.scheduler.update(result)
+            if late is not None:
+                self._last_step = late[0].step_id
+                self._in_flight.append((late[0], self.runner.sample(late[1])))
             self.timing.step_s = time.perf_counter() - begin
             self.timing.host_s = self.timing.step_s - waited
             return updates
@@ -137,6 +137,22 @@ class Engine:
                 f"the engine stopped in step {self._last_step}, with attention by "
                 f"{self._attention()}: {type(error).__name__}: {error}"
             ) from error
+
+    def _launch(self) -> tuple[SchedulerOutput, Forwarded] | None:
+        """Launch steps until enough are in flight.
+
+        Returns one that is launched but for its end: its forms go on by tokens that are in flight.
+        """
+        while len(self._in_flight) < self._depth:
+            output = self.schedule()
+            if output is None:
+                break
+            self._last_step = output.step_id
+            self.timing.note_dispatched(output)
+            if self._in_flight and self.runner.grammars.limit(output.samples):
+                return output, self.runner.forward(output)
+            self._in_flight.append((output, self.dispatch(output)))
+        return None
 
     def _attention(self) -> str:
         return ", ".join(s.used for s in self.layout.selections if s.kind == "attention")

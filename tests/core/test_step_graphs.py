@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import tiny_llama
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
+from replaying import ReplayingCapture
 from tiny_llama import has_all_blocks, make_engine, prompt, request, run_all
 from torch import Tensor
 
@@ -26,29 +27,6 @@ from quire_models.decoder import DecoderStack
 from quire_sampling.reference.sampler import ReferenceSampler
 
 LENGTHS = (1, 3, 9, 17, 30)
-
-
-@define
-class ReplayingCapture:
-    """Stands in for CUDA graphs: a replay reads and writes the memory of the capture alone.
-
-    Recording enqueues nothing, so the tokens that it would feed back are put back as they were.
-    """
-
-    last_tokens: Tensor | None = None
-    num_replays: int = 0
-
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        before = None if self.last_tokens is None else self.last_tokens.clone()
-        result = run().clone().fill_(77)
-        if self.last_tokens is not None and before is not None:
-            self.last_tokens.copy_(before)
-
-        def replay() -> None:
-            self.num_replays += 1
-            result.copy_(run())
-
-        return replay, result
 
 
 @pytest.fixture(params=[GraphSupport.SINGLE_TOKEN, GraphSupport.ANY])

@@ -11,13 +11,18 @@ from typing import Any
 import jsonschema
 import pytest
 import tiny_llama
+from replaying import ReplayingCapture
 from schema_cases import SchemaMaker
 from tiny_llama import OPTIONS, has_all_blocks
 
 from quire import LLM, SamplingParams
 from quire.errors import RequestError
+from quire.execution.model_runner import Forwarded, InFlight
+from quire.interfaces.attention import GraphSupport
 from quire.interfaces.grammar import GrammarStuck
-from quire.start import STEPS_IN_FLIGHT
+from quire.start import STEPS_IN_FLIGHT, Starter
+from quire_attention.reference.backend import ReferenceAttention
+from quire_sampling.reference.sampler import ReferenceSampler
 
 QUIET: dict[str, Any] = {"use_tqdm": False}
 END = 256
@@ -204,13 +209,13 @@ def test_rows_are_the_same_with_steps_in_flight_and_chunks_and_preemption(
     llm.frontend.close()
 
 
-def test_unlimited_rows_go_on_while_a_limited_one_waits_for_its_token(
+def test_a_limited_row_is_in_both_steps_in_flight(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(STEPS_IN_FLIGHT, "cpu", 2)
     llm = start(folder)
-    engine, seen = llm.engine, []
-    schedule = engine.schedule
+    engine, seen, order = llm.engine, [], []
+    schedule, collect, sample = engine.schedule, engine.collect, engine.runner.sample
 
     def watched() -> Any:
         output = schedule()
@@ -218,11 +223,45 @@ def test_unlimited_rows_go_on_while_a_limited_one_waits_for_its_token(
             seen.append((engine.scheduler.num_steps_in_flight, len(output.num_scheduled_tokens)))
         return output
 
+    def collected(step: InFlight) -> Any:
+        order.append(("collected", step.step_id))
+        return collect(step)
+
+    def sampled(forwarded: Forwarded) -> InFlight:
+        order.append(("sampled", forwarded.step_id))
+        return sample(forwarded)
+
     monkeypatch.setattr(engine, "schedule", watched)
+    monkeypatch.setattr(engine, "collect", collected)
+    monkeypatch.setattr(engine.runner, "sample", sampled)
     params = [drawn(None, max_tokens=12), drawn({"regex": "[ab]{11}"}, max_tokens=12)]
     llm.generate(["p", "q"], params, **QUIET)
 
-    assert (2, 1) in seen  # the second step in flight has the unlimited row alone
+    assert (2, 2) in seen
+    # Its masks are those of the token before: each step is sampled when that was collected.
+    steps = [step for what, step in order if what == "sampled"]
+    for step in steps[1:8]:
+        assert order.index(("collected", step - 1)) < order.index(("sampled", step))
+    llm.frontend.close()
+
+
+@pytest.mark.parametrize("support", [GraphSupport.SINGLE_TOKEN, GraphSupport.ANY])
+def test_rows_are_the_same_in_captured_steps(
+    folder: Path,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    support: GraphSupport,
+) -> None:
+    capture = ReplayingCapture()
+    monkeypatch.setattr(ReferenceAttention, "graph_support", support)
+    monkeypatch.setattr(Starter, "_capture", lambda *_: capture)
+    monkeypatch.setattr(ReferenceSampler, "capturable", True)
+    monkeypatch.setitem(STEPS_IN_FLIGHT, "cpu", 2)
+    llm = start(folder, attention_backend="reference")
+    capture.last_tokens = llm.engine.runner._builder.last_tokens
+
+    assert tokens_of(llm) == alone
+    assert capture.num_replays > 0
     llm.frontend.close()
 
 

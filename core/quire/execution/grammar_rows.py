@@ -1,12 +1,13 @@
 """Rows whose next token a grammar limits: their masks, applied to the logits on the device.
 
-The masks are filled on the host after the forward pass was launched. A row's next step needs its
-token on the host first, so the scheduler does not plan such a sequence ahead; others go on.
+The masks are filled on the host after the forward pass was launched. They depend on a row's token
+before, so where that is still in flight the step is launched but for its end, and ends when the
+token was collected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -55,6 +56,10 @@ class GrammarRows:
                 matcher.accept(token_id)
         except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequence
             self._stop(sequence_id, error)
+
+    def limit(self, sequence_ids: Iterable[int]) -> bool:
+        """Whether any of these sequences has begun a grammar in an earlier step."""
+        return bool(self._matchers) and any(i in self._matchers for i in sequence_ids)
 
     def asks(self, rows: list[int]) -> bool:
         """Whether a grammar limits any of these rows."""

@@ -173,9 +173,8 @@ class Scheduler:
         """Schedule a running sequence that needs a block, has many tokens, or may not go on."""
         if sequence.status is not RUNNING or sequence.is_drained:
             return
-        waits = sequence.waits_for_tokens or sequence.beams is not None
-        if waits and sequence.num_in_flight_tokens:
-            return  # its next token depends on the one before, or on those of the other beams
+        if sequence.beams is not None and sequence.num_in_flight_tokens:
+            return  # its next token depends on those of the other beams
         num_new = min(sequence.num_tokens - sequence.num_computed_tokens, step.num_spare_tokens)
         end = sequence.num_computed_tokens + num_new
         # Beams share blocks anew after each step.
@@ -196,9 +195,8 @@ class Scheduler:
         if sequence.beams is not None:
             step.beams.append(sequence)
             return
-        if not sequence.waits_for_tokens:
-            last = sequence.max_num_tokens - 1
-            sequence.steady_until = min(sequence.num_reserved_tokens, last)
+        last = sequence.max_num_tokens - 1
+        sequence.steady_until = min(sequence.num_reserved_tokens, last)
         step.sampled.append(sequence)
         if self._waiting.has_siblings_of(sequence):
             step.prompts_done.append(sequence)

@@ -64,7 +64,6 @@ class Sequence:
         "steady_until",
         "stop_token_ids",
         "token_ids",
-        "waits_for_tokens",
     )
 
     def __init__(self, sequence_id: int, request: Request, index: int, max_num_tokens: int) -> None:
@@ -85,9 +84,6 @@ class Sequence:
         self.num_computed_tokens = 0
         self.max_num_tokens = max_num_tokens  # a stop by length is known ahead
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache
-
-        # What may come next depends on the token before, which the host must know first.
-        self.waits_for_tokens = request.params.structured_outputs is not None
 
         # While its position stays below, one token is scheduled without asking anybody: it has
         # the block, may write to it, and does not reach max_num_tokens.
