@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from attrs import field, frozen
@@ -10,12 +14,26 @@ from attrs import field, frozen
 from quire.errors import ConfigError
 from quire.interfaces.model_config import ModelConfig, shown
 
+AUTO_MODELS = "models/auto/modeling_auto.py"
+NAMES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+
 
 def is_causal_model(architecture: str) -> bool:
     """Answer whether Transformers has a causal model of this name."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return architecture in _causal_models()
 
-    return architecture in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+@functools.cache
+def _causal_models() -> frozenset[str]:
+    """Return the names of its causal models, read from its source: importing it imports torch."""
+    spec = importlib.util.find_spec("transformers")
+    folders = () if spec is None else spec.submodule_search_locations or ()
+    for path in filter(Path.is_file, (Path(folder) / AUTO_MODELS for folder in folders)):
+        for statement in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == NAMES:
+                words = (node for node in ast.walk(statement) if isinstance(node, ast.Constant))
+                return frozenset(str(word.value) for word in words)
+    return frozenset()
 
 
 @frozen(kw_only=True)
