@@ -62,6 +62,15 @@ def of_tiled_product(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     return {**of_tensors(grid, metadata, args), "flops": flops}
 
 
+def of_experts(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count rows and outputs of pairs, and weights as if every expert had a pair; a few have."""
+    weight, num_pairs = args["weight_ptr"], args["num_pairs"]
+    num_experts = min(len(weight), num_pairs)
+    num_bytes = args["x_ptr"].nbytes + args["out_ptr"].nbytes
+    num_bytes += num_experts * weight[0].nbytes
+    return {"bytes": num_bytes, "flops": 2 * num_pairs * weight[0].numel()}
+
+
 def of_rotation(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     """Count q, k and v of all tokens, read and written; of a cache nothing else is touched."""
     qkv, dims = args["qkv_ptr"], args["HEAD_DIM"]

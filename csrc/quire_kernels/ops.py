@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from quire_kernels import fixed_rows
+from quire_kernels import fixed_rows, mixtures, philox
 
-_MASK32 = 0xFFFFFFFF
-_PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
-_PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+philox_4x32 = philox.philox_4x32
+route = mixtures.route
 # Tokens of a group, of which a draw takes one before a token.
 _GROUP = 64
 
@@ -187,33 +186,34 @@ def add_rms_norm_linear_silu_mul(
     return linear_silu_mul(normed, weight), total
 
 
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor
+) -> Tensor:
+    """Return the weighted sums of what the chosen experts make of each token.
+
+    Expert e makes down[e] @ silu_mul(gate_up[e] @ x). `x` [num_tokens, hidden_size], `gate_up`
+    [num_experts, 2 * size, hidden_size] gates first, `down` [num_experts, hidden_size, size];
+    `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them.
+    """
+    if x.is_cuda:
+        out: Tensor = _kernels("experts").experts(x, gate_up, down, weights, expert_ids)
+        return out
+
+    def one(rows: Tensor, expert: int) -> Tensor:
+        return functional.linear(silu_mul(functional.linear(rows, gate_up[expert])), down[expert])
+
+    return mixtures.sum_over_experts(x, weights, expert_ids, len(gate_up), one)
+
+
+def why_no_experts(device: str) -> str | None:
+    """Return why `experts` does not run on a device, in a sentence; None: it does."""
+    is_served = torch.device(device).type != "cuda" or _kernels("experts") is not None
+    return None if is_served else "experts on a GPU need Triton; `pip install triton` brings it"
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Return the given rows, int32 [num_rows], of `x` [num_tokens, size]."""
     return x.index_select(0, rows)
-
-
-def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of a product of 32-bit numbers held in int64."""
-    # The 64-bit product may wrap to a negative number; its bits are right all the same.
-    product = a * b
-    return (product >> 32) & _MASK32, product & _MASK32
-
-
-def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
-    """Return the four 32-bit lanes of Philox4x32-10 as int64 tensors in [0, 2**32).
-
-    The counter's words and the 64-bit `seed` are int64 tensors that broadcast together.
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-    """
-    c0, c1, c2, c3 = (word & _MASK32 for word in counter)
-    key_a, key_b = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
-        high_a, low_a = _multiply_32(c0, _PHILOX_ROUND_A)
-        high_b, low_b = _multiply_32(c2, _PHILOX_ROUND_B)
-        c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
-        key_a = (key_a + _PHILOX_KEY_A) & _MASK32
-        key_b = (key_b + _PHILOX_KEY_B) & _MASK32
-    return [c0, c1, c2, c3]
 
 
 def gumbel_noise(

@@ -34,6 +34,16 @@ FAMILIES = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 6}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},

@@ -67,6 +67,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+        },
+    ),
     # What nobody claims, with the class of Transformers itself.
     "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6}),
     "gemma3": (
@@ -127,6 +148,7 @@ def make_oracle(name: str) -> PreTrainedModel:
     config_class, model_class = (getattr(transformers, name) for name in names)
     config = config_class(**{**SIZES, "bos_token_id": 1, "eos_token_id": 2, **changes})
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
     model: PreTrainedModel = model_class(config).eval()
     for weight_name, parameter in model.named_parameters():
         parameter.data.normal_(0.0, 0.25).add_(

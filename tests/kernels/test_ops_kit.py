@@ -12,7 +12,7 @@ from quire.testing.kit_report import Profile
 from quire_kernels import ops as quire_ops
 
 pytest.importorskip("triton")
-from quire_kernels import activation, norms, rotary, sampling
+from quire_kernels import activation, experts, norms, rotary, sampling
 
 
 class TestOps(OpsTests):
@@ -27,6 +27,7 @@ class TestTritonKernels(OpsTests):
         "rms_norm": norms.rms_norm,
         "add_rms_norm": norms.add_rms_norm,
         "silu_mul": activation.silu_mul,
+        "experts": experts.experts,
         "rotate_and_write": rotary.rotate_and_write,
         "sample": sampling.sample,
     }

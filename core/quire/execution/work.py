@@ -9,7 +9,9 @@ from attrs import frozen
 
 from quire.execution.kv_cache import LayerGroup
 from quire.interfaces.model import Model
+from quire.interfaces.quantization import ExpertsSpec
 from quire.layers.embedding import Embedding, Head
+from quire.layers.experts import Experts
 from quire.layers.linear import Linear
 
 
@@ -25,6 +27,7 @@ class AttentionWork:
 class ModelWork:
     """FLOPs of a token's linear layers and of a row of logits; bytes that every step reads.
 
+    Of experts those that serve one token are counted, which a step of several tokens may exceed.
     A product of m x k by k x n counts 2 m k n; norms, RoPE and softmax count nothing.
     """
 
@@ -43,6 +46,7 @@ def work_of(model: Model, groups: Sequence[LayerGroup], weight_bytes: int) -> Mo
     """Count the work of a model; `weight_bytes` are those of all its parameters."""
     layers = list(model.modules())
     linears = [layer.spec for layer in layers if isinstance(layer, Linear)]
+    experts = [layer.spec for layer in layers if isinstance(layer, Experts)]
     heads = [layer for layer in layers if isinstance(layer, Head)]
     reads_embedding = any(h.is_tied and h.method.loaded_bytes(h) is None for h in heads)
     # An embedding is looked up in, not read, unless the head uses it too, and no copy of it.
@@ -50,12 +54,19 @@ def work_of(model: Model, groups: Sequence[LayerGroup], weight_bytes: int) -> Mo
         [] if reads_embedding else [layer.spec for layer in layers if isinstance(layer, Embedding)]
     )
     return ModelWork(
-        linear_flops=sum(2 * s.in_features * s.out_features for s in linears),
+        linear_flops=sum(2 * s.in_features * s.out_features for s in linears)
+        + sum(2 * s.top_k * _expert_elements(s) for s in experts),
         head_flops=sum(2 * h.spec.num_embeddings * h.spec.embedding_dim for h in heads),
         weight_bytes=weight_bytes
-        - sum(s.num_embeddings * s.embedding_dim * _size(s.dtype) for s in looked_up),
+        - sum(s.num_embeddings * s.embedding_dim * _size(s.dtype) for s in looked_up)
+        - sum((s.num_experts - s.top_k) * _expert_elements(s) * _size(s.dtype) for s in experts),
         attention=tuple(_attention_of(group) for group in groups),
     )
+
+
+def _expert_elements(spec: ExpertsSpec) -> int:
+    """Return the weights of one expert: gate, up and down."""
+    return 3 * spec.hidden_size * spec.intermediate_size
 
 
 def _attention_of(group: LayerGroup) -> AttentionWork:

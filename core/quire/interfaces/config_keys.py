@@ -14,10 +14,10 @@ _BOOKKEEPING = """
     chunk_size_feed_forward custom_pipelines experts_implementation finetuning_task
     fused_ops gradient_checkpointing id2label is_decoder is_llama_config keys_to_ignore_at_inference
     label2id license model_name model_type name_or_path num_labels output_attentions
-    output_hidden_states output_past prefix problem_type return_dict sep_token_id
-    task_specific_params tf_legacy_loss tie_last_hidden_states tokenizer_class torchscript
-    transformers_version transformers.js_config unsloth_fixed unsloth_version use_bfloat16
-    use_cache use_flash_attention use_flash_attn use_return_dict
+    output_hidden_states output_past output_router_logits prefix problem_type return_dict
+    sep_token_id task_specific_params tf_legacy_loss tie_last_hidden_states tokenizer_class
+    torchscript transformers_version transformers.js_config unsloth_fixed unsloth_version
+    use_bfloat16 use_cache use_flash_attention use_flash_attn use_return_dict
 """
 
 # The tokenizer and generation_config.json decide about these; quantization plugins read the last.
@@ -29,7 +29,8 @@ _READ_ELSEWHERE = """
 _TRAINING = """
     attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embedding_dropout
     hidden_dropout hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
-    pretraining_tp resid_dropout resid_pdrop rescale_every router_aux_loss_coef summary_activation
+    pretraining_tp resid_dropout resid_pdrop rescale_every router_aux_loss_coef
+    router_jitter_noise summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_fused_loss
     vocab_pad_to_multiple_of z_loss_coefficient
 """
@@ -69,7 +70,8 @@ _ABSENT_UNLESS_DECLARED = """
     qk_layernorm qk_ln
     qk_norm qk_nope_head_dim qk_rope_head_dim query_pre_attn_scalar rope_interleave
     rope_interleaved rope_local_base_freq scale_attn_by_inverse_layer_idx scale_depth
-    sliding_window sliding_window_pattern ssm_cfg swiglu_limit text_config tie_encoder_decoder
+    shared_expert_intermediate_size sliding_window sliding_window_pattern ssm_cfg swiglu_limit
+    text_config tie_encoder_decoder
     use_alibi use_bidirectional_attention use_differential_attention use_l2_norm use_mamba
     use_mrope use_parallel_residual use_post_norm use_qk_layernorm use_qk_norm use_sliding_window
     v_head_dim vision_config zero_centered_rmsnorm

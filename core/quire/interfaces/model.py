@@ -63,8 +63,23 @@ class BuildContext(Protocol):
     def attention(self, name: str, options: AttentionOptions) -> nn.Module:
         """Make an attention layer: module(qkv, batch) -> [num_tokens, num_heads * head_dim]."""
 
-    def experts(self, name: str, num_experts: int, hidden_size: int, size: int) -> nn.Module:
-        """Make the experts of a mixture. Raises: ConfigError while no plugin serves them."""
+    def experts(
+        self,
+        name: str,
+        num_experts: int,
+        hidden_size: int,
+        size: int,
+        *,
+        top_k: int,
+        parts: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> nn.Module:
+        """Make the experts of a mixture, each with a gate and up projection to `size` and back.
+
+        module(x, weights, expert_ids) -> [num_tokens, hidden_size], as
+        `quire.interfaces.quantization.ExpertsMethod.apply_experts` says. Expert i's weights are
+        `<name>.<i>.<part>.weight`, `parts` the names of gate, up and down. Raises: ConfigError
+        where the weights' format, or the device, has no experts.
+        """
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Make an empty parameter, such as a norm's weight."""

@@ -56,7 +56,11 @@ class LinearSpec:
 
 @frozen(kw_only=True)
 class ExpertsSpec:
-    """The experts of a mixture: fused gate and up projections, and down projections."""
+    """The experts of a mixture: fused gate and up projections, and down projections.
+
+    Expert i's projections are `<name>.<i>.<part>` in the checkpoint, `parts` the names of gate,
+    up and down. `top_k` experts serve a token.
+    """
 
     name: str
     num_experts: int
@@ -65,6 +69,8 @@ class ExpertsSpec:
     dtype: str
     device: str
     batch_invariant: bool = False
+    top_k: int = 1
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
 @frozen(kw_only=True)
@@ -128,16 +134,13 @@ class WeightLayer(Protocol):
         """Forget a weight, for instance after it was repacked."""
 
 
-class LayerMethod(abc.ABC):
-    """Keep and apply the weights of one layer.
+class WeightMethod(abc.ABC):
+    """Keep the weights of one layer: what `LayerMethod` and `ExpertsMethod` share.
 
-    `activation_format` names what the operation before the layer should emit: None for a plain
-    tensor, or a name that `quire_kernels.ops` knows, such as "fp8-per-token". With
-    `batch_invariant` a row comes out with the same bits whatever else is in the batch; a method
-    that costs more so is returned for specs that ask for it.
+    With `batch_invariant` a row comes out with the same bits whatever else is in the batch; a
+    method that costs more so is returned for specs that ask for it.
     """
 
-    activation_format: ClassVar[str | None] = None
     batch_invariant: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -150,6 +153,29 @@ class LayerMethod(abc.ABC):
 
     def finish_loading(self, layer: WeightLayer) -> None:  # noqa: B027 - optional
         """Repack after the checkpoint was read; may drop and add weights."""
+
+    def loaded_bytes(self, layer: WeightLayer) -> int | None:
+        """Return the bytes that the layer will hold once it is loaded, without its bias.
+
+        Asked before `finish_loading`, also on device `meta`. None: those of its weights.
+        """
+        return None
+
+    def settle_drawn(self, layer: WeightLayer) -> None:  # noqa: B027 - optional
+        """Make of weights drawn at random, as for `--load-format dummy`, what could be loaded.
+
+        Called before `finish_loading`; a format may need scales that are positive, for instance.
+        """
+
+
+class LayerMethod(WeightMethod):
+    """Keep and apply the weights of one layer that is a product or a look-up.
+
+    `activation_format` names what the operation before the layer should emit: None for a plain
+    tensor, or a name that `quire_kernels.ops` knows, such as "fp8-per-token".
+    """
+
+    activation_format: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def apply(
@@ -170,19 +196,6 @@ class LayerMethod(abc.ABC):
         For checks, as `dequantize`. None: `x` as it is.
         """
         return None
-
-    def loaded_bytes(self, layer: WeightLayer) -> int | None:
-        """Return the bytes that the layer will hold once it is loaded, without its bias.
-
-        Asked before `finish_loading`, also on device `meta`. None: those of its weights.
-        """
-        return None
-
-    def settle_drawn(self, layer: WeightLayer) -> None:  # noqa: B027 - optional
-        """Make of weights drawn at random, as for `--load-format dummy`, what could be loaded.
-
-        Called before `finish_loading`; a format may need scales that are positive, for instance.
-        """
 
     def apply_after_norm(
         self,
@@ -214,6 +227,25 @@ class LayerMethod(abc.ABC):
         model does the steps itself where None comes back, as for `apply_after_norm`.
         """
         return None
+
+
+class ExpertsMethod(WeightMethod):
+    """Keep and apply the weights of a mixture's experts.
+
+    `create_weights` names them `gate_up_<leaf>` and `down_<leaf>`, each with all experts along
+    the first dimension, gates before ups along `output_dim`; the checkpoint's tensor of one
+    projection is `<leaf>`, such as "weight".
+    """
+
+    @abc.abstractmethod
+    def apply_experts(
+        self, layer: WeightLayer, x: Tensor, weights: Tensor, expert_ids: Tensor
+    ) -> Tensor:
+        """Return the weighted sums of what the chosen experts make, [num_tokens, hidden_size].
+
+        `x` [num_tokens, hidden_size]; `weights` floats and `expert_ids` int64, both
+        [num_tokens, top_k], the ids of a row all different. On CUDA nothing is read back.
+        """
 
 
 @frozen(kw_only=True)
@@ -299,8 +331,11 @@ class QuantizationMethod(abc.ABC):
         """Return None if the method can serve the layer here, else why not, in a sentence."""
 
     @abc.abstractmethod
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return how to keep the layer, or None: leave it in the model's dtype."""
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return how to keep the layer, or None: leave it in the model's dtype.
+
+        An `ExpertsMethod` for an `ExpertsSpec`, else a `LayerMethod`.
+        """
 
     @classmethod
     def encode(cls, weight: Tensor, spec: LayerSpec) -> EncodedWeight | None:

@@ -11,6 +11,8 @@ from quire.errors import ConfigError
 from quire.interfaces.model import AttentionOptions
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -18,6 +20,7 @@ from quire.interfaces.quantization import (
 )
 from quire.layers.attention import Attention
 from quire.layers.embedding import Embedding, Head
+from quire.layers.experts import Experts
 from quire.layers.linear import Linear
 
 
@@ -47,12 +50,24 @@ class LayerBuilder:
         self._dense = dense
         self._dtype_name = str(dtype).removeprefix("torch.")
 
-    def _method(self, spec: LayerSpec) -> LayerMethod:
+    def _layer_method(self, spec: LinearSpec | EmbeddingSpec) -> LayerMethod:
+        method = self._method(spec)
+        assert isinstance(method, LayerMethod), spec
+        return method
+
+    def _method(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod:
         why_not = self._quantization.why_unsupported(spec)
         if why_not is not None:
             name = type(self._quantization).__name__
-            raise ConfigError(f"{name} cannot serve {spec.name!r}: {why_not}")
-        method = self._quantization.method_for(spec) or self._dense.method_for(spec)
+            is_mixture = isinstance(spec, ExpertsSpec)
+            remedy = " Experts are served in the model's own dtype." if is_mixture else ""
+            raise ConfigError(f"{name} cannot serve {spec.name!r}: {why_not}.{remedy}")
+        method = self._quantization.method_for(spec)
+        if method is None:
+            why_not = self._dense.why_unsupported(spec)
+            if why_not is not None:
+                raise ConfigError(f"{spec.name!r} cannot be served: {why_not}")
+            method = self._dense.method_for(spec)
         assert method is not None, spec
         return method
 
@@ -77,7 +92,7 @@ class LayerBuilder:
             device=str(self.device),
             batch_invariant=self.batch_invariant,
         )
-        return Linear(spec, self._method(spec))
+        return Linear(spec, self._layer_method(spec))
 
     def _embedding_spec(self, name: str, rows: int, size: int, *, is_head: bool) -> EmbeddingSpec:
         return EmbeddingSpec(
@@ -93,7 +108,7 @@ class LayerBuilder:
     def embedding(self, name: str, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Make an embedding: module(token_ids [num_tokens]) -> [num_tokens, embedding_dim]."""
         spec = self._embedding_spec(name, num_embeddings, embedding_dim, is_head=False)
-        return Embedding(spec, self._method(spec))
+        return Embedding(spec, self._layer_method(spec))
 
     def head(
         self, name: str, embedding_dim: int, num_embeddings: int, *, tied_to: nn.Module | None
@@ -101,7 +116,7 @@ class LayerBuilder:
         """Make the layer that gives logits, with its own weight or that of an embedding."""
         assert tied_to is None or isinstance(tied_to, Embedding), tied_to
         spec = self._embedding_spec(name, num_embeddings, embedding_dim, is_head=True)
-        return Head(spec, self._method(spec), tied_to)
+        return Head(spec, self._layer_method(spec), tied_to)
 
     def attention(self, name: str, options: AttentionOptions) -> nn.Module:
         """Make an attention layer: module(qkv, batch) -> [num_tokens, num_heads * head_dim]."""
@@ -114,9 +129,32 @@ class LayerBuilder:
             options, self.dtype, self.device, name=name, batch_invariant=self.batch_invariant
         )
 
-    def experts(self, name: str, num_experts: int, hidden_size: int, size: int) -> nn.Module:
-        """Refuse: no plugin of this version serves mixtures of experts."""
-        raise ConfigError(f"{name}: this version of Quire has no mixture-of-experts layer.")
+    def experts(
+        self,
+        name: str,
+        num_experts: int,
+        hidden_size: int,
+        size: int,
+        *,
+        top_k: int,
+        parts: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> nn.Module:
+        """Make the experts: module(x, weights, expert_ids) -> [num_tokens, hidden_size]."""
+        gate, up, down = parts
+        spec = ExpertsSpec(
+            name=name,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=size,
+            dtype=self._dtype_name,
+            device=str(self.device),
+            batch_invariant=self.batch_invariant,
+            top_k=top_k,
+            parts=(gate, up, down),
+        )
+        method = self._method(spec)
+        assert isinstance(method, ExpertsMethod), spec
+        return Experts(spec, method)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Make an empty parameter, such as a norm's weight."""

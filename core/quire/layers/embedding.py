@@ -12,6 +12,7 @@ class Embedding(WeightStore):
     """Look up token embeddings."""
 
     spec: EmbeddingSpec
+    method: LayerMethod
 
     def __init__(self, spec: EmbeddingSpec, method: LayerMethod) -> None:
         super().__init__(spec, method)
@@ -26,6 +27,7 @@ class Head(WeightStore):
     """Give logits, with an own weight or with the embedding's."""
 
     spec: EmbeddingSpec
+    method: LayerMethod
 
     def __init__(self, spec: EmbeddingSpec, method: LayerMethod, tied_to: Embedding | None) -> None:
         super().__init__(spec, method)

@@ -13,6 +13,7 @@ class Linear(WeightStore):
     """Compute x W^T + b; several projections may lie one after another along the outputs."""
 
     spec: LinearSpec
+    method: LayerMethod
 
     def __init__(self, spec: LinearSpec, method: LayerMethod) -> None:
         super().__init__(spec, method)

@@ -8,19 +8,26 @@ from collections.abc import Iterator, Mapping
 from attrs import frozen
 from torch import Tensor, nn
 
+from quire.errors import PluginError
 from quire.interfaces.model import Model
+from quire.layers.experts import Experts
 from quire.layers.weights import WeightStore
 
 
 @frozen(kw_only=True)
 class Place:
-    """Where a checkpoint's tensor goes: the parameter `name` of a module, or a slice of it."""
+    """Where a checkpoint's tensor goes: the parameter `name` of a module, or a slice of it.
+
+    `expert` is the entry along the first dimension of a parameter that holds all experts;
+    `dimension` counts those of the entry.
+    """
 
     module: nn.Module
     name: str
     dimension: int = 0
     offset: int = 0
     size: int | None = None
+    expert: int | None = None
 
     @property
     def owner(self) -> WeightStore | None:
@@ -30,6 +37,8 @@ class Place:
     def view(self) -> Tensor:
         """Return the memory to fill; on `meta` until the layer is given its memory."""
         parameter = self.module.get_parameter(self.name).data
+        if self.expert is not None:
+            parameter = parameter[self.expert]
         if self.size is None:
             return parameter
         return parameter.narrow(self.dimension, self.offset, self.size)
@@ -57,6 +66,9 @@ def _renamed(name: str, renamed: Mapping[str, str]) -> str:
 
 def places_of_layer(layer: WeightStore) -> Iterator[tuple[str, Place]]:
     """Yield the name and the place of every tensor of a layer, those of fused parts apart."""
+    if isinstance(layer, Experts):
+        yield from _places_of_experts(layer)
+        return
     parts = getattr(layer.spec, "parts", ())
     prefix = layer.spec.name.rpartition(".")[0]
     for name, rule in layer.rules.items():
@@ -78,3 +90,35 @@ def places_of_layer(layer: WeightStore) -> Iterator[tuple[str, Place]]:
                 ),
             )
             offset += size
+
+
+def _places_of_experts(layer: Experts) -> Iterator[tuple[str, Place]]:
+    """Yield the name and the place of every projection of every expert."""
+    spec = layer.spec
+    gate, up, down = spec.parts
+    for name, rule in layer.rules.items():
+        kind = next((k for k in ("gate_up", "down") if name.startswith(f"{k}_")), None)
+        if kind is None or not rule.output_dim:
+            raise PluginError(
+                f"weight {name!r} of {spec.name!r}: those of experts are called gate_up_.. or "
+                f"down_.. and have an output_dim above 0, the experts' dimension."
+            )
+        leaf = name.removeprefix(f"{kind}_")
+        sizes = rule.part_sizes or (spec.intermediate_size,) * 2
+        slices: list[tuple[str, int, int | None]]
+        slices = [(gate, 0, sizes[0]), (up, sizes[0], sizes[1])]
+        if kind == "down":
+            slices = [(down, 0, None)]
+        for expert in range(spec.num_experts):
+            for part, offset, size in slices:
+                yield (
+                    f"{spec.name}.{expert}.{part}.{leaf}",
+                    Place(
+                        module=layer,
+                        name=name,
+                        dimension=rule.output_dim - 1,
+                        offset=offset,
+                        size=size,
+                        expert=expert,
+                    ),
+                )

@@ -1,4 +1,4 @@
-"""A place for a layer's weights: what `LayerMethod` sees and what the loader fills."""
+"""A place for a layer's weights: what a `WeightMethod` sees and what the loader fills."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from quire.errors import PluginError
-from quire.interfaces.quantization import LayerMethod, ShardRule
+from quire.interfaces.quantization import ShardRule, WeightMethod
 
 
 class WeightStore(nn.Module):
-    """A module whose weights a `LayerMethod` creates; `parts` may fill one weight in slices.
+    """A module whose weights a `WeightMethod` creates; `parts` may fill one weight in slices.
 
     `rules[name]` says how a weight is cut, `part_sizes` how the parts lie along its outputs.
     """
 
-    def __init__(self, spec: Any, method: LayerMethod) -> None:
+    def __init__(self, spec: Any, method: WeightMethod) -> None:
         super().__init__()
         self.spec = spec
         self.method = method

@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.errors import PluginError
 from quire.interfaces.quantization import (
     InputMoments,
+    LayerMethod,
     LinearSpec,
     QuantizationMethod,
 )
@@ -32,6 +33,7 @@ def read_back(
     layer_method = method.method_for(spec)
     if layer_method is None:
         raise PluginError(f"{name} leaves {spec.name!r} alone, which its quantizer writes.")
+    assert isinstance(layer_method, LayerMethod), layer_method
     layer = Linear(evolve(spec, bias=False), layer_method)
     layer.allocate()
     for tensor_name, place in places_of_layer(layer):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -46,15 +48,48 @@ class PlainWeight(LayerMethod):
         return functional.linear(x, weight, bias)
 
 
+class PlainExperts(ExpertsMethod):
+    """Weights [num_experts, outputs, inputs]; every expert sees every token."""
+
+    def __init__(self, spec: ExpertsSpec) -> None:
+        self.spec = spec
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register `gate_up_weight` and `down_weight`."""
+        spec, dtype = self.spec, getattr(torch, self.spec.dtype)
+        rule = ShardRule(output_dim=1, input_dim=2)
+        sizes = {
+            "gate_up_weight": (2 * spec.intermediate_size, spec.hidden_size),
+            "down_weight": (spec.hidden_size, spec.intermediate_size),
+        }
+        for name, shape in sizes.items():
+            weight = torch.empty(spec.num_experts, *shape, dtype=dtype, device=spec.device)
+            layer.add_weight(name, weight, rule)
+
+    def apply_experts(
+        self, layer: WeightLayer, x: Tensor, weights: Tensor, expert_ids: Tensor
+    ) -> Tensor:
+        """Multiply by all experts, and weigh those that were chosen."""
+        gate, up = torch.einsum("ni,eoi->eno", x, layer.get_weight("gate_up_weight")).chunk(2, -1)
+        made = torch.einsum(
+            "eno,eho->enh", functional.silu(gate) * up, layer.get_weight("down_weight")
+        )
+        tokens = torch.arange(len(x), device=x.device).unsqueeze(1)
+        return (made[expert_ids, tokens] * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
 class PlainWeights(QuantizationMethod):
-    """Leave every linear, embedding and head as it is."""
+    """Leave every linear, embedding, head and mixture as it is."""
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve what there is a weight for."""
-        return None if isinstance(spec, (LinearSpec, EmbeddingSpec)) else "the kit has none"
+        served = (LinearSpec, EmbeddingSpec, ExpertsSpec)
+        return None if isinstance(spec, served) else "the kit has none"
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
         """Return a plain weight."""
+        if isinstance(spec, ExpertsSpec):
+            return PlainExperts(spec)
         if isinstance(spec, LinearSpec):
             return PlainWeight((spec.out_features, spec.in_features), spec)
         if isinstance(spec, EmbeddingSpec):

@@ -39,7 +39,7 @@ def _fused(subject: QuantizationSubject, case: LayerCase) -> _Fused | None:
     addends = x.to(device, dtype), y.to(device, dtype)
     norm = draw(case, case.in_features, salt=22).to(device, dtype)
     copies = addends[0].clone(), addends[1].clone()
-    method = loaded.layer.method
+    method = loaded.method
     found = method.apply_after_norm(loaded.layer, copies, (norm, 1e-5), loaded.bias)
     return _Fused(loaded=loaded, addends=addends, kept=copies[1], norm=norm, found=found)
 
@@ -75,7 +75,7 @@ def _after_silu_mul(
         return None
     gate_up = draw(case, case.rows, 2 * case.in_features, salt=23)
     gate_up = gate_up.to(subject.device, getattr(torch, case.dtype))
-    found = loaded.layer.method.apply_after_silu_mul(loaded.layer, gate_up.clone(), loaded.bias)
+    found = loaded.method.apply_after_silu_mul(loaded.layer, gate_up.clone(), loaded.bias)
     return loaded, gate_up, found
 
 

@@ -187,13 +187,15 @@ def op_cases(draw: st.DrawFn, small: bool) -> OpCase:
 
 
 def functions_of(ops: ModuleType | Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """Return the public functions of a module, or those of a mapping."""
+    """Return the public functions of a module, some from beside it, or those of a mapping."""
     if not isinstance(ops, ModuleType):
         return dict(ops)
+    package = ops.__name__.rpartition(".")[0] or ops.__name__
     own = {
         name: found
         for name, found in vars(ops).items()
-        if inspect.isfunction(found) and found.__module__ == ops.__name__
+        if inspect.isfunction(found)
+        and (found.__module__ == ops.__name__ or found.__module__.startswith(f"{package}."))
     }
     return {name: found for name, found in own.items() if not name.startswith("_")}
 

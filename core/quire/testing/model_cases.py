@@ -26,6 +26,11 @@ SIZES: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
 }
 ROPE = "rope_parameters"
 # The size of weights: small enough that rounding does not grow from layer to layer.
@@ -51,6 +56,9 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "head_dim": {"head_dim 24": {"head_dim": 24}},
     "tie_word_embeddings": {"tied embeddings": {"tie_word_embeddings": True}},
+    "num_experts_per_tok": {"one expert a token": {"num_experts_per_tok": 1}},
+    "decoder_sparse_step": {"experts in every second layer": {"decoder_sparse_step": 2}},
+    "mlp_only_layers": {"no experts in layer 0": {"mlp_only_layers": [0]}},
     "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
     "use_sliding_window": {
         "windows from layer 1 on": {

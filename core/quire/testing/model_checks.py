@@ -36,8 +36,7 @@ def _tensors(subject: ModelSubject, case: ModelCase) -> dict[str, Tensor] | None
     """Return the checkpoint of the real class; None where there is none: weights are drawn."""
     if why_missing(subject) is not None:
         return None
-    oracle = oracle_of(subject, case.variation, case.weights)
-    return None if oracle is None else tensors_of(oracle)
+    return tensors_of(subject, case.variation, case.weights)
 
 
 def _model(
@@ -57,11 +56,13 @@ def _model(
     return model
 
 
-def _ready(subject: ModelSubject, case: ModelCase, *, dtype: str | None = None) -> Ready:
+def ready_of(subject: ModelSubject, case: ModelCase, *, dtype: str | None = None) -> Ready:
+    """Return the model of a case with its weights and a cache."""
     return ready(subject, _model(subject, case, dtype=dtype), case.lengths)
 
 
-def _sequences(case: ModelCase, found: Ready) -> list[list[int]]:
+def sequences_of(case: ModelCase, found: Ready) -> list[list[int]]:
+    """Return the token ids of a case."""
     return draw_sequences(case, found.vocab_size)
 
 
@@ -119,8 +120,9 @@ def _judge_names(
             return Failure(what=f"{found[0]} {words}".rstrip(), case=case)
     real = oracle_of(subject, case.variation, case.weights)
     patterns, tied = model.weight_names.ignored, tied_names(model)
-    for name, _ in real.named_parameters():
-        if name not in tied and any(re.fullmatch(p, name) for p in patterns):
+    computed = {*dict(real.named_parameters()), *tensors} - set(dict(real.named_buffers()))
+    for name in sorted(computed - tied):
+        if any(re.fullmatch(p, name) for p in patterns):
             what = f"{name} is ignored, and the real class computes with it"
             return Failure(what=what, case=case, guess="weights of a layer are never loaded")
     return None
@@ -134,9 +136,10 @@ def check_logits(subject: ModelSubject, case: ModelCase) -> Failure | None:
         return None
     dtype = getattr(torch, case.dtype)
     # Weights that the dtype holds exactly, so that only the computation differs.
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(real).items()}
+    written = tensors_of(subject, case.variation, seed) or {}
+    tensors = {name: tensor.to(dtype) for name, tensor in written.items()}
     found = ready(subject, _model(subject, case, weights=tensors), case.lengths)
-    sequences = _sequences(case, found)
+    sequences = sequences_of(case, found)
     out = found.logits(sequences, case.chunk)
     plain, exact_model = _of_dtype(subject, case, dtype)
     exact = logits_of(exact_model, sequences)
@@ -177,39 +180,13 @@ def _of_dtype(subject: ModelSubject, case: ModelCase, dtype: torch.dtype) -> tup
     return pair
 
 
-def check_used(subject: ModelSubject, case: ModelCase) -> Failure | None:
-    """Every tensor of the checkpoint changes the logits."""
-    found = _ready(subject, case)
-    sequences = _sequences(case, found)
-    before = found.logits(sequences)
-    generator = torch.Generator().manual_seed(case.seed)
-    for name, place in places(found.model).items():
-        view = place.view()
-        kept = view.clone()
-        view.add_(torch.randn(view.shape, generator=generator).to(view))
-        _rebind(found)
-        after = found.logits(sequences)
-        view.copy_(kept)
-        if torch.equal(before, after):
-            what = f"{name} may be anything: the logits do not depend on it"
-            return Failure(what=what, case=case, guess="it is loaded and never used")
-    return None
-
-
-def _rebind(found: Ready) -> None:
-    """Let attention layers look at their weights again."""
-    for layer in found.model.modules():
-        if isinstance(layer, Attention):
-            layer.bind(layer.backend, layer.kv_cache, layer.group)
-
-
 def check_keys(subject: ModelSubject, case: ModelCase) -> Failure | None:
     """A key that is declared changes the logits, unless the real class says that it does not."""
     plain = _model(subject, evolve(case, variation=""))
     shapes = {name: place.view().shape for name, place in places(plain).items()}
     weights = {name: place.view().clone() for name, place in places(plain).items()}
     before = ready(subject, plain, case.lengths)
-    sequences = _sequences(case, before)
+    sequences = sequences_of(case, before)
     real = why_missing(subject) is None
     for variation in variations(subject):
         other = evolve(case, variation=variation)
@@ -248,8 +225,8 @@ def _matters(
 
 def _near(subject: ModelSubject, case: ModelCase, whole: Tensor) -> float:
     """Return by how much float32 changes the logits of all sequences in one step."""
-    narrow = _ready(subject, case, dtype="float32")
-    error = (narrow.logits(_sequences(case, narrow)).double() - whole).abs().max().item()
+    narrow = ready_of(subject, case, dtype="float32")
+    error = (narrow.logits(sequences_of(case, narrow)).double() - whole).abs().max().item()
     return 2 * error + unit_of(torch.float32, whole)
 
 
@@ -267,7 +244,7 @@ def why_not_wide(subject: ModelSubject) -> str | None:
     """Return why the model cannot be run in float64, where two ways to run it are told apart."""
     case = ModelCase(lengths=(2,))
     try:
-        _ready(subject, case, dtype="float64").logits([[1, 2]])
+        ready_of(subject, case, dtype="float64").logits([[1, 2]])
     except Exception as error:  # noqa: BLE001 - whatever a model raises
         text = " ".join(str(error).split())
         return f"it does not run in float64 ({type(error).__name__}: {text[:120]})"
@@ -277,8 +254,8 @@ def why_not_wide(subject: ModelSubject) -> str | None:
 def check_chunks(subject: ModelSubject, case: ModelCase) -> Failure | None:
     """A prompt in several steps gives the logits of the prompt in one."""
     case = evolve(case, chunk=case.chunk or 3)
-    whole = _ready(subject, case, dtype="float64")
-    sequences = _sequences(case, whole)
+    whole = ready_of(subject, case, dtype="float64")
+    sequences = sequences_of(case, whole)
     exact = whole.logits(sequences)
     out = ready(subject, whole.model, case.lengths).logits(sequences, case.chunk)
     return _compared(subject, case, out, exact, CUT)
@@ -286,8 +263,8 @@ def check_chunks(subject: ModelSubject, case: ModelCase) -> Failure | None:
 
 def check_batch(subject: ModelSubject, case: ModelCase) -> Failure | None:
     """A sequence gives the same logits alone and in a batch."""
-    together = _ready(subject, case, dtype="float64")
-    sequences = _sequences(case, together)
+    together = ready_of(subject, case, dtype="float64")
+    sequences = sequences_of(case, together)
     out, alone = together.logits(sequences), []
     for i, sequence in enumerate(sequences):
         model = ready(subject, together.model, [case.lengths[i]])
@@ -299,7 +276,7 @@ def check_batch_invariance(subject: ModelSubject, case: ModelCase) -> Failure | 
     """A token's logits have the same bits alone, in a batch, and however steps are cut."""
     model = _model(subject, case, batch_invariant=True)
     together = ready(subject, model, case.lengths)
-    sequences = _sequences(case, together)
+    sequences = sequences_of(case, together)
     out = together.logits(sequences)
     guess = "something between the layers is computed otherwise for another number of tokens"
     for chunk in {1, case.chunk or 3}:
@@ -317,8 +294,8 @@ def check_batch_invariance(subject: ModelSubject, case: ModelCase) -> Failure | 
 
 def check_rows_apart(subject: ModelSubject, case: ModelCase) -> Failure | None:
     """A NaN in one sequence does not reach another."""
-    found = _ready(subject, case)
-    sequences = _sequences(case, found)
+    found = ready_of(subject, case)
+    sequences = sequences_of(case, found)
     batch = found.step([(i, 0, n) for i, n in _in_order(case)], sequences)
     bad = case.seed % len(batch.query_lens)
     model = found.model
@@ -342,8 +319,8 @@ def _in_order(case: ModelCase) -> list[tuple[int, int]]:
 
 def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     """The stages give what the contract says, change nothing, and give it again."""
-    found, model_dtype = _ready(subject, case), getattr(torch, case.dtype)
-    sequences = _sequences(case, found)
+    found, model_dtype = ready_of(subject, case), getattr(torch, case.dtype)
+    sequences = sequences_of(case, found)
     batch = found.step([(i, 0, n) for i, n in _in_order(case)], sequences)
     num_tokens, size = len(batch.token_ids), found.model.config.hidden_size
     everything = found.forward(batch)

@@ -9,8 +9,11 @@ import contextlib
 import copy
 import importlib
 import inspect
+import io
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +64,7 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
     try:
         config = real.config_class(**copy.deepcopy(given))
         config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = real(config).eval()
@@ -73,12 +77,28 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
     return model
 
 
-def tensors_of(model: Any) -> dict[str, Tensor]:
-    """Return what the real class writes into a checkpoint: a tied head once."""
-    found = dict(model.state_dict())
-    if getattr(model.config, "tie_word_embeddings", False):
-        shared = {tensor.data_ptr(): name for name, tensor in reversed(found.items())}
-        found = {name: found[name] for name in found if shared[found[name].data_ptr()] == name}
+def tensors_of(subject: ModelSubject, variation: str, seed: int) -> dict[str, Tensor] | None:
+    """Return what the real class writes into a checkpoint; None: it refuses the config.
+
+    In the files' names and shapes: the class in memory may have others, as for experts.
+    """
+    key = ("tensors", variation, seed)
+    if key not in subject.made:
+        model = oracle_of(subject, variation, seed)
+        subject.made[key] = None if model is None else _written(model)
+    found: dict[str, Tensor] | None = subject.made[key]
+    return found
+
+
+def _written(model: Any) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    # It draws a bar of its progress there.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            found.update(load_file(file))
     return found
 
 
@@ -111,6 +131,33 @@ def _swap_gate_and_up(model: Any) -> bool:
     for layer in layers:
         layer.gate_proj, layer.up_proj = layer.up_proj, layer.gate_proj
     return bool(layers)
+
+
+def _swap_in_experts(model: Any) -> bool:
+    fused = [p for n, p in model.named_parameters() if n.endswith(".gate_up_proj") and p.dim() == 3]
+    for weight in fused:
+        weight.data = torch.cat(weight.data.chunk(2, 1)[::-1], 1)
+    return bool(fused)
+
+
+def _swap_everywhere(model: Any) -> bool:
+    return _swap_in_experts(model) and _swap_gate_and_up(model)
+
+
+def _other_sum(module: Any, given: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple:
+    """Normalise what a router gives, or undo it: the hook of a forward pass."""
+    logits, weights, expert_ids = out
+    raw = logits.float().softmax(-1).take_along_dim(expert_ids, -1)
+    normed = raw / raw.sum(-1, keepdim=True)
+    is_normed = bool((weights - normed).abs().max() < 1e-4)
+    return logits, (raw if is_normed else normed).to(weights.dtype), expert_ids
+
+
+def _other_weights(model: Any) -> bool:
+    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    for router in routers:
+        router.register_forward_hook(_other_sum)
+    return bool(routers)
 
 
 def _unscale(model: Any) -> bool:
@@ -195,6 +242,12 @@ def _skip_norm(name: str) -> Callable[[Any], bool]:
 
 MISTAKES = [
     ("gate and up are swapped", _swap_gate_and_up),
+    ("gate and up of the experts are swapped", _swap_in_experts),
+    ("gate and up are swapped, in experts and beside them", _swap_everywhere),
+    (
+        "a token's experts are weighed as with the other norm_topk_prob",
+        _other_weights,
+    ),
     ("attention scores are not scaled", _unscale),
     ("attention scores are scaled by hidden_size instead of head_dim", _scale_by_hidden),
     ("the final norm is missing", _drop_final_norm),

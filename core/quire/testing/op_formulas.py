@@ -277,6 +277,62 @@ def _op(inputs: Any, exact: Any, plain: Any, *may_change: int, **more: Any) -> O
     return Op(inputs=inputs, exact=exact, plain=plain, may_change=may_change, **more)
 
 
+def _route_inputs(case: OpCase) -> Arguments:
+    top_k = min(case.size, 3)
+    return 3 * drawn(case, case.rows, case.size, apart=True), top_k, {"normalise": case.flag}
+
+
+def _exact_route(logits: Tensor, top_k: int, options: Any) -> tuple[Tensor, ...]:
+    return _routed(logits.double(), top_k, options["normalise"])
+
+
+def _plain_route(logits: Tensor, top_k: int, options: Any) -> tuple[Tensor, ...]:
+    return _routed(logits.float(), top_k, options["normalise"])
+
+
+def _routed(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, ...]:
+    weights = logits.softmax(-1).sort(dim=-1, descending=True).values[:, :top_k]
+    return (weights / weights.sum(-1, keepdim=True) if normalise else weights,)
+
+
+def _weights_alone(returned: Any, arguments: Arguments) -> tuple[Tensor, ...]:
+    """Return the weights, found again at the ids: which of equal ones come first is open."""
+    logits, options = arguments[0], arguments[-1]
+    wide = logits.float().softmax(-1).take_along_dim(returned[1], -1)
+    if options["normalise"]:
+        wide = wide / wide.sum(-1, keepdim=True)
+    return (torch.where((wide - returned[0]).abs() <= 1e-5, returned[0], torch.nan),)
+
+
+EXPERTS, EXPERT_SIZE = 5, 12
+
+
+def _experts_inputs(case: OpCase) -> Arguments:
+    gate_up = drawn(case, EXPERTS, 2 * EXPERT_SIZE, case.size, salt=6, scale=case.size**-0.5)
+    down = drawn(case, EXPERTS, case.size, EXPERT_SIZE, salt=7, scale=EXPERT_SIZE**-0.5)
+    generator = torch.Generator().manual_seed(case.seed)
+    scores = torch.rand(case.rows, EXPERTS, generator=generator)
+    # With the flag, all tokens have the same experts.
+    scores = scores[:1].expand_as(scores) if case.flag else scores
+    weights, expert_ids = scores.softmax(-1).topk(1 + case.seed % 3, dim=-1)
+    x = drawn(case, case.rows, case.size, apart=True)
+    return x, gate_up, down, weights.contiguous(), expert_ids.contiguous()
+
+
+def _exact_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor
+) -> tuple[Tensor, ...]:
+    return _plain_experts(x.double(), gate_up.double(), down.double(), weights.double(), ids)
+
+
+def _plain_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor
+) -> tuple[Tensor, ...]:
+    gate, up = torch.einsum("ni,nkoi->nko", x, gate_up[ids]).chunk(2, -1)
+    made = torch.einsum("nko,nkho->nkh", functional.silu(gate) * up, down[ids])
+    return ((made * weights.unsqueeze(-1)).sum(1).to(x.dtype),)
+
+
 def _gate_up_inputs(case: OpCase) -> Arguments:
     return (3 * drawn(case, case.rows, 2 * case.size, apart=True),)
 
@@ -291,6 +347,8 @@ OPS: dict[str, Op] = {
     "add_rms_norm_linear_silu_mul": _op(
         _norm_gated_inputs, _exact_norm_linear_silu, _plain_norm_linear_silu, 0
     ),
+    "route": _op(_route_inputs, _exact_route, _plain_route, outputs=_weights_alone),
+    "experts": _op(_experts_inputs, _exact_experts, _plain_experts),
     "gather_rows": _op(_gather_inputs, _gathered, _gathered, rows_apart=False),
     "gumbel_noise": _op(_noise_inputs, _exact_noise, _plain_noise, rows_apart=False),
     "philox_4x32": _op(_philox_inputs, _philox, _philox, rows_apart=False),

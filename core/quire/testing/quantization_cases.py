@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     EncodedWeight,
+    LayerMethod,
     LayerSpec,
     LinearSpec,
     QuantizationMethod,
@@ -133,6 +134,13 @@ class Loaded:
     held_before: int
     embedding: Embedding | None = None
 
+    @property
+    def method(self) -> LayerMethod:
+        """How the layer keeps its weights."""
+        found = self.layer.method
+        assert isinstance(found, LayerMethod), found
+        return found
+
 
 def draw(case: LayerCase, *shape: int, salt: int) -> Tensor:
     """Draw normal numbers, float32, on the CPU."""
@@ -166,6 +174,7 @@ def make_layer(
     layer_method = method.method_for(spec)
     if layer_method is None:
         return None
+    assert isinstance(layer_method, LayerMethod), layer_method
     if isinstance(spec, LinearSpec):
         return fill(subject, Linear(spec, layer_method), case)
     if not spec.is_head:
@@ -192,6 +201,7 @@ def _tied_embedding(
     assert isinstance(spec, EmbeddingSpec)
     shape = (spec.num_embeddings, spec.embedding_dim)
     layer_method = method.method_for(spec) or PlainWeight(shape, spec)
+    assert isinstance(layer_method, LayerMethod), layer_method
     return fill(subject, Embedding(spec, layer_method), _as_kind(case, "embedding"))
 
 

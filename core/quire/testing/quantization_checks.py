@@ -63,7 +63,7 @@ def by_part(per_part: Sequence[float], case: LayerCase, device: str) -> Tensor:
 
 def expected_of(subject: QuantizationSubject, loaded: Loaded, case: LayerCase) -> Expected:
     """Return what the layer must multiply with: what it reads back, or what it was given."""
-    found = loaded.layer.method.dequantize(loaded.layer)
+    found = loaded.method.dequantize(loaded.layer)
     if found is not None:
         return Expected(weight=found.double(), slack=by_part([0.0] * len(case.sizes), case, "cpu"))
     rounding = rounding_of(subject, loaded, case)
@@ -155,7 +155,7 @@ def judge_product(
         return None
     expected, first = expected_of(subject, loaded, case), 0
     seen = x if exact_x is None else exact_x
-    declared = loaded.layer.method.rounded_input(loaded.layer, x)
+    declared = loaded.method.rounded_input(loaded.layer, x)
     if subject.rounded_input is not None:
         seen = subject.rounded_input(x, loaded.layer.spec)
     elif declared is not None:
@@ -213,7 +213,7 @@ def guess_product(
 def check_weights(subject: QuantizationSubject, case: LayerCase) -> Failure | None:
     """What a layer reads back is the given weight, as near as the format rounds."""
     loaded = make_layer(subject, subject.make(), case)
-    found = None if loaded is None else loaded.layer.method.dequantize(loaded.layer)
+    found = None if loaded is None else loaded.method.dequantize(loaded.layer)
     if loaded is None or found is None:
         return None
     if found.shape != loaded.exact.shape:

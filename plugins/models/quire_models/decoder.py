@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from attrs import frozen
 from torch import Tensor, nn
@@ -11,61 +11,24 @@ from torch import Tensor, nn
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions, BuildContext, Model, WeightNames
 from quire.layers.rotary import RotaryTable
-from quire_kernels import ops
 from quire_models.decoder_config import DecoderConfig
+from quire_models.mixture import Mixture, MixtureOptions
+from quire_models.norm import Norm, after_silu_mul
 
 
 @frozen(kw_only=True)
 class LayerOptions:
-    """What tells one family's layer from another's; `qk_norm` is the norm's eps."""
+    """What tells one family's layer from another's; `qk_norm` is the norm's eps.
+
+    With `mixture` the layer has experts instead of one MLP.
+    """
 
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: float | None = None
     sliding_window: int | None = None
-
-
-class Norm(nn.Module):
-    """RMSNorm, alone or after an addition."""
-
-    def __init__(self, size: int, eps: float, build: BuildContext) -> None:
-        super().__init__()
-        self.weight = build.parameter(size)
-        self.eps = eps
-        self.batch_invariant = build.batch_invariant
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised `x` [num_tokens, size]."""
-        return ops.rms_norm(x, self.weight, self.eps, batch_invariant=self.batch_invariant)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum and the sum, which may be made in x's memory."""
-        return ops.add_rms_norm(
-            x, residual, self.weight, self.eps, batch_invariant=self.batch_invariant
-        )
-
-    def add_then(self, linear: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's output for the normalised sum, and the sum."""
-        fused: tuple[Tensor, Tensor] | None
-        fused = linear.after_norm((x, residual), (self.weight, self.eps))
-        if fused is not None:
-            return fused
-        normed, total = self.add(x, residual)
-        return linear(normed), total
-
-    def add_then_gated(self, linear: Any, x: Tensor, residual: Tensor) -> Any:
-        """Return silu of the layer's first part times its second, and the sum; None: not in one."""
-        return linear.after_norm((x, residual), (self.weight, self.eps), gated=True)
-
-
-def after_silu_mul(linear: Any, gate_up: Tensor, *, batch_invariant: bool) -> Tensor:
-    """Return the layer's output for silu of the first half of `gate_up` times the second."""
-    fused: Tensor | None = linear.after_silu_mul(gate_up)
-    if fused is not None:
-        return fused
-    out: Tensor = linear(ops.silu_mul(gate_up, batch_invariant=batch_invariant))
-    return out
+    mixture: MixtureOptions | None = None
 
 
 class SelfAttention(nn.Module):
@@ -151,7 +114,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = Norm(config.hidden_size, eps, build)
         self.self_attn = SelfAttention(f"{name}.self_attn", index, config, options, rotary, build)
         self.post_attention_layernorm = Norm(config.hidden_size, eps, build)
-        self.mlp = MLP(f"{name}.mlp", config, options.mlp_bias, build)
+        self.mlp: nn.Module
+        if options.mixture is None:
+            self.mlp = MLP(f"{name}.mlp", config, options.mlp_bias, build)
+        else:
+            self.mlp = Mixture(name, config.hidden_size, options.mixture, build)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: Batch, keep: Tensor | None = None
@@ -169,7 +136,9 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(qkv, batch, keep)
         if keep is not None:
             residual = residual.index_select(0, keep)
-        return self.mlp(attended, residual, self.post_attention_layernorm)
+        added: tuple[Tensor, Tensor]
+        added = self.mlp(attended, residual, self.post_attention_layernorm)
+        return added
 
 
 class DecoderStack(nn.Module):

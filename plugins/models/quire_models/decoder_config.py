@@ -85,6 +85,17 @@ def check_layer_types(config: DecoderConfig, layer_types: tuple[str, ...] | None
         raise refuse(config.source, "layer_types", list(layer_types), entries)
 
 
+def check_uniform_layers(
+    config: DecoderConfig, layer_types: tuple[str, ...] | None, window: int | None
+) -> None:
+    """Raise ConfigError unless the types, where given, are all of the kind that the window says."""
+    check_layer_types(config, layer_types)
+    kind = FULL if window is None else SLIDING
+    if set(layer_types or ()) - {kind}:
+        only = f'null or only "{kind}", as sliding_window says'
+        raise refuse(config.source, "layer_types", list(layer_types or ()), only)
+
+
 @frozen(kw_only=True)
 class WindowedConfig(DecoderConfig):
     """Keys of a decoder some of whose layers may see a sliding window only, as in Qwen2."""
@@ -98,16 +109,17 @@ class WindowedConfig(DecoderConfig):
         """Check that layers with a window have one."""
         super().check()
         check_layer_types(self, self.layer_types)
-        if self._window is None and SLIDING in (self.layer_types or ()):
+        if self.own_window is None and SLIDING in (self.layer_types or ()):
             window = f'without "{SLIDING}" unless use_sliding_window and sliding_window are set'
             raise refuse(self.source, "layer_types", list(self.layer_types or ()), window)
 
     @property
-    def _window(self) -> int | None:
-        return self.sliding_window if self.use_sliding_window else None
+    def own_window(self) -> int | None:
+        """The window of the layers that have one; None: none has."""
+        return self.sliding_window or None if self.use_sliding_window else None
 
     def window(self, layer: int) -> int | None:
         """Return how many latest tokens a token sees in a layer, itself included; None: all."""
         if self.layer_types is not None:
-            return self._window if self.layer_types[layer] == SLIDING else None
-        return self._window if layer >= self.max_window_layers else None
+            return self.own_window if self.layer_types[layer] == SLIDING else None
+        return self.own_window if layer >= self.max_window_layers else None

@@ -91,7 +91,8 @@ class FakeQuantization(QuantizationMethod):
             return f"{spec.name}: no batch invariance"
         if isinstance(spec, ExpertsSpec):
             sizes = f"{spec.num_experts} experts of {spec.hidden_size} x {spec.intermediate_size}"
-            return f"{spec.name}: no {sizes} in {spec.dtype} on {spec.device}"
+            parts = f"{spec.top_k} a token, of {', '.join(spec.parts)}"
+            return f"{spec.name}: no {sizes} ({parts}) in {spec.dtype} on {spec.device}"
         if isinstance(spec, KVCacheSpec) and spec.kv_dtype != "fake-fp8":
             return f"{spec.name}: no {spec.kv_dtype}"
         return None

@@ -19,7 +19,7 @@ RESOLVED = {
 }
 
 # Keys whose default follows from others; the real class resolves them when it is made.
-DERIVED = {"num_key_value_heads", "head_dim", "rope_parameters"}
+DERIVED = {"num_key_value_heads", "head_dim", "mlp_only_layers", "rope_parameters"}
 
 # What checkpoints say of every RoPE type.
 ROPE_SCALINGS: dict[str, dict[str, Any] | None] = {
@@ -70,6 +70,8 @@ def default_differences(oracle: PreTrainedConfig, ours: ModelConfig) -> dict[str
         name = field.name
         theirs = plain(getattr(oracle, name) if name in DERIVED else field.default)
         value = plain(getattr(ours, RESOLVED.get(name, name)))
+        if name == "head_dim" and theirs is None:
+            theirs = oracle.hidden_size // oracle.num_attention_heads
         if name == "eos_token_id":
             theirs = () if theirs is None else (theirs,)
         if name == "rope_parameters":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -16,12 +19,12 @@ from quire.interfaces.plugin import ModelPlugin
 from quire.layers.attention import Attention
 from quire.layers.build import LayerBuilder
 from quire.layers.places import places
-from quire_models import llama, qwen2, qwen3
+from quire_models import llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from quire_quant.none.method import NoQuantization
 
 PLUGINS: dict[str, ModelPlugin] = {
     architecture: plugin
-    for family in (llama, qwen2, qwen3)
+    for family in (llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe)
     for plugin in family.quire_models()
     for architecture in plugin.architectures
 }
@@ -86,9 +89,9 @@ def build(architecture: str, config: ModelConfig, *, dtype: torch.dtype = torch.
 
 def copy_weights(model: Model, oracle: PreTrainedModel) -> tuple[set[str], set[str]]:
     """Fill the model by checkpoint names; return names that are missing and left over."""
-    given = dict(oracle.state_dict())
-    if oracle.config.tie_word_embeddings:
-        del given["lm_head.weight"]
+    with tempfile.TemporaryDirectory() as folder:
+        oracle.save_pretrained(folder)
+        given = load_file(Path(folder) / "model.safetensors")
     wanted = places(model)
     for name in set(given) & set(wanted):
         wanted[name].view().copy_(given[name])

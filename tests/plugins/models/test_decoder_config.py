@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from config_oracle import (
     ROPE_SCALINGS,
@@ -20,7 +21,7 @@ from dense_model import PLUGINS
 
 from quire.errors import ConfigError
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+FAMILIES = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 256,
@@ -48,7 +49,8 @@ def read(family: str, **changes: Any) -> Any:
 def test_declared_defaults_equal_the_real_class(family: str) -> None:
     ours = config_class(family).from_json({})
     assert default_differences(oracle_class(family)(), ours) == {}
-    assert (ours.head_dim, ours.max_model_len) == (128, ours.max_position_embeddings)
+    head_dim = 64 if family == "Qwen3Moe" else 128
+    assert (ours.head_dim, ours.max_model_len) == (head_dim, ours.max_position_embeddings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +128,7 @@ WINDOWS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("given", WINDOWS)
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen2Moe", "Qwen3"])
 def test_windows_are_those_the_real_class_resolves(family: str, given: dict[str, Any]) -> None:
     oracle = oracle_class(family)(**SMALL, **copy.deepcopy(given))
     expected = [
@@ -177,7 +179,81 @@ def test_rope_entry_without_use_is_repeated_among_the_warnings() -> None:
     assert len(config.warnings) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ({"num_experts_per_tok": 1.5}, "num_experts_per_tok"),
+        ({"num_local_experts": -1, "num_experts": -1}, "num_(local_)?experts"),
+        ({"num_local_experts": 10**6, "num_experts": 10**6}, "num_(local_)?experts"),
+    ],
+)
+def test_bad_experts_are_an_error_naming_the_key(
+    family: str, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^config.json: {key} is .*; allowed: "):
+        read(family, **{"num_local_experts": 4, "num_experts": 4, **changes})
+
+
+@pytest.mark.parametrize("family", ["Qwen2Moe", "Qwen3Moe"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("moe_intermediate_size", 0),
+        ("decoder_sparse_step", 0),
+        ("mlp_only_layers", [0.5]),
+        ("mlp_only_layers", 1),
+        ("norm_topk_prob", 1),
+    ],
+)
+def test_bad_layers_of_experts_are_an_error_naming_the_key(
+    family: str, key: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"^config.json: {key} is .*; allowed: "):
+        read(family, **{key: value})
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+@pytest.mark.parametrize("key", ["num_local_experts", "num_experts"])
+def test_number_of_experts_has_two_names(family: str, key: str) -> None:
+    config = read(family, **{key: 16, "num_experts_per_tok": 16})
+    assert 16 in (getattr(config, "num_experts", 0), getattr(config, "num_local_experts", 0))
+    assert config.warnings == ()
+
+
+EXPERT_LAYERS: list[dict[str, Any]] = [
+    {},
+    {"decoder_sparse_step": 2},
+    {"decoder_sparse_step": 3, "mlp_only_layers": [2]},
+    {"mlp_only_layers": [0, 3, 9]},
+    {"mlp_only_layers": None},
+]
+
+
+@pytest.mark.parametrize("given", EXPERT_LAYERS)
+@pytest.mark.parametrize("family", ["Qwen2Moe", "Qwen3Moe"])
+def test_layers_with_experts_are_those_of_the_real_class(
+    family: str, given: dict[str, Any]
+) -> None:
+    sizes = {"moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    real = oracle_class(family)(**{**SMALL, **sizes, **given})
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(real)
+    theirs = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    ours = read(family, **{**sizes, **given})
+    assert [ours.has_experts(i) for i in range(4)] == theirs
+
+
+@pytest.mark.parametrize("given", [w for w in WINDOWS if "layer_types" not in w])
+def test_windows_of_qwen3_moe_are_those_of_all_layers(given: dict[str, Any]) -> None:
+    real = oracle_class("Qwen3Moe")(**{**SMALL, **given})
+    config = read("Qwen3Moe", **given)
+    assert [config.window(i) for i in range(4)] == [real.sliding_window] * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"])
 def test_entry_point_module_imports_no_torch(family: str) -> None:
     code = f"import sys, quire_models.{family}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -188,3 +264,81 @@ def test_architectures_are_claimed_by_the_plugin_whose_class_loads(architecture:
     from quire.interfaces.model import Model
 
     assert issubclass(PLUGINS[architecture].load_class(), Model)
+
+
+# What files of the hub say, but for sizes.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mixtral-8x7B": (
+        "Mixtral",
+        {
+            "attention_dropout": 0.0,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+            "output_router_logits": False,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "torch_dtype": "bfloat16",
+        },
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        "Qwen2Moe",
+        {
+            "decoder_sparse_step": 1,
+            "max_window_layers": 21,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": False,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+            "shared_expert_intermediate_size": 5632,
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+        },
+    ),
+    "Qwen3-30B-A3B": (
+        "Qwen3Moe",
+        {
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "max_window_layers": 48,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "output_router_logits": False,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+    ),
+    "Qwen3-Coder-30B-A3B": (
+        "Qwen3Moe",
+        {
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "shared_expert_intermediate_size": 0,
+            "use_qk_norm": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_mixtures_are_read_without_warning(name: str) -> None:
+    family, given = PUBLISHED[name]
+    assert read(family, **given).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_qk_norm", False), ("qkv_bias", True), ("shared_expert_intermediate_size", 64)],
+)
+def test_what_qwen3_moe_never_has_is_an_error(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^config.json: {key} is .*; allowed: "):
+        read("Qwen3Moe", **{key: value})

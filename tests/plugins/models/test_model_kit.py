@@ -6,10 +6,13 @@ from attrs import evolve
 
 from quire.testing import ModelTests
 from quire.testing.kit_report import PROFILES
-from quire_models import llama, qwen2, qwen3
+from quire_models import llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from quire_models.llama.model import Llama, Mistral
+from quire_models.mixtral.model import Mixtral
 from quire_models.qwen2.model import Qwen2
+from quire_models.qwen2_moe.model import Qwen2Moe
 from quire_models.qwen3.model import Qwen3
+from quire_models.qwen3_moe.model import Qwen3Moe
 
 # The tests beside this one look at every variation of a config; here are some cases of each check.
 FEW = evolve(PROFILES["quick"], examples=80, least=4, seconds=6)
@@ -40,4 +43,25 @@ class TestQwen3(ModelTests):
     model = Qwen3
     config_class = qwen3.Qwen3Config
     architecture = "Qwen3ForCausalLM"
+    profile = FEW
+
+
+class TestMixtral(ModelTests):
+    model = Mixtral
+    config_class = mixtral.MixtralConfig
+    architecture = "MixtralForCausalLM"
+    profile = FEW
+
+
+class TestQwen2Moe(ModelTests):
+    model = Qwen2Moe
+    config_class = qwen2_moe.Qwen2MoeConfig
+    architecture = "Qwen2MoeForCausalLM"
+    profile = FEW
+
+
+class TestQwen3Moe(ModelTests):
+    model = Qwen3Moe
+    config_class = qwen3_moe.Qwen3MoeConfig
+    architecture = "Qwen3MoeForCausalLM"
     profile = FEW

@@ -101,7 +101,7 @@ def test_its_linear_layers_are_quantized_like_any(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Mixtral": ({"num_local_experts": 4}, "cannot build MixtralForCausalLM"),
+    "Olmoe": ({"num_experts": 4}, "cannot build OlmoeForCausalLM"),
     "Mamba": ({}, "has 2 layers, of which 0 call Transformers' attention interface"),
     "Falcon": ({}, "does not take an attention function: KeyError"),
     "Bloom": ({}, "has 2 layers, of which 0 call"),

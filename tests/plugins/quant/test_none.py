@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 
 from quire.errors import PluginError
-from quire.interfaces.quantization import EmbeddingSpec, ExpertsSpec, KVCacheSpec, LinearSpec
+from quire.interfaces.quantization import (
+    EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
+    KVCacheSpec,
+    LinearSpec,
+)
 from quire.layers.embedding import Embedding, Head
+from quire.layers.experts import Experts
 from quire.layers.linear import Linear
+from quire.layers.places import places_of_layer
 from quire.testing import QuantizationMethodTests
+from quire_kernels import ops
 from quire_quant.none.method import NoQuantization
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -155,14 +164,71 @@ def test_head_gives_logits_and_a_tied_one_leaves_look_ups_alone(dtype: str, is_t
     assert len(list(head.parameters())) <= (0 if is_tied else 1)
 
 
-def test_only_linears_and_embeddings_are_served() -> None:
-    experts = ExpertsSpec(
-        name="e", num_experts=2, hidden_size=4, intermediate_size=4, dtype="float32", device="cpu"
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_filled_by_part_and_weighed(dtype: str) -> None:
+    spec = ExpertsSpec(
+        name="mlp.experts",
+        num_experts=3,
+        hidden_size=8,
+        intermediate_size=5,
+        dtype=dtype,
+        device="cpu",
+        top_k=2,
+        parts=("w1", "w3", "w2"),
     )
+    assert METHOD.why_unsupported(spec) is None
+    method = METHOD.method_for(spec)
+    assert isinstance(method, ExpertsMethod)
+    layer = Experts(spec, method)
+    generator = torch.Generator().manual_seed(2)
+    weights, wanted = {}, getattr(torch, dtype)
+    for name, place in places_of_layer(layer):
+        weights[name] = torch.randn(place.view().shape, generator=generator).to(
+            getattr(torch, dtype)
+        )
+        place.view().copy_(weights[name])
+    assert sorted(weights) == [
+        f"mlp.experts.{i}.{part}.weight" for i in range(3) for part in ("w1", "w2", "w3")
+    ]
+    layer.finish_loading()
+    assert len(list(layer.parameters())) in (0, 2)
+    x = torch.randn(4, 8, generator=generator).to(wanted)
+    ids = torch.tensor([[0, 2], [2, 1], [2, 0], [2, 1]])
+    shares = torch.rand(4, 2, generator=generator)
+
+    found = layer(x, shares, ids)
+
+    assert found.dtype == x.dtype
+    for row in range(4):
+        exact = torch.zeros(8, dtype=torch.float64)
+        for share, expert in zip(shares[row], ids[row].tolist(), strict=True):
+            gate, up, down = (
+                weights[f"mlp.experts.{expert}.{part}.weight"].double()
+                for part in ("w1", "w3", "w2")
+            )
+            wide = x[row].double()
+            exact += share * (down @ (torch.nn.functional.silu(gate @ wide) * (up @ wide)))
+        unit = torch.finfo(x.dtype).eps
+        assert (found[row] - exact).abs().max() <= 8 * unit * exact.abs().max()
+
+
+def test_experts_on_a_gpu_without_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_kernels", lambda name: None)
+    spec = ExpertsSpec(
+        name="e",
+        num_experts=2,
+        hidden_size=4,
+        intermediate_size=4,
+        dtype="float32",
+        device="cuda:0",
+    )
+    assert "Triton" in (METHOD.why_unsupported(spec) or "")
+
+
+def test_only_layers_with_weights_are_served() -> None:
     cache = KVCacheSpec(name="c", num_kv_heads=1, head_dim=4, kv_dtype="float32")
 
     assert METHOD.why_unsupported(linear_spec("float32")) is None
     assert METHOD.why_unsupported(embedding_spec("float32", is_head=True)) is None
-    for spec in (experts, cache):
-        assert type(spec).__name__ in (METHOD.why_unsupported(spec) or "")
-        assert METHOD.method_for(spec) is None
+    assert "KVCacheSpec" in (METHOD.why_unsupported(cache) or "")
+    assert METHOD.method_for(cache) is None

@@ -3,15 +3,9 @@
 from attrs import frozen
 
 from quire import hookimpl
-from quire.interfaces.model_config import end_tokens, flag, refuse, whole
+from quire.interfaces.model_config import end_tokens, flag, whole
 from quire.interfaces.plugin import ModelPlugin
-from quire_models.decoder_config import (
-    FULL,
-    SLIDING,
-    DecoderConfig,
-    check_layer_types,
-    layer_types_key,
-)
+from quire_models.decoder_config import DecoderConfig, check_uniform_layers, layer_types_key
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -44,11 +38,7 @@ class MistralConfig(DecoderConfig):
     def check(self) -> None:
         """Check that the layers' types, where given, say the same as the window."""
         super().check()
-        check_layer_types(self, self.layer_types)
-        kind = FULL if self.sliding_window is None else SLIDING
-        if set(self.layer_types or ()) - {kind}:
-            only = f'null or only "{kind}", as sliding_window says'
-            raise refuse(self.source, "layer_types", list(self.layer_types or ()), only)
+        check_uniform_layers(self, self.layer_types, self.sliding_window)
 
 
 @hookimpl

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -20,6 +22,7 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_kernels import fixed_rows, ops
+from quire_kernels.mixtures import sum_over_experts
 
 # For so few PyTorch's `embedding` has a kernel that takes them one after another on a GPU.
 FEW_TOKENS = 16
@@ -167,17 +170,73 @@ class DenseLookup(LayerMethod):
         return functional.embedding(x, weight)
 
 
+class DenseExperts(ExpertsMethod):
+    """All experts of a mixture, gates and ups in one weight.
+
+    On a CPU 16-bit weights are packed for oneDNN, each expert's apart: at one row 2048 x 1536 in
+    bfloat16 takes 215 us instead of 397 (one thread of a CPU with avx512_bf16).
+    """
+
+    def __init__(self, spec: ExpertsSpec) -> None:
+        self.spec = spec
+        self.packed: dict[str, list[Tensor]] = {}
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register weights [num_experts, 2 * size, hidden_size] and back."""
+        spec, dtype = self.spec, getattr(torch, self.spec.dtype)
+        rule = ShardRule(output_dim=1, input_dim=2)
+        for name, outputs, inputs in (
+            ("gate_up_weight", 2 * spec.intermediate_size, spec.hidden_size),
+            ("down_weight", spec.hidden_size, spec.intermediate_size),
+        ):
+            shape = (spec.num_experts, outputs, inputs)
+            layer.add_weight(name, torch.empty(shape, dtype=dtype, device=spec.device), rule)
+
+    def finish_loading(self, layer: WeightLayer) -> None:
+        """Pack for oneDNN where that pays, and drop the plain weights."""
+        if torch.device(self.spec.device).type != "cpu":
+            return
+        if not _packing_pays(getattr(torch, self.spec.dtype)):
+            return
+        for name in ("gate_up_weight", "down_weight"):
+            weight = layer.get_weight(name).data
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self.packed[name] = [reorder(own, 1) for own in weight]
+            layer.drop_weight(name)
+            del weight
+
+    def _packed_expert(self, x: Tensor, expert: int) -> Tensor:
+        gate_up, down = self.packed["gate_up_weight"][expert], self.packed["down_weight"][expert]
+        hidden = ops.silu_mul(_packed_linear(x, gate_up, None, "none", [], ""))
+        return _packed_linear(hidden, down, None, "none", [], "")
+
+    def apply_experts(
+        self, layer: WeightLayer, x: Tensor, weights: Tensor, expert_ids: Tensor
+    ) -> Tensor:
+        """Return the weighted sums of the chosen experts."""
+        if self.packed:
+            return sum_over_experts(
+                x, weights, expert_ids, self.spec.num_experts, self._packed_expert
+            )
+        gate_up, down = layer.get_weight("gate_up_weight"), layer.get_weight("down_weight")
+        return ops.experts(x, gate_up, down, weights, expert_ids)
+
+
 class NoQuantization(QuantizationMethod):
-    """Serve linears, embeddings and heads in the model's dtype."""
+    """Serve linears, embeddings, heads and experts in the model's dtype."""
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
-        """Serve linear and embedding layers everywhere."""
+        """Serve linear and embedding layers everywhere, experts where there is a product."""
+        if isinstance(spec, ExpertsSpec):
+            return ops.why_no_experts(spec.device)
         if isinstance(spec, (LinearSpec, EmbeddingSpec)):
             return None
         return f"it has no method for {type(spec).__name__}"
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
         """Return a method in the layer's own dtype."""
+        if isinstance(spec, ExpertsSpec):
+            return DenseExperts(spec)
         if isinstance(spec, LinearSpec):
             return _product(spec, (spec.out_features, spec.in_features), bias=spec.bias)
         if isinstance(spec, EmbeddingSpec) and spec.is_head:
