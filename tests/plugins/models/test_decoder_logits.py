@@ -25,7 +25,7 @@ SIZES = {
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 SEQUENCES = [list(range(1, 25)), [5], [40, 3, 40, 3, 7, 9, 80, 1, 2, 2, 6]]
-# The plain error is that of some more sequences, too: the largest of a few hundred numbers.
+# More to judge by: errors are the largest of some thousand numbers, of both in the same places.
 OTHERS = [[(7 * i + 5 * n) % 83 for i in range(n)] for n in (30, 24, 17, 11)]
 
 
@@ -155,15 +155,14 @@ def test_logits_equal_the_real_class_whatever_else_is_in_the_batch(name: str) ->
     oracle = make_oracle(family, changes)
     model = build(f"{family}ForCausalLM", read_config(f"{family}ForCausalLM", saved(oracle.config)))
     assert copy_weights(model, oracle) == (set(), set())
-    ours = logits_of(model, SEQUENCES)
     judged = SEQUENCES + OTHERS
+    ours = logits_of(model, judged)
     theirs = [oracle_logits(oracle, sequence) for sequence in judged]
     exact_model = oracle.double()
     exact = [oracle_logits(exact_model, sequence) for sequence in judged]
-    found = max(float((a - b).abs().max()) for a, b in zip(ours, exact, strict=False))
+    found = max(float((a - b).abs().max()) for a, b in zip(ours, exact, strict=True))
     plain = max(float((a - b).abs().max()) for a, b in zip(theirs, exact, strict=True))
     largest = max(float(e.abs().max()) for e in exact)
-    assert len(ours) == len(SEQUENCES)
     assert found <= 2 * plain + torch.finfo(torch.float32).eps * largest
 
 
