@@ -235,10 +235,8 @@ class ModelRunner:
 
     def _logits(self, step_id: int, built: BuiltBatch, hidden: Tensor) -> Forwarded:
         """Make the logits that are sampled, and score the tokens of prompts."""
-        wanted, prompt = built.batch.logit_rows, built.prompt
+        hidden, prompt = built.batch.kept(hidden), built.prompt
         forwarded = Forwarded(step_id=step_id, built=built, logits=None)
-        if wanted.shape[0] and hidden.shape[0] != wanted.shape[0]:
-            hidden = hidden.index_select(0, wanted)
         if prompt is not None and prompt.places:
             forwarded.prompt_scores = score_prompt(
                 self.model.logits, hidden, prompt, slice_rows=self._prompt_slice

@@ -168,10 +168,7 @@ class StaticStep(abc.ABC):
         for backend, plan in zip(tools.backends, batch.plans, strict=True):
             backend.prepare(plan)
         hidden = tools.model(tools.model.embed(batch.token_ids), batch)
-        wanted = batch.rows_to_keep()
-        if wanted is not None and hidden.shape[0] != wanted.shape[0]:
-            hidden = hidden.index_select(0, wanted)
-        return tools.model.logits(hidden)
+        return tools.model.logits(batch.kept(hidden))
 
     def _keep(self, logits: Tensor) -> Tensor:
         """Copy logits to memory of their own: that of a graph is used again by other graphs."""

@@ -80,3 +80,10 @@ class Batch:
         """
         wanted = self.logit_rows.shape[0]
         return self.logit_rows if 0 < wanted < self.token_ids.shape[0] else None
+
+    def kept(self, hidden: Tensor) -> Tensor:
+        """Return the rows to keep of the hidden states of all tokens, or of those rows alone."""
+        rows = self.rows_to_keep()
+        if rows is None or hidden.shape[0] == rows.shape[0]:
+            return hidden
+        return hidden.index_select(0, rows)

@@ -48,19 +48,16 @@ def _check_load(_instance: object, _attribute: Any, value: str) -> None:
         raise PluginError(f"load={value!r} does not name a class; write it as 'module:Class'.")
 
 
-def _check_build(_instance: object, _attribute: Any, value: str | None) -> None:
+def _check_function(_instance: object, attribute: Any, value: str | None) -> None:
     if value is not None and not (isinstance(value, str) and _LOAD.fullmatch(value)):
-        raise PluginError(f"build={value!r} does not name a function; write 'module:function'.")
+        raise PluginError(
+            f"{attribute.name}={value!r} does not name a function; write 'module:function'."
+        )
 
 
 def _check_quantizer(_instance: object, _attribute: Any, value: str | None) -> None:
     if value is not None and not (isinstance(value, str) and _LOAD.fullmatch(value)):
         raise PluginError(f"quantizer={value!r} does not name a class; write 'module:Class'.")
-
-
-def _check_also(_instance: object, _attribute: Any, value: str | None) -> None:
-    if value is not None and not (isinstance(value, str) and _LOAD.fullmatch(value)):
-        raise PluginError(f"also={value!r} does not name a function; write 'module:function'.")
 
 
 def _check_summary(_instance: object, _attribute: Any, value: str) -> None:
@@ -124,7 +121,7 @@ class Descriptor:
     why_unusable: Callable[[], str | None] = field(
         default=_always_usable, validator=_check_callable
     )
-    build: str | None = field(default=None, validator=_check_build)
+    build: str | None = field(default=None, validator=_check_function)
     is_built: Callable[[], bool] = field(default=_always_built, validator=_check_callable)
     builds_in_background: bool = False
 
@@ -250,7 +247,7 @@ class ModelPlugin(Descriptor):
     architectures: tuple[str, ...] = field(converter=_to_names, validator=_check_names)
     config_class: type[ModelConfig] = field(validator=_check_config_class)
     priority: int = field(default=0, validator=_check_integer)
-    also: str | None = field(default=None, validator=_check_also)
+    also: str | None = field(default=None, validator=_check_function)
 
     def builds(self, architecture: str) -> bool:
         """Answer whether it claims the architecture or, asked, can build it all the same.
