@@ -63,7 +63,7 @@ def _fp8_gemv_kernel(
         row_scales = tl.load(weight_scales_ptr + rows, mask=are_inside, other=0.0)
     wait_for_previous(OVERLAPS)
     if SCALED and WIDTH == 0:
-        row_scales *= tl.load(x_scales_ptr)
+        x_scale = tl.load(x_scales_ptr)
     wide: tl.constexpr = tl.int32 if INTEGER else tl.float32
     sums = tl.zeros((OUTPUTS, BLOCK // 16), wide)
     count: tl.constexpr = (SIZE + WIDTH - 1) // WIDTH if WIDTH > 0 else 1
@@ -87,7 +87,10 @@ def _fp8_gemv_kernel(
 
     out = tl.sum(sums, axis=1).to(tl.float32)
     if WIDTH == 0:
+        # In the order of the tiles of many rows: sums of integers then have the same bits.
         out *= row_scales
+        if SCALED:
+            out *= x_scale
     if BIASED:
         out += tl.load(bias_ptr + rows, mask=are_inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows, rounded(out, out_ptr.dtype.element_ty), mask=are_inside)

@@ -121,6 +121,23 @@ def test_products_are_within_the_bound(
     check(out, exact, plain.to(dtype))
 
 
+@given(st.sampled_from([64, 200]), st.sampled_from([128, 512]))
+@settings(max_examples=8, deadline=None)
+def test_row_alone_has_the_bits_that_it_has_among_others(num_out: int, size: int) -> None:
+    weight = torch.randint(-127, 128, (num_out, size), dtype=torch.int8).to(DEVICE)
+    scales = torch.rand(num_out).to(DEVICE)
+    values, x_scales = (part.to(DEVICE) for part in formula(draw(3, size)))
+    # Sums of integers are exact, so that only the order of the scales can tell kernels apart.
+    plain = (values.double() @ weight.double().T).float() * scales * x_scales
+    out = torch.full((3, num_out), float("nan"), device=DEVICE)
+
+    for row in range(3):
+        own = slice(row, row + 1)
+        fp8_gemv.linear(values[own], weight, (x_scales[own], scales), out[own])
+
+    assert torch.equal(out, plain)
+
+
 def test_large_tiles_are_within_the_bound() -> None:
     plan = fp8_gemm.plan(2048, 4096, 14336, is_integer=True)
     assert plan == fp8_gemm.Plan(256, 128, 128, 1, 3, warps=8, grouped=4)
