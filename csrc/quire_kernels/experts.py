@@ -6,7 +6,7 @@ planned on the device in tensors whose shapes follow from the number of pairs al
     expert    0     0     2     3
     pairs   | 4 1 | 7 - | 0 3 | 5 - |        `-`: no pair
 
-Of few pairs each is a tile of its own, without a plan.
+How the products are cut is `experts_plans`'. A few tokens go to `few_experts`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels import costs
+from quire_kernels import costs, few_experts, routing
 from quire_kernels.activation import silu
+from quire_kernels.experts_plans import Cut, cuts_of
+from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 from quire_kernels.rounding import INTERPRETED, rounded
-
-# As many as are tiles of their own: the first of their ROWS rows is a pair.
-FEW_PAIRS = 32
-_FEW_ROWS, _MOST_ROWS = 16, 64
-_COLUMNS = 64
 
 
 @triton.jit
@@ -44,7 +41,7 @@ def _experts_kernel(
     weight_ptr,
     out_ptr,
     pairs_ptr,
-    experts_ptr,
+    owners_ptr,
     x_stride,
     num_pairs,
     SIZE: tl.constexpr,
@@ -53,40 +50,43 @@ def _experts_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PLANNED: tl.constexpr,
     GATED: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Make OUTPUTS numbers of each pair of a tile.
 
     Row p // TOP_K of x belongs to pair p. GATED: silu of the first NUM_OUT rows of an expert's
-    weight times the rest.
+    weight times the rest. Programs of a tile are neighbours, so that they share its rows in the L2.
     """
-    tile = tl.program_id(0)
-    within = tl.arange(0, ROWS)
-    if PLANNED:
-        pairs = tl.load(pairs_ptr + tile * ROWS + within)
-    else:
-        pairs = tl.where(within == 0, tile, num_pairs)
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
+    tile = tl.program_id(1)
+    pairs = tl.load(pairs_ptr + tile * ROWS + tl.arange(0, ROWS))
     # A tile that nobody needed has no pair at all.
     if tl.min(pairs, 0) >= num_pairs:
         return
-    expert = tl.load(experts_ptr + tile).to(tl.int64)
-    outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    expert = tl.load(owners_ptr + tile).to(tl.int64)
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     is_pair, is_output = (pairs < num_pairs)[:, None], (outputs < NUM_OUT)[None, :]
     x_at = x_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * x_stride
     num_rows: tl.constexpr = NUM_OUT * (2 if GATED else 1)
     weight_at = weight_ptr + (expert * num_rows + outputs)[None, :] * SIZE
     sums = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
     up_sums = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
-    for start in range(0, SIZE, COLUMNS):
+    for start in tl.range(0, SIZE, COLUMNS, num_stages=STAGES):
         columns = start + tl.arange(0, COLUMNS)
-        inside = columns < SIZE
-        x = tl.load(x_at + columns[None, :], mask=is_pair & inside[None, :], other=0.0)
-        is_weight = is_output & inside[:, None]
-        weight = tl.load(weight_at + columns[:, None], mask=is_weight, other=0.0)
+        if SIZE % COLUMNS == 0:
+            are_rows, are_weights = is_pair, is_output
+        else:
+            inside = columns < SIZE
+            are_rows, are_weights = is_pair & inside[None, :], is_output & inside[:, None]
+        x = tl.load(x_at + columns[None, :], mask=are_rows, other=0.0)
+        weight = tl.load(weight_at + columns[:, None], mask=are_weights, other=0.0)
         sums = _product(x, weight, sums)
         if GATED:
-            up = tl.load(weight_at + NUM_OUT * SIZE + columns[:, None], mask=is_weight, other=0.0)
+            up_at = weight_at + NUM_OUT * SIZE + columns[:, None]
+            up = tl.load(up_at, mask=are_weights, other=0.0)
             up_sums = _product(x, up, up_sums)
     if GATED:
         sums = silu(sums) * up_sums
@@ -96,9 +96,17 @@ def _experts_kernel(
 
 @triton.jit(launch_metadata=costs.of_tensors)
 def _weigh_kernel(
-    made_ptr, weights_ptr, out_ptr, SIZE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    made_ptr,
+    weights_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Add up BLOCK numbers of what one token's experts made."""
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -111,72 +119,60 @@ def _weigh_kernel(
     tl.store(out_ptr + token * SIZE + columns, out, mask=inside)
 
 
-def plan(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Return the pairs of each tile, [num_tiles * rows], and its expert, [num_tiles].
-
-    `expert_ids` int64 [num_pairs]. Where there is no pair the number is num_pairs; tiles at the end
-    may have none. Nothing is read back to the host.
-    """
-    num_pairs, device = len(expert_ids), expert_ids.device
-    num_tiles = min(num_pairs, num_pairs // rows + min(num_experts, num_pairs))
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    counts.scatter_add_(0, expert_ids, torch.ones_like(expert_ids))
-    tiles = (counts + (rows - 1)) // rows
-    last_tiles = tiles.cumsum(0)
-    order = expert_ids.argsort(stable=True)
-    owners = expert_ids[order]
-    # How many of its expert's pairs come before a pair.
-    rank = torch.arange(num_pairs, device=device) - (counts.cumsum(0) - counts)[owners]
-    pairs = torch.full((num_tiles * rows,), num_pairs, dtype=torch.int64, device=device)
-    pairs.scatter_(0, (last_tiles - tiles)[owners] * rows + rank, order)
-    numbers = torch.arange(num_tiles, device=device)
-    experts = torch.searchsorted(last_tiles, numbers, right=True).clamp_(max=num_experts - 1)
-    return pairs, experts
-
-
-def _rows_of(num_pairs: int, num_experts: int) -> int:
-    """Return the rows of a tile: about as many as an expert has pairs."""
-    rows = triton.next_power_of_2(max(1, num_pairs // num_experts))
-    return min(max(rows, _FEW_ROWS), _MOST_ROWS)
+def product(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    *,
+    top_k: int,
+    gated: bool,
+    cut: Cut,
+) -> None:
+    """Put one product of each pair into `out` [num_pairs, num_out]; `tiles` as `routing.plan`."""
+    pairs, owners = tiles
+    num_pairs, num_out = out.shape
+    _experts_kernel[(triton.cdiv(num_out, cut.outputs), len(owners))](
+        x,
+        weight,
+        out,
+        pairs,
+        owners,
+        x.stride(0),
+        num_pairs,
+        SIZE=x.shape[1],
+        NUM_OUT=num_out,
+        TOP_K=top_k,
+        ROWS=cut.rows,
+        OUTPUTS=cut.outputs,
+        COLUMNS=cut.columns,
+        GATED=gated,
+        STAGES=cut.stages,
+        num_warps=cut.warps,
+        **options(),
+    )
 
 
 def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor
 ) -> Tensor:
     """Return `ops.experts` of rows whose values are neighbours; the weights are contiguous."""
+    num_tokens, top_k = expert_ids.shape
+    weights, expert_ids = weights.contiguous(), expert_ids.contiguous()
+    if 0 < num_tokens <= few_experts.MAX_TOKENS:
+        return few_experts.experts(x, gate_up, down, weights, expert_ids)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    top_k, flat = expert_ids.shape[1], expert_ids.flatten()
-    if not len(flat):
+    if not num_tokens:
         return out
-    is_planned = len(flat) > FEW_PAIRS
-    rows = _rows_of(len(flat), len(gate_up)) if is_planned else _FEW_ROWS
-    pairs, owners = plan(flat, len(gate_up), rows) if is_planned else (flat, flat)
-    size, hidden_size = gate_up.shape[1] // 2, down.shape[1]
+    flat, (num_experts, hidden_size, size) = expert_ids.flatten(), down.shape
+    first, second = cuts_of(x.device, x.dtype, len(flat), (num_experts, top_k, hidden_size, size))
+    tiles = routing.plan(flat, num_experts, first.rows)
     hidden = torch.empty((len(flat), size), dtype=x.dtype, device=x.device)
     made = torch.empty((len(flat), hidden_size), dtype=x.dtype, device=x.device)
-    outputs = 64 if is_planned else 32
-    for given, weight, into, is_first in ((x, gate_up, hidden, True), (hidden, down, made, False)):
-        _experts_kernel[(len(owners), triton.cdiv(into.shape[1], outputs))](
-            given,
-            weight,
-            into,
-            pairs,
-            owners,
-            given.stride(0),
-            len(flat),
-            SIZE=given.shape[1],
-            NUM_OUT=into.shape[1],
-            TOP_K=top_k if is_first else 1,
-            ROWS=rows,
-            OUTPUTS=outputs,
-            COLUMNS=_COLUMNS,
-            PLANNED=is_planned,
-            GATED=is_first,
-            num_warps=4,
-            num_stages=3,
-        )
+    product(x, gate_up, hidden, tiles, top_k=top_k, gated=True, cut=first)
+    product(hidden, down, made, tiles, top_k=1, gated=False, cut=second)
     block = min(1024, triton.next_power_of_2(hidden_size))
-    _weigh_kernel[(len(out), triton.cdiv(hidden_size, block))](
-        made, weights.contiguous(), out, SIZE=hidden_size, TOP_K=top_k, BLOCK=block
+    _weigh_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+        made, weights, out, SIZE=hidden_size, TOP_K=top_k, BLOCK=block, **options()
     )
     return out

@@ -7,8 +7,6 @@ this one. Importing this module never imports Triton.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from quire_kernels import ops
+from quire_kernels.with_triton import kernels as _kernels
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -36,13 +35,6 @@ class Scaling:
     group: int | None = None
     largest: float | None = None
     given: Tensor | None = None
-
-
-@functools.cache
-def _kernels(name: str) -> Any:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(f"quire_kernels.{name}")
 
 
 @functools.cache

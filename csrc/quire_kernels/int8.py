@@ -6,9 +6,6 @@ Importing this module never imports Triton.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -16,18 +13,12 @@ from torch import Tensor
 
 from quire_kernels import ops
 from quire_kernels.fp8 import has_room_for_tiles
+from quire_kernels.with_triton import kernels as _kernels
 
 Rounded = tuple[Tensor, Tensor]
 # Of a longer one tiles make a product sooner, though most of their rows are empty: 14336 -> 4096 19
 # us against 37, one H200; 4096 -> 4096 10 against 5.
 LONGEST_ROW = 8192
-
-
-@functools.cache
-def _kernels(name: str) -> Any:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(f"quire_kernels.{name}")
 
 
 def rounds_in_one_pass(x: Tensor, size: int) -> bool:

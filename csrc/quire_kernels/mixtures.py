@@ -1,4 +1,4 @@
-"""Mixtures of experts in PyTorch: which experts a token has, and sums over them."""
+"""Mixtures of experts: which experts a token has, and sums over them in PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from quire_kernels.with_triton import kernels
 
 
 def route(logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -16,6 +18,9 @@ def route(logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor, Tenso
     `normalise`: weights of a token sum to one.
     Source: Shazeer et al., "Outrageously large neural networks", 2017.
     """
+    if logits.is_cuda and (routing := kernels("routing")) and routing.serves(logits, top_k):
+        found: tuple[Tensor, Tensor] = routing.route(logits, top_k, normalise=normalise)
+        return found
     wide = logits if logits.dtype == torch.float64 else logits.float()
     weights, expert_ids = wide.softmax(dim=-1).topk(top_k, dim=-1)
     if normalise:
@@ -45,3 +50,9 @@ def sum_over_experts(
         if len(own):
             total.index_add_(0, own, expert(x[own], number) * scale)
     return total.to(x.dtype)
+
+
+def why_no_experts(device: str) -> str | None:
+    """Return why `experts` does not run on a device, in a sentence; None: it does."""
+    is_served = torch.device(device).type != "cuda" or kernels("experts") is not None
+    return None if is_served else "experts on a GPU need Triton; `pip install triton` brings it"

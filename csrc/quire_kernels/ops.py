@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -17,19 +16,13 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from quire_kernels import fixed_rows, mixtures, philox
+from quire_kernels.with_triton import kernels as _kernels
 
 philox_4x32 = philox.philox_4x32
 route = mixtures.route
+why_no_experts = mixtures.why_no_experts
 # Tokens of a group, of which a draw takes one before a token.
 _GROUP = 64
-
-
-@functools.cache
-def _kernels(name: str) -> Any:
-    """Return a module of Triton kernels, or None without Triton; found out once, not a call."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(f"quire_kernels.{name}")
 
 
 @functools.cache
@@ -203,12 +196,6 @@ def experts(
         return functional.linear(silu_mul(functional.linear(rows, gate_up[expert])), down[expert])
 
     return mixtures.sum_over_experts(x, weights, expert_ids, len(gate_up), one)
-
-
-def why_no_experts(device: str) -> str | None:
-    """Return why `experts` does not run on a device, in a sentence; None: it does."""
-    is_served = torch.device(device).type != "cuda" or _kernels("experts") is not None
-    return None if is_served else "experts on a GPU need Triton; `pip install triton` brings it"
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:

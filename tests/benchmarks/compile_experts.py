@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from compile_attention import TYPES, Recorder, compiled, usage_of
 
-from quire_kernels import experts
+from quire_kernels import experts, few_experts, routing
 
 # Experts, experts a token, hidden size, an expert's size.
 MODELS = {"qwen3-30b-a3b": (128, 8, 2048, 768), "mixtral-8x7b": (8, 2, 4096, 14336)}
@@ -26,20 +26,25 @@ def launches_of(model: str, num_tokens: int, dtype: torch.dtype) -> list[tuple[A
     """Return the kernels that a number of tokens launch, and their arguments."""
     num_experts, top_k, hidden, size = MODELS[model]
     found: list[tuple[Any, dict]] = []
-    own = {name: getattr(experts, name) for name in ("_experts_kernel", "_weigh_kernel")}
-    for name, kernel in own.items():
-        setattr(experts, name, Recorder(kernel, found))
+    own = [
+        (module, name, kernel)
+        for module in (experts, few_experts, routing)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    ]
+    for module, name, kernel in own:
+        setattr(module, name, Recorder(kernel, found))
     try:
+        logits = torch.rand(num_tokens, num_experts)
         experts.experts(
             torch.empty(num_tokens, hidden, dtype=dtype),
             torch.empty(num_experts, 2 * size, hidden, dtype=dtype),
             torch.empty(num_experts, hidden, size, dtype=dtype),
-            torch.empty(num_tokens, top_k),
-            torch.arange(num_tokens * top_k).view(-1, top_k) % num_experts,
+            *routing.route(logits, top_k, normalise=True),
         )
     finally:
-        for name, kernel in own.items():
-            setattr(experts, name, kernel)
+        for module, name, kernel in own:
+            setattr(module, name, kernel)
     return found
 
 

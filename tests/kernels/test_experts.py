@@ -12,13 +12,15 @@ from quire_kernels import ops
 
 pytest.importorskip("triton")
 from quire_kernels import experts as kernels
+from quire_kernels import few_experts, mixtures, routing
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # Tokens, experts, experts a token, sizes: with and without a plan, and an expert with all tokens.
 SHAPES = {
     "one token": (1, 8, 2, 48, 24),
-    "as many pairs as have no plan": (kernels.FEW_PAIRS // 2, 4, 2, 40, 16),
-    "one pair more": (kernels.FEW_PAIRS + 1, 6, 1, 40, 16),
+    "as many as have no plan": (few_experts.MAX_TOKENS, 7, 3, 40, 17),
+    "one token more": (few_experts.MAX_TOKENS + 1, 6, 1, 40, 16),
+    "rows of several blocks": (2, 5, 2, 1500, 300),
     "more experts than pairs": (20, 64, 2, 72, 33),
     "all experts": (17, 3, 3, 16, 72),
     "one expert": (90, 1, 1, 24, 16),
@@ -68,7 +70,7 @@ def test_sums_are_those_of_every_token_by_itself(
 
 
 def test_rows_may_lie_apart() -> None:
-    x, *rest = given("one pair more", torch.float32)
+    x, *rest = given("one token more", torch.float32)
     wide = torch.full((len(x), 2 * x.shape[1]), float("nan"), device=DEVICE)
     wide[:, : x.shape[1]] = x
 
@@ -108,7 +110,7 @@ def test_every_pair_has_one_place_in_a_tile_of_its_expert(
         else ids
     )
 
-    pairs, owners = kernels.plan(ids.to(DEVICE), num_experts, rows)
+    pairs, owners = routing.plan(ids.to(DEVICE), num_experts, rows)
 
     tiles = pairs.cpu().view(-1, rows)
     assert len(tiles) == len(owners)
@@ -125,7 +127,7 @@ def test_every_pair_has_one_place_in_a_tile_of_its_expert(
 def test_a_plan_is_made_of_shapes_alone() -> None:
     ids = torch.zeros(50, dtype=torch.int64, device="meta")
 
-    pairs, owners = kernels.plan(ids, 8, 16)
+    pairs, owners = routing.plan(ids, 8, 16)
 
     assert (pairs.shape, owners.shape) == ((11 * 16,), (11,))
 
@@ -141,3 +143,51 @@ def test_ids_are_of_the_likeliest_and_weights_sum_to_one_where_asked() -> None:
         assert torch.equal(ids, best)
         exact = exact / exact.sum(-1, keepdim=True) if normalise else exact
         assert torch.allclose(weights.double(), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (7, 3), (60, 4), (300, 8), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_chooses_as_pytorch_does(
+    dtype: torch.dtype, num_experts: int, top_k: int, normalise: bool
+) -> None:
+    wide = draw(9, 2 * num_experts, seed=4)
+    logits = wide.argsort(-1)[:, :num_experts].to(dtype) / num_experts
+    assert routing.serves(logits, top_k)
+
+    weights, ids = routing.route(logits, top_k, normalise=normalise)
+
+    exact, best = mixtures.route(logits.double().cpu(), top_k, normalise=normalise)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int64)
+    # Numbers that bfloat16 does not tell apart may come in either order.
+    assert dtype == torch.bfloat16 or torch.equal(ids.cpu(), best)
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    assert torch.allclose(weights.double().cpu(), exact, rtol=1e-6)
+
+
+def test_equal_experts_are_chosen_by_number_and_a_nan_chooses_some() -> None:
+    logits = torch.zeros(3, 6, device=DEVICE)
+    logits[1, 4] = float("nan")
+    logits[2, 5] = float("inf")
+
+    weights, ids = routing.route(logits, 2, normalise=True)
+
+    assert ids[0].tolist() == [0, 1]
+    assert weights[0].tolist() == [0.5, 0.5]
+    for row in (1, 2):
+        assert weights[row].isnan().any()
+        assert len(set(ids[row].tolist())) == 2
+
+
+def test_table_has_cuts_of_tiles() -> None:
+    """What was measured is read, and has the shape that the kernels want."""
+    from quire_kernels import experts_plans as plans
+
+    for card in plans._table().values():
+        for shape, rows in card.items():
+            assert len(shape.split("x")) == 4
+            for bucket in rows:
+                assert int(bucket) in plans.BUCKETS
+    assert plans.bucket_of(1, 128) == 1
+    assert plans.bucket_of(2048, 128) == 16
+    assert plans.bucket_of(10**7, 8) == 1024

@@ -1,0 +1,80 @@
+"""How products with experts are cut: measured where a card and a shape were, a guess elsewhere.
+
+`tests/benchmarks/gpu_experts.py --write` measures and writes the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+from attrs import frozen
+
+TABLE = "experts_table.json"
+# A table's row is for as many pairs an expert on average, or fewer.
+BUCKETS = tuple(2**power for power in range(11))
+_FEW_ROWS = 16
+
+
+@frozen
+class Cut:
+    """One product: rows and outputs a tile, columns a block, warps, and blocks on their way."""
+
+    rows: int
+    outputs: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# Of gate and up, and of the way back; their tiles have the same rows.
+Cuts = tuple[Cut, Cut]
+
+
+def bucket_of(num_pairs: int, num_experts: int) -> int:
+    """Return the first bucket that is not below the pairs an expert has on average."""
+    return next((b for b in BUCKETS if num_pairs <= b * num_experts), BUCKETS[-1])
+
+
+def name_of(shape: tuple[int, int, int, int]) -> str:
+    """Return what a table calls experts, experts a token, hidden size and an expert's size."""
+    return "x".join(map(str, shape))
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    found = resources.files("quire_kernels").joinpath(TABLE)
+    table: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return table
+
+
+@functools.cache
+def _measured(card: str, shape: tuple[int, int, int, int], bucket: int) -> Cuts | None:
+    row = _table().get(card, {}).get(name_of(shape), {}).get(str(bucket))
+    return None if row is None else (Cut(row[0], *row[1]), Cut(row[0], *row[2]))
+
+
+def guessed(bucket: int, dtype: torch.dtype) -> Cuts:
+    """Return cuts for a card or a shape that nobody measured."""
+    if dtype == torch.float32:
+        rows = min(64, max(_FEW_ROWS, bucket))
+        return Cut(rows, 32, 32, 4, 2), Cut(rows, 32, 32, 4, 2)
+    if bucket >= 64:
+        return Cut(128, 64, 64, 8, 3), Cut(128, 128, 64, 8, 3)
+    rows = min(64, max(_FEW_ROWS, 2 * bucket))
+    return Cut(rows, 64, 64, 4, 3), Cut(rows, 64, 64, 4, 3)
+
+
+def cuts_of(
+    device: torch.device, dtype: torch.dtype, num_pairs: int, shape: tuple[int, int, int, int]
+) -> Cuts:
+    """Return how to cut both products of so many pairs; `shape` as `name_of` takes it."""
+    bucket = bucket_of(num_pairs, shape[0])
+    if dtype.itemsize == 2 and device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        if (found := _measured(card, shape, bucket)) is not None:
+            return found
+    return guessed(bucket, dtype)
