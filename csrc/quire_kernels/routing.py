@@ -15,8 +15,10 @@ from quire_kernels import costs
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 
 MAX_EXPERTS = 4096
-# Pairs that a program of the plan looks at together, and warps: of some, and of many.
-_SOME, _MANY = (1024, 4), (4096, 16)
+# Pairs that a program of the plan looks at together.
+_BLOCK = 1024
+# Of more pairs a plan is made in two launches, whose programs have a chunk of them each.
+MANY_PAIRS, CHUNK, _FEW_PAIRS, _ROWS_OF_COUNTS = 8192, 512, 64, 8
 
 
 @triton.jit(launch_metadata=costs.of_tensors)
@@ -139,6 +141,93 @@ def _plan_kernel(
         tl.store(pairs_ptr + places, nobody, mask=places < last * ROWS)
 
 
+@triton.jit(do_not_specialize=["num_pairs"], launch_metadata=costs.of_tensors)
+def _count_kernel(
+    ids_ptr,
+    counts_ptr,
+    num_pairs,
+    NUM_EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Count the pairs that each expert has in a chunk."""
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
+    chunk = tl.program_id(0)
+    _, ids = _block_of_ids(ids_ptr, chunk * CHUNK, num_pairs, NUM_EXPERTS, CHUNK)
+    tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
+
+
+@triton.jit
+def _of_bin(values, wanted, bins):
+    """Return values[wanted], which lie in registers: one of a row is not zero."""
+    return tl.sum(tl.where(wanted[:, None] == bins[None, :], values[None, :], 0), 1)
+
+
+@triton.jit(
+    do_not_specialize=["num_pairs", "num_tiles", "tiles_each"], launch_metadata=costs.of_tensors
+)
+def _place_kernel(
+    ids_ptr,
+    counts_ptr,
+    pairs_ptr,
+    owners_ptr,
+    num_pairs,
+    num_tiles,
+    tiles_each,
+    NUM_EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Place a chunk's pairs behind those of the chunks before, and fill up some tiles."""
+    let_next_begin(OVERLAPS)
+    wait_for_previous(OVERLAPS)
+    chunk = tl.program_id(0)
+    bins, heights = tl.arange(0, BINS), tl.arange(0, HEIGHT)
+    counts = tl.zeros([BINS], tl.int32)
+    before = tl.zeros([BINS], tl.int32)
+    for start in range(0, tl.num_programs(0), HEIGHT):
+        at = start + heights
+        inside = (at < tl.num_programs(0))[:, None]
+        own = tl.load(counts_ptr + at[:, None] * BINS + bins[None, :], mask=inside, other=0)
+        counts += tl.sum(own, 0)
+        before += tl.sum(tl.where((at < chunk)[:, None], own, 0), 0)
+    tiles = tl.where(bins < NUM_EXPERTS, (counts + (ROWS - 1)) // ROWS, 0)
+    lasts = tl.cumsum(tiles, 0)
+    firsts = lasts - tiles
+
+    places = firsts * ROWS + before
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, CHUNK, BLOCK):
+        pairs, ids = _block_of_ids(ids_ptr, chunk * CHUNK + start, num_pairs, NUM_EXPERTS, BLOCK)
+        # The same once more, along the other axis.
+        others = tl.load(
+            ids_ptr + chunk * CHUNK + start + lanes,
+            mask=chunk * CHUNK + start + lanes < num_pairs,
+            other=NUM_EXPERTS,
+        ).to(tl.int32)
+        is_before = (ids[:, None] == others[None, :]) & (lanes[None, :] < lanes[:, None])
+        at = _of_bin(places, ids, bins) + tl.sum(is_before.to(tl.int32), 1)
+        tl.store(pairs_ptr + at, pairs.to(tl.int64), mask=pairs < num_pairs)
+        places += tl.histogram(ids, BINS)
+
+    within = tl.arange(0, ROWS)
+    for tile in range(chunk * tiles_each, min((chunk + 1) * tiles_each, num_tiles)):
+        # Of the last expert are those too that nobody needs.
+        owner = tl.minimum(tl.sum((lasts <= tile).to(tl.int32), 0), NUM_EXPERTS - 1)
+        is_own = bins == owner
+        done = (tile - tl.sum(tl.where(is_own, firsts, 0), 0)) * ROWS
+        left = tl.sum(tl.where(is_own, counts, 0), 0) - done
+        nobody = tl.zeros([ROWS], tl.int64) + num_pairs
+        tl.store(pairs_ptr + tile * ROWS + within, nobody, mask=within >= left)
+        tl.store(owners_ptr + tile, owner.to(tl.int64))
+
+
 def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
     """Return how many tiles are enough, however the pairs lie."""
     return min(num_pairs, num_pairs // rows + min(num_experts, num_pairs))
@@ -154,8 +243,11 @@ def plan(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tenso
     count = num_tiles(num_pairs, num_experts, rows)
     pairs = torch.empty(count * rows, dtype=torch.int64, device=device)
     owners = torch.empty(count, dtype=torch.int64, device=device)
-    if device.type != "meta":
-        block, warps = _SOME if num_pairs <= 8192 else _MANY
+    if device.type == "meta":
+        return pairs, owners
+    if num_pairs > MANY_PAIRS:
+        _plan_many(expert_ids, pairs, owners, num_experts, rows)
+    else:
         _plan_kernel[(num_experts + 1,)](
             expert_ids,
             pairs,
@@ -165,8 +257,44 @@ def plan(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tenso
             NUM_EXPERTS=num_experts,
             BINS=triton.next_power_of_2(num_experts + 1),
             ROWS=rows,
-            BLOCK=min(block, max(64, triton.next_power_of_2(num_pairs))),
-            num_warps=warps,
+            BLOCK=min(_BLOCK, max(64, triton.next_power_of_2(num_pairs))),
+            num_warps=4,
             **options(),
         )
     return pairs, owners
+
+
+def _plan_many(
+    expert_ids: Tensor, pairs: Tensor, owners: Tensor, num_experts: int, rows: int
+) -> None:
+    """Fill the plan of many pairs."""
+    num_pairs = len(expert_ids)
+    chunks, bins = triton.cdiv(num_pairs, CHUNK), triton.next_power_of_2(num_experts + 1)
+    counts = torch.empty((chunks, bins), dtype=torch.int32, device=expert_ids.device)
+    _count_kernel[(chunks,)](
+        expert_ids,
+        counts,
+        num_pairs,
+        NUM_EXPERTS=num_experts,
+        BINS=bins,
+        CHUNK=CHUNK,
+        num_warps=4,
+        **options(),
+    )
+    _place_kernel[(chunks,)](
+        expert_ids,
+        counts,
+        pairs,
+        owners,
+        num_pairs,
+        len(owners),
+        triton.cdiv(len(owners), chunks),
+        NUM_EXPERTS=num_experts,
+        BINS=bins,
+        ROWS=rows,
+        CHUNK=CHUNK,
+        BLOCK=_FEW_PAIRS,
+        HEIGHT=_ROWS_OF_COUNTS,
+        num_warps=8,
+        **options(),
+    )

@@ -96,12 +96,21 @@ def test_no_token_gives_nothing() -> None:
         assert function(x[:0], gate_up, down, weights[:0], ids[:0]).shape == (0, x.shape[1])
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize(("rows", "many"), [(16, False), (64, False), (32, True)])
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize(("num_pairs", "num_experts"), [(1, 4), (33, 60), (200, 3), (256, 128)])
 def test_every_pair_has_one_place_in_a_tile_of_its_expert(
-    num_pairs: int, num_experts: int, skewed: bool, rows: int
+    num_pairs: int,
+    num_experts: int,
+    many: bool,
+    skewed: bool,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if many:
+        monkeypatch.setattr(routing, "MANY_PAIRS", 0)
+        monkeypatch.setattr(routing, "CHUNK", 64)
+        monkeypatch.setattr(routing, "_FEW_PAIRS", 16)
     generator = torch.Generator().manual_seed(num_pairs)
     ids = torch.randint(0, num_experts, (num_pairs,), generator=generator)
     ids = (
