@@ -89,7 +89,7 @@ def test_client_that_leaves_frees_everything(
     before = server.figure("quire:requests_total")
     count = 12 if state == "queued" else 1  # eight sequences run at once
 
-    run_all([leave_after(url, body, 0.3) for _ in range(count)])
+    run_all([leave_after(url, body, 0.3 if count == 1 else 1.0) for _ in range(count)])
 
     server.wait_until_idle(timeout_s=1.0)
     assert server.figure("quire:requests_total") >= before + count

@@ -1,4 +1,4 @@
-"""500 requests of each trace through a real server: right usage, the offline engine's tokens."""
+"""Requests of each trace through a real server: right usage, the offline engine's tokens."""
 
 from __future__ import annotations
 
@@ -68,12 +68,13 @@ def read(answer: httpx.Response) -> tuple[list[int], dict[str, Any]]:
     return token_ids, last["usage"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("count", [150, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(SCALES))
 def test_trace_gives_the_tokens_and_counts_of_the_offline_engine(
-    server: Server, offline: LLM, name: str
+    server: Server, offline: LLM, name: str, count: int
 ) -> None:
     asks = trace_asks(
-        read_trace(TRACES / name, 500),
+        read_trace(TRACES / name, count),
         length_scale=SCALES[name],
         speed=1.0,
         max_len=CONTEXT,
@@ -86,7 +87,7 @@ def test_trace_gives_the_tokens_and_counts_of_the_offline_engine(
 
     found = asyncio.run(replay(server.url, asks))
 
-    assert len(found) == 500
+    assert len(found) == count
     for ask, output, (token_ids, usage) in zip(asks, expected, found, strict=True):
         wanted = output.outputs[0].token_ids
         assert token_ids == wanted
