@@ -30,6 +30,17 @@ class SequenceList:
         """Insert by standing; a new arrival usually goes to the end, at no cost."""
         insort(self.items, sequence, key=_standing)
 
+    def victim_for(self, needy: Sequence) -> Sequence:
+        """Return the worst standing that may be preempted for `needy`: that one or a later one.
+
+        A sequence that was resumed keeps its blocks until it has a token, so that no sequence
+        goes round preemption and resumption without getting on.
+        """
+        for sequence in reversed(self.items):
+            if sequence is needy or not sequence.owes_a_token:
+                return sequence
+        raise AssertionError(f"{needy} is not running")
+
     def remove(self, sequence: Sequence) -> None:
         """Take out one sequence, which must be in the list."""
         place = bisect_left(self.items, sequence.standing, key=_standing)
