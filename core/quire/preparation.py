@@ -123,7 +123,7 @@ def _prepare(config: EngineConfig) -> Prepared:
     config = _with_dtype(config, model_config, checkpoint)
     with _naming(quantization_path, "quantization_config"):
         config = _with_kv_format(config, raw)
-    _check_lengths(config, model_config)
+    _check_lengths(config, model_config, raw)
     return Prepared(
         config=config,
         folder=folder,
@@ -228,7 +228,7 @@ def _warnings_of_scales(config: EngineConfig, checkpoint: Checkpoint) -> list[st
     ]
 
 
-def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
+def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[str, Any]) -> None:
     wanted = config.model.max_model_len
     if isinstance(wanted, int) and wanted > model_config.longest_model_len:
         raise ConfigError(
@@ -236,8 +236,8 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
             "(max_position_embeddings and RoPE scaling in config.json)."
         )
     given = config.cache.kv_cache_memory_bytes
-    if given is None:
-        return
+    if given is None or any(value and "window" in key for key, value in raw.items()):
+        return  # with windows it depends on the layers, which are not built yet
     # The layout is the backend's business; this is the least that any of them needs.
     element = DTYPE_BYTES[config.kv_dtype]
     size_kv_cache(
@@ -265,4 +265,5 @@ def kv_request(
         max_num_seqs=config.scheduler.max_num_seqs,
         wanted_len=config.model.max_model_len,
         model_len=model_config.max_model_len,
+        max_step_tokens=config.scheduler.max_num_batched_tokens or 1,
     )

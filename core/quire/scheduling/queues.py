@@ -80,6 +80,7 @@ class WaitingQueue:
             sibling.status = SequenceStatus.WAITING_TO_FORK
             sibling.parent = first
         if siblings:
+            first.num_to_fork = len(siblings)
             self._siblings[first.sequence_id] = siblings
 
     def has_siblings_of(self, first: Sequence) -> bool:
@@ -94,6 +95,8 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take out one sequence, queued or held back."""
+        if sequence.parent is not None:
+            sequence.parent.num_to_fork -= 1
         if sequence.status is not SequenceStatus.WAITING_TO_FORK:
             self._queue.remove(sequence)
             return

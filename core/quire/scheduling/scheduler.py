@@ -211,7 +211,7 @@ class Scheduler:
             return False  # a better standing goes without a block in this step
         self._windows.leave(sequence, step)
         while (reservation := self._blocks.reserve(sequence, end)) is None:
-            if self._windows.leave_all(self._running, step):
+            if self._windows.make_room(sequence, self._running, step):
                 continue
             step.admits = False
             if self._windows.frees_later(sequence) or self._blocks_are_coming_back():

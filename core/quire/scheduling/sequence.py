@@ -51,6 +51,7 @@ class Sequence:
         "num_left_blocks",
         "num_prompt_tokens",
         "num_reserved_tokens",
+        "num_to_fork",
         "num_tokens",
         "num_tokens_at_resume",
         "parent",
@@ -78,6 +79,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.beams: BeamGroup | None = None  # its request's, in a beam search
         self.parent: Sequence | None = None  # whose blocks it may share; forgotten once admitted
+        self.num_to_fork = 0  # siblings that may still share its prompt
 
         self.token_ids: list[int] = []  # prompt and collected tokens; filled when first admitted
         self.num_prompt_tokens = len(request.prompt_token_ids)

@@ -20,14 +20,22 @@ class Windows:
         self._blocks = blocks
         self._in_flight = in_flight
 
-    def leave(self, sequence: Sequence, step: Step) -> bool:
-        """Free what no token reads that is not collected; True where there was anything."""
+    def leave(self, sequence: Sequence, step: Step, *, spares_forks: bool = True) -> bool:
+        """Free what no token reads that is not collected; True where there was anything.
+
+        Siblings that wait to fork read from the prompt's end on.
+        """
         if not self._blocks.windows:
             return False
         dispatched = self._num_in_flight(sequence) + step.num_scheduled_tokens(sequence)
-        return self._blocks.leave_behind(sequence, sequence.num_computed_tokens - dispatched)
+        position = sequence.num_computed_tokens - dispatched
+        if spares_forks and sequence.num_to_fork:
+            position = min(position, sequence.num_prompt_tokens - 1)
+        return self._blocks.leave_behind(sequence, position)
 
-    def leave_all(self, running: Iterable[Sequence], step: Step) -> bool:
+    def leave_all(
+        self, running: Iterable[Sequence], step: Step, *, spares_forks: bool = True
+    ) -> bool:
         """Let all leave what they can do without; True where there was anything.
 
         A sequence that has blocks for a part of its tokens only keeps them until it asks for
@@ -36,7 +44,12 @@ class Windows:
         if not self._blocks.windows:
             return False
         has_all = [s for s in running if s.num_reserved_tokens >= s.num_tokens]
-        return any([self.leave(sequence, step) for sequence in has_all])
+        return any([self.leave(s, step, spares_forks=spares_forks) for s in has_all])
+
+    def make_room(self, needy: Sequence, running: Iterable[Sequence], step: Step) -> bool:
+        """Leave what waits for forks, too, as a sequence goes short; True where there was any."""
+        has_left = self.leave(needy, step, spares_forks=False)
+        return self.leave_all(running, step, spares_forks=False) or has_left
 
     def frees_later(self, sequence: Sequence) -> bool:
         """Whether it can free more when steps in flight are collected: better wait than preempt."""
