@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.cli.options import add_options, given_options
 from quire.config import OPTIONS, EngineConfig
@@ -12,6 +12,9 @@ from quire.execution.memory import describe_bytes
 from quire.frontend import Frontend
 from quire.interfaces.plugin import Selection
 from quire.phases import Phases
+
+if TYPE_CHECKING:
+    from quire.start import Layout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +63,28 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "kv_bytes_per_token": sum(group.bytes_per_block for group in layout.groups)
             // frontend.config.cache.block_size,
             "kv_scales": layout.kv_scales_in_words,
+            "windows": _windows(layout),
         },
         "warnings": frontend.warnings,
         "phases_s": phases.seconds,
+    }
+
+
+def _windows(layout: Layout) -> dict[str, Any] | None:
+    """Return what windows save, None where no layer has one."""
+    from quire.execution.kv_cache import bytes_per_slab, rows_of_slabs
+
+    groups, size = layout.groups, layout.kv_size
+    if all(group.spec.sliding_window is None for group in groups):
+        return None
+    length = size.max_model_len
+    whole = sum(g.bytes_per_block * -(-length // g.spec.block_size) for g in groups)
+    return {
+        "layers": [[len(g.layers), g.spec.sliding_window] for g in groups],
+        "layers_a_slab": rows_of_slabs(groups),
+        "sequence_tokens": length,
+        "sequence_bytes": size.a_sequence * bytes_per_slab(groups),
+        "sequence_bytes_without_windows": whole,
     }
 
 
@@ -105,11 +127,27 @@ def _as_text(found: dict[str, Any]) -> str:
     how = "measured" if memory["measured"] else "activations estimated"
     lines += ["", f"memory ({describe_bytes(memory['total'])} in all, {how})"]
     lines += [f"  {name:<18} {describe_bytes(size)}" for name, size in memory["items"].items()]
-    blocks, size = memory["num_kv_blocks"], memory["block_size"]
-    lines.append(f"  {blocks} KV blocks of {size} tokens, block 0 for padding")
+    blocks, size, windows = memory["num_kv_blocks"], memory["block_size"], memory["windows"]
+    slabs = "" if windows is None or windows["layers_a_slab"] is None else "slabs of "
+    lines.append(f"  {blocks} {slabs}KV blocks of {size} tokens, block 0 for padding")
     kinds, a_token = ", ".join(memory["kv_dtypes"]), memory["kv_bytes_per_token"]
     scales = f"; scales: {memory['kv_scales']}" if memory["kv_scales"] else ""
     lines.append(f"  KV cache of {kinds}, {a_token:,} bytes a token{scales}")
+    lines += _windows_in_words(windows) if windows else []
     lines += ["", "warnings", *(f"  {w}" for w in found["warnings"])] if found["warnings"] else []
     lines += ["", f"this took: {Phases(found['phases_s'])}"]
     return "\n".join(lines)
+
+
+def _windows_in_words(windows: dict[str, Any]) -> list[str]:
+    kinds = [
+        f"{count} layers keep {'all' if window is None else f'a window of {window:,}'}"
+        for count, window in windows["layers"]
+    ]
+    lines = [f"  {', '.join(kinds)}"]
+    rows = windows["layers_a_slab"]
+    lines += [] if rows is None else [f"  a slab is blocks of {rows} layers, for any of them"]
+    held = describe_bytes(windows["sequence_bytes"])
+    whole = describe_bytes(windows["sequence_bytes_without_windows"])
+    tokens = windows["sequence_tokens"]
+    return [*lines, f"  a sequence of {tokens:,} tokens holds {held}; without windows {whole}"]
