@@ -35,6 +35,9 @@ from quire.scheduling.output import KVCacheGroup
 
 Answer = TypeVar("Answer")
 
+# What the address of a layer's tensor is a multiple of, in bytes.
+ALIGNMENT = 256
+
 
 @define(kw_only=True)
 class LayerGroup:
@@ -83,10 +86,16 @@ def cache_groups(groups: Sequence[LayerGroup], num_blocks: int) -> list[KVCacheG
             num_blocks=num_blocks,
             window=group.spec.sliding_window,
             blocks_per_slab=None if rows is None else rows // len(group.layers),
-            block_stride=len(group.layers) * num_blocks,
+            block_stride=len(group.layers) * _row_length(group, num_blocks),
         )
         for group in groups
     ]
+
+
+def _row_length(group: LayerGroup, num_slabs: int) -> int:
+    """Return how many blocks of one layer a row has, so that the next one begins aligned."""
+    multiple = ALIGNMENT // math.gcd(group.layer_bytes_per_block, ALIGNMENT)
+    return -(-num_slabs // multiple) * multiple
 
 
 def bytes_per_slab(groups: Sequence[LayerGroup]) -> int:
@@ -126,8 +135,8 @@ class KVCache:
         self.tensors: list[list[Tensor]] = []
         shared = None
         if rows is not None:
-            a_block = groups[0].layer_bytes_per_block
-            shared = _zeros((rows, num_blocks, a_block), torch.uint8, device)
+            length, a_block = _row_length(groups[0], num_blocks), groups[0].layer_bytes_per_block
+            shared = _zeros((rows, length, a_block), torch.uint8, device)
         for group in groups:
             dtype, shape = getattr(torch, group.layout.dtype), group.layout.block_shape
             self.tensors.append(

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import NamedTuple
 
-from quire.errors import ConfigError
 from quire.scheduling.block_pool import BlockPool, BlockTables
 from quire.scheduling.footprint import first_kept_block, most_blocks, slabs_for
 from quire.scheduling.output import KVCacheGroup
@@ -45,8 +44,6 @@ class BlockManager:
         max_step_tokens: int = NEVER,
     ) -> None:
         self.groups = tuple(groups)
-        for group in self.groups:
-            _check_group(group)
         self.pools, self.slabs = make_pools(self.groups)
         self.enable_prefix_caching = enable_prefix_caching
         self.num_queried_tokens = 0  # of the prefix cache, by sequences that were admitted
@@ -55,6 +52,7 @@ class BlockManager:
         self._max_step_tokens = max_step_tokens
         self._block_sizes = [group.block_size for group in self.groups]
         self._prefixes = PrefixSearch(self.groups, self.pools)
+        self._nobody = [0] * len(self.groups)  # others need no slabs
         self._epoch = 0  # counts resets: what was computed before one is never offered after
 
     @property
@@ -166,7 +164,7 @@ class BlockManager:
         asked = zip(self.pools, counts, found, strict=True)
         if self.slabs is None:
             fits = all(count + pool.num_unused(hit) <= pool.num_free for pool, count, hit in asked)
-            return [0] * len(counts) if fits else None
+            return self._nobody if fits else None
         missing = [pool.slabs_missing(count, hit) for pool, count, hit in asked]
         if sum(missing) > self.slabs.num_free:
             return None
@@ -236,7 +234,18 @@ class BlockManager:
                 table[begin:end] = [0] * (end - begin)
                 sequence.num_left_blocks[group] = end
                 has_left = True
+        self._foresee_leaving(sequence)
         return has_left
+
+    def _foresee_leaving(self, sequence: Sequence) -> None:
+        """Note at which position another block is left behind."""
+        sequence.next_leave_at = min(
+            [
+                (sequence.num_left_blocks[group] + 1) * self._block_sizes[group] + window - 1
+                for group, window in self.windows
+            ],
+            default=NEVER,
+        )
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> Reservation | None:
         """Make the positions from `num_computed_tokens` up to `num_tokens` writable.
@@ -266,27 +275,29 @@ class BlockManager:
     def _reserve(self, sequence: Sequence, lengths: list[int]) -> Reservation | None:
         """Make the tables so long, and the first block to write to the sequence's own."""
         start = sequence.num_computed_tokens
-        counts, shared = [], []  # groups whose first block to write is read by others
+        counts: list[int] = []
+        shared: list[int] = []  # groups whose first block to write is read by others
         for group, (pool, size) in enumerate(zip(self.pools, self._block_sizes, strict=True)):
             table = sequence.block_tables[group]
             needed = max(lengths[group] - len(table), 0)
             if start < len(table) * size and not pool.is_writable(table[start // size]):
                 shared.append(group)
                 needed += 1
+            if needed > pool.num_free:
+                return None
             counts.append(needed)
-        others_need = self._room(counts)
+        others_need = self._nobody if self.slabs is None else self._room(counts)
         if others_need is None:
             return None
         copies, new_block_ids = [], []
         num_reserved = NEVER
-        for group, (pool, size) in enumerate(zip(self.pools, self._block_sizes, strict=True)):
-            table = sequence.block_tables[group]
-            block_ids = pool.take(counts[group], others_need=others_need[group])
+        for group, table in enumerate(sequence.block_tables):
+            block_ids = self.pools[group].take(counts[group], others_need=others_need[group])
             if group in shared:
                 copies.append(self._replace_by_copy(sequence, group, block_ids.pop(0)))
             table.extend(block_ids)
             new_block_ids.append(block_ids)
-            num_reserved = min(num_reserved, len(table) * size)
+            num_reserved = min(num_reserved, len(table) * self._block_sizes[group])
         sequence.num_reserved_tokens = num_reserved
         return Reservation(new_block_ids, copies)
 
@@ -362,6 +373,7 @@ class BlockManager:
         sequence.missing_blocks = None
         if self.windows:
             sequence.num_left_blocks = [table.count(0) for table in sequence.block_tables]
+            self._foresee_leaving(sequence)
         sequence.num_reserved_tokens = min(
             [
                 len(table) * size
@@ -384,13 +396,3 @@ class BlockManager:
         source, table[place] = table[place], block_id
         self.pools[group].give_back([source])
         return group, source, block_id
-
-
-def _check_group(group: KVCacheGroup) -> None:
-    if group.num_blocks < 2:
-        raise ConfigError(
-            f"a KV cache group has {group.num_blocks} blocks; it needs 2 or more, since block 0 "
-            f"is never allocated. Give the KV cache more memory."
-        )
-    if group.block_size < 1 or group.block_size & (group.block_size - 1):
-        raise ConfigError(f"block size is {group.block_size}; allowed: powers of two from 1.")

@@ -45,6 +45,7 @@ class Sequence:
         "max_num_tokens",
         "missing_blocks",
         "next_commit_at",
+        "next_leave_at",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
@@ -100,6 +101,7 @@ class Sequence:
         # Kept by the block manager.
         self.block_tables: list[list[int]] = []  # one list of block ids a group; 0: left behind
         self.num_left_blocks: list[int] = []  # a group: how many its window has left behind
+        self.next_leave_at = NEVER  # computed tokens at which a window leaves another block
         self.num_reserved_tokens = 0  # positions that every group has a block for
         self.digests: list[list[bytes]] = []  # one chain a block size, each block hashed once
         self.num_committed_blocks: list[int] = []  # a group: blocks already offered to the cache

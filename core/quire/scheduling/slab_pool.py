@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 
+from quire.errors import ConfigError
 from quire.scheduling.block_pool import BlockPool
 from quire.scheduling.output import KVCacheGroup
 
@@ -181,7 +182,12 @@ class SlabPool(BlockPool):
 
 
 def make_pools(groups: Sequence[KVCacheGroup]) -> tuple[list[BlockPool], Slabs | None]:
-    """Return a pool for each group, and the slabs that they share, where they do."""
+    """Return a pool for each group, and the slabs that they share, where they do.
+
+    Raises: ConfigError where a group has no block to hand out, or blocks of an odd size.
+    """
+    for group in groups:
+        _check_group(group)
     if any(group.blocks_per_slab is None for group in groups):
         return [BlockPool(group.num_blocks) for group in groups], None
     slabs = Slabs(groups[0].num_blocks)
@@ -190,3 +196,13 @@ def make_pools(groups: Sequence[KVCacheGroup]) -> tuple[list[BlockPool], Slabs |
         for group in groups
     ]
     return pools, slabs
+
+
+def _check_group(group: KVCacheGroup) -> None:
+    if group.num_blocks < 2:
+        raise ConfigError(
+            f"a KV cache group has {group.num_blocks} blocks; it needs 2 or more, since block 0 "
+            f"is never allocated. Give the KV cache more memory."
+        )
+    if group.block_size < 1 or group.block_size & (group.block_size - 1):
+        raise ConfigError(f"block size is {group.block_size}; allowed: powers of two from 1.")

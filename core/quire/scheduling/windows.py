@@ -43,8 +43,13 @@ class Windows:
         """
         if not self._blocks.windows:
             return False
-        has_all = [s for s in running if s.num_reserved_tokens >= s.num_tokens]
-        return any([self.leave(s, step, spares_forks=spares_forks) for s in has_all])
+        leaving = [
+            sequence
+            for sequence in running
+            if sequence.num_computed_tokens >= sequence.next_leave_at
+            and sequence.num_reserved_tokens >= sequence.num_tokens
+        ]
+        return any([self.leave(s, step, spares_forks=spares_forks) for s in leaving])
 
     def make_room(self, needy: Sequence, running: Iterable[Sequence], step: Step) -> bool:
         """Leave what waits for forks, too, as a sequence goes short; True where there was any."""

@@ -11,6 +11,7 @@ from gather_attention import GatherAttention
 
 from quire.errors import BuildError, PluginError
 from quire.execution.kv_cache import (
+    ALIGNMENT,
     KVCache,
     LayerGroup,
     bytes_per_slab,
@@ -153,10 +154,16 @@ def windowed_groups(*kinds: tuple[int, int | None]) -> list[LayerGroup]:
 @pytest.mark.parametrize(
     "kinds", [((1, None), (1, 4)), ((5, None), (2, 4)), ((2, None), (7, 4), (3, 8))]
 )
-def test_no_two_blocks_of_slabs_lie_in_the_same_place(kinds: tuple[tuple[int, int], ...]) -> None:
+@pytest.mark.parametrize("block_shape", [(16, 2, 8), (3,)])
+def test_no_two_blocks_of_slabs_lie_in_the_same_place(
+    kinds: tuple[tuple[int, int], ...], block_shape: tuple[int, ...]
+) -> None:
     groups, num_slabs = windowed_groups(*kinds), 7
+    for group in groups:
+        group.layout = evolve(group.layout, block_shape=block_shape)
     cache = KVCache(groups, num_slabs, torch.device("cpu"), rows=rows_of_slabs(groups))
     cache.bind(groups, [None] * len(groups))  # type: ignore[list-item]
+    first = groups[0].layers[0].kv_cache.data_ptr()
     written = {}
     for number, group in enumerate(cache_groups(groups, num_slabs)):
         slabs = [slab for slab in range(num_slabs) if slab % len(groups) == number]
@@ -168,10 +175,12 @@ def test_no_two_blocks_of_slabs_lie_in_the_same_place(kinds: tuple[tuple[int, in
 
     assert all((layer.kv_cache[block] == x).all() for (layer, block), x in written.items())
     assert all(layer.kv_cache.is_contiguous() for layer, _ in written)
+    assert all(layer.kv_cache.data_ptr() % ALIGNMENT == first % ALIGNMENT for layer, _ in written)
     storages = {layer.kv_cache.untyped_storage().data_ptr() for layer, _ in written}
     assert len(storages) == 1
     nbytes = groups[0].layers[0].kv_cache.untyped_storage().nbytes()
-    assert nbytes == num_slabs * bytes_per_slab(groups)
+    # Rows end at multiples of the alignment, a block of 3 numbers included.
+    assert 0 <= nbytes - num_slabs * bytes_per_slab(groups) <= rows_of_slabs(groups) * 3 * 256
 
 
 def test_copies_of_all_groups_read_before_any_is_written() -> None:
