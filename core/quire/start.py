@@ -10,7 +10,7 @@ from attrs import define, evolve
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
-from quire.execution.kv_cache import LayerGroup, bytes_per_slab, cache_groups
+from quire.execution.kv_cache import LayerGroup, bytes_per_slab, cache_groups, rows_of_slabs
 from quire.execution.kv_scales import describe_source, set_scales, source_of_scales
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
@@ -68,6 +68,21 @@ class Layout:
     def kv_scales_in_words(self) -> str | None:
         """Where the scales of the KV cache come from."""
         return describe_source(self.kv_scales)
+
+    @property
+    def windows(self) -> dict[str, Any] | None:
+        """What windows save the longest sequence, None where no layer has one."""
+        if all(group.spec.sliding_window is None for group in self.groups):
+            return None
+        length = self.kv_size.max_model_len
+        whole = sum(g.bytes_per_block * -(-length // g.spec.block_size) for g in self.groups)
+        return {
+            "layers": [[len(g.layers), g.spec.sliding_window] for g in self.groups],
+            "layers_a_slab": rows_of_slabs(self.groups),
+            "sequence_tokens": length,
+            "sequence_bytes": self.kv_size.a_sequence * bytes_per_slab(self.groups),
+            "sequence_bytes_without_windows": whole,
+        }
 
 
 class Starter:

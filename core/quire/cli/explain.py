@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quire.cli.options import add_options, given_options
 from quire.config import OPTIONS, EngineConfig
@@ -12,9 +12,6 @@ from quire.execution.memory import describe_bytes
 from quire.frontend import Frontend
 from quire.interfaces.plugin import Selection
 from quire.phases import Phases
-
-if TYPE_CHECKING:
-    from quire.start import Layout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,28 +60,10 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "kv_bytes_per_token": sum(group.bytes_per_block for group in layout.groups)
             // frontend.config.cache.block_size,
             "kv_scales": layout.kv_scales_in_words,
-            "windows": _windows(layout),
+            "windows": layout.windows,
         },
         "warnings": frontend.warnings,
         "phases_s": phases.seconds,
-    }
-
-
-def _windows(layout: Layout) -> dict[str, Any] | None:
-    """Return what windows save, None where no layer has one."""
-    from quire.execution.kv_cache import bytes_per_slab, rows_of_slabs
-
-    groups, size = layout.groups, layout.kv_size
-    if all(group.spec.sliding_window is None for group in groups):
-        return None
-    length = size.max_model_len
-    whole = sum(g.bytes_per_block * -(-length // g.spec.block_size) for g in groups)
-    return {
-        "layers": [[len(g.layers), g.spec.sliding_window] for g in groups],
-        "layers_a_slab": rows_of_slabs(groups),
-        "sequence_tokens": length,
-        "sequence_bytes": size.a_sequence * bytes_per_slab(groups),
-        "sequence_bytes_without_windows": whole,
     }
 
 
