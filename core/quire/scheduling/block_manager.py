@@ -139,7 +139,7 @@ class BlockManager:
             count - len(found) + pool.num_unused(found)
             for count, found, pool in zip(wanted, hits, self.pools, strict=True)
         ]
-        sequence.missing_blocks = (needed, len(hits[0]))
+        sequence.missing_blocks = (needed, len(hits[0]) * self._block_sizes[0])
 
     def _table_lengths(self, sequence: Sequence, hits: BlockTables) -> list[int]:
         """Return how long its tables become when it is admitted with these hits."""
@@ -357,10 +357,7 @@ class BlockManager:
         needed, num_found = sequence.missing_blocks
         if self._room([count + headroom for count in needed]) is not None:
             return False
-        if self.groups[0].window is not None:
-            return True  # which block it would hit next depends on more than the first missing
-        chain = self._prefixes.chain(sequence, 0, 0)
-        return num_found >= len(chain) or self.pools[0].cache.find(chain[num_found]) is None
+        return not self._prefixes.may_find_more(sequence, num_found)
 
     def _find_prefix(self, sequence: Sequence) -> BlockTables:
         """Find the longest beginning that every group still serves, without the last token."""

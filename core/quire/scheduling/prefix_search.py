@@ -23,6 +23,8 @@ class PrefixSearch:
         self._caches = [pool.cache for pool in pools]
         sizes = [group.block_size for group in groups]
         self._coarsest = max(sizes)
+        whole = [number for number, group in enumerate(groups) if group.window is None]
+        self._whole = whole[0] if whole else None
         self._chain_sizes = sorted(set(sizes))  # groups of equal size share a chain
         self._chain_of_group = [self._chain_sizes.index(size) for size in sizes]
 
@@ -45,6 +47,21 @@ class PrefixSearch:
             else self._last_window(sequence, number, group.window, num_tokens)
             for number, group in enumerate(self._groups)
         ]
+
+    def may_find_more(self, sequence: Sequence, num_found: int) -> bool:
+        """Whether a search that found so many tokens might now find more.
+
+        Asked of the first block that it missed, in a group that needs all of them; where none
+        does, of the last block that it could hit.
+        """
+        if self._whole is None:
+            number, last = 0, (sequence.num_tokens - 1) // self._groups[0].block_size
+            chain = self.chain(sequence, number, last)
+            place = max(last - 1, num_found // self._groups[0].block_size)
+        else:
+            number, chain = self._whole, self.chain(sequence, self._whole, 0)
+            place = num_found // self._groups[number].block_size
+        return place < len(chain) and self._caches[number].find(chain[place]) is not None
 
     def _find_all(self, sequence: Sequence, number: int, max_blocks: int) -> list[int]:
         cache = self._caches[number]

@@ -107,7 +107,7 @@ class Sequence:
         self.num_committed_blocks: list[int] = []  # a group: blocks already offered to the cache
         self.next_commit_at = NEVER  # computed tokens at which another block is full
         self.cache_epoch = 0
-        # Why it was not admitted: blocks needed in each group, blocks found for the first one.
+        # Why it was not admitted: blocks needed in each group, tokens found in the cache.
         self.missing_blocks: tuple[list[int], int] | None = None
 
     def __repr__(self) -> str:

@@ -155,6 +155,28 @@ def test_hit_ends_before_a_hole_in_the_window() -> None:
     assert second.num_computed_tokens == 32  # of 40 that the other group has
 
 
+@pytest.mark.parametrize("windows", [(None,), (8, None), (8,)])
+def test_head_of_the_queue_is_admitted_once_another_has_its_prefix(
+    windows: tuple[int | None, ...],
+) -> None:
+    """It waits for 10 blocks, which do not come free; then it shares those of the first."""
+    groups = [
+        KVCacheGroup(layers=(0,), block_size=4, bytes_per_block=1, num_blocks=17, window=window)
+        for window in windows
+    ]
+    manager = BlockManager(groups, enable_prefix_caching=True, max_step_tokens=40)
+    first, second = make_sequence(list(range(41))), make_sequence(list(range(41)))
+    assert manager.admit(first)
+    assert not manager.admit(second)
+    assert not manager.admit(second)
+
+    first.num_computed_tokens = 41
+    manager.commit(first, 41)
+
+    assert manager.admit(second)
+    assert second.num_computed_tokens == 40
+
+
 def test_siblings_fork_though_their_parent_goes_on() -> None:
     groups = make_groups((1, 1), 4, 40, block_size=2)
     harness = make_windowed(groups, max_model_len=64, max_num_batched_tokens=8, max_num_seqs=2)
