@@ -53,6 +53,7 @@ class BlockManager:
         self._block_sizes = [group.block_size for group in self.groups]
         self._prefixes = PrefixSearch(self.groups, self.pools)
         self._nobody = [0] * len(self.groups)  # others need no slabs
+        self._no_hits: BlockTables = [[] for _ in self.groups]
         self._epoch = 0  # counts resets: what was computed before one is never offered after
 
     @property
@@ -160,8 +161,7 @@ class BlockManager:
 
         Otherwise, for each group, how many slabs those after it need.
         """
-        found = hits or [[] for _ in counts]
-        asked = zip(self.pools, counts, found, strict=True)
+        asked = zip(self.pools, counts, hits or self._no_hits, strict=True)
         if self.slabs is None:
             fits = all(count + pool.num_unused(hit) <= pool.num_free for pool, count, hit in asked)
             return self._nobody if fits else None
@@ -283,7 +283,7 @@ class BlockManager:
             if start < len(table) * size and not pool.is_writable(table[start // size]):
                 shared.append(group)
                 needed += 1
-            if needed > pool.num_free:
+            if self.slabs is None and needed > pool.num_free:
                 return None
             counts.append(needed)
         others_need = self._nobody if self.slabs is None else self._room(counts)
