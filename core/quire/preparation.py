@@ -236,7 +236,8 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[st
             "(max_position_embeddings and RoPE scaling in config.json)."
         )
     given = config.cache.kv_cache_memory_bytes
-    if given is None or any(value and "window" in key for key, value in raw.items()):
+    uses_windows = raw.get("use_sliding_window") is not False
+    if given is None or (uses_windows and any(raw[key] and "window" in key for key in raw)):
         return  # with windows it depends on the layers, which are not built yet
     # The layout is the backend's business; this is the least that any of them needs.
     element = DTYPE_BYTES[config.kv_dtype]
