@@ -236,8 +236,7 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[st
             "(max_position_embeddings and RoPE scaling in config.json)."
         )
     given = config.cache.kv_cache_memory_bytes
-    uses_windows = raw.get("use_sliding_window") is not False
-    if given is None or (uses_windows and any(raw[key] and "window" in key for key in raw)):
+    if given is None or _may_have_windows(raw):
         return  # with windows it depends on the layers, which are not built yet
     # The layout is the backend's business; this is the least that any of them needs.
     element = DTYPE_BYTES[config.kv_dtype]
@@ -249,6 +248,15 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[st
             bytes_per_block=config.cache.block_size * model_config.kv_elements_per_token * element,
         )
     )
+
+
+def _may_have_windows(raw: dict[str, Any]) -> bool:
+    """Whether config.json, or its part for text, names a window that layers may use."""
+    text = raw.get("text_config")
+    given = {**raw, **text} if isinstance(text, dict) else raw
+    if given.get("use_sliding_window") is False:
+        return False
+    return any(value and "window" in key for key, value in given.items())
 
 
 def kv_request(
