@@ -10,6 +10,7 @@ from attrs import Factory, define
 
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, RequestError
+from quire.execution.kv_cache import cache_groups
 from quire.execution.model_runner import Forwarded, InFlight
 from quire.preparation import Prepared
 from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
@@ -65,13 +66,14 @@ class Engine:
         self.runner.grammars.compile = self._grammars.compiled
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]
-        size = self.layout.kv_size.num_blocks
-        groups = [group.to_cache_group(size) for group in self.layout.groups]
-        cache = prepared.config.cache
-        self.block_manager = BlockManager(groups, enable_prefix_caching=cache.enable_prefix_caching)
-        self.scheduler = Scheduler(
-            prepared.config.scheduler, self.block_manager, self.max_model_len, clock
+        options = prepared.config.scheduler
+        assert options.max_num_batched_tokens is not None, "the start knows how many pay"
+        self.block_manager = BlockManager(
+            cache_groups(self.layout.groups, self.layout.kv_size.num_blocks),
+            enable_prefix_caching=prepared.config.cache.enable_prefix_caching,
+            max_step_tokens=options.max_num_batched_tokens,
         )
+        self.scheduler = Scheduler(options, self.block_manager, self.max_model_len, clock)
         self._depth = self.layout.limits.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, InFlight]] = deque()
         self._failure: Exception | None = None

@@ -123,7 +123,7 @@ def _prepare(config: EngineConfig) -> Prepared:
     config = _with_dtype(config, model_config, checkpoint)
     with _naming(quantization_path, "quantization_config"):
         config = _with_kv_format(config, raw)
-    _check_lengths(config, model_config)
+    _check_lengths(config, model_config, raw)
     return Prepared(
         config=config,
         folder=folder,
@@ -228,7 +228,7 @@ def _warnings_of_scales(config: EngineConfig, checkpoint: Checkpoint) -> list[st
     ]
 
 
-def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
+def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[str, Any]) -> None:
     wanted = config.model.max_model_len
     if isinstance(wanted, int) and wanted > model_config.longest_model_len:
         raise ConfigError(
@@ -236,8 +236,8 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
             "(max_position_embeddings and RoPE scaling in config.json)."
         )
     given = config.cache.kv_cache_memory_bytes
-    if given is None:
-        return
+    if given is None or _may_have_windows(raw):
+        return  # with windows it depends on the layers, which are not built yet
     # The layout is the backend's business; this is the least that any of them needs.
     element = DTYPE_BYTES[config.kv_dtype]
     size_kv_cache(
@@ -248,6 +248,15 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig) -> None:
             bytes_per_block=config.cache.block_size * model_config.kv_elements_per_token * element,
         )
     )
+
+
+def _may_have_windows(raw: dict[str, Any]) -> bool:
+    """Whether config.json, or its part for text, names a window that layers may use."""
+    text = raw.get("text_config")
+    given = {**raw, **text} if isinstance(text, dict) else raw
+    if given.get("use_sliding_window") is False:
+        return False
+    return any(value and "window" in key for key, value in given.items())
 
 
 def kv_request(
@@ -265,4 +274,5 @@ def kv_request(
         max_num_seqs=config.scheduler.max_num_seqs,
         wanted_len=config.model.max_model_len,
         model_len=model_config.max_model_len,
+        max_step_tokens=config.scheduler.max_num_batched_tokens or 1,
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
-from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_cache import LayerGroup, bytes_per_slab, cache_groups, rows_of_slabs
 from quire.execution.kv_scales import describe_source, set_scales, source_of_scales
 from quire.execution.kv_sizing import KVSize, size_kv_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
@@ -68,6 +68,21 @@ class Layout:
     def kv_scales_in_words(self) -> str | None:
         """Where the scales of the KV cache come from."""
         return describe_source(self.kv_scales)
+
+    @property
+    def windows(self) -> dict[str, Any] | None:
+        """What windows save the longest sequence, None where no layer has one."""
+        if all(group.spec.sliding_window is None for group in self.groups):
+            return None
+        length = self.kv_size.max_model_len
+        whole = sum(g.bytes_per_block * -(-length // g.spec.block_size) for g in self.groups)
+        return {
+            "layers": [[len(g.layers), g.spec.sliding_window] for g in self.groups],
+            "layers_a_slab": rows_of_slabs(self.groups),
+            "sequence_tokens": length,
+            "sequence_bytes": self.kv_size.a_sequence * bytes_per_slab(self.groups),
+            "sequence_bytes_without_windows": whole,
+        }
 
 
 class Starter:
@@ -302,9 +317,9 @@ class Starter:
             self.config,
             self.prepared.model_config,
             available_bytes=available,
-            bytes_per_block=sum(group.bytes_per_block for group in groups),
+            bytes_per_block=bytes_per_slab(groups),
         )
-        return size_kv_cache(request)
+        return size_kv_cache(evolve(request, groups=tuple(cache_groups(groups, 2))))
 
     def _measure_on_gpu(self, model: Model, layout: Layout) -> None:
         runner = self._runner(model, layout, 2, layout.limits)
@@ -366,7 +381,7 @@ def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> set
 
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
-    return size.num_blocks * sum(group.bytes_per_block for group in groups)
+    return size.num_blocks * bytes_per_slab(groups)
 
 
 def _tokens_a_step(device: torch.device) -> int:

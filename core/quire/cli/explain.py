@@ -60,6 +60,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "kv_bytes_per_token": sum(group.bytes_per_block for group in layout.groups)
             // frontend.config.cache.block_size,
             "kv_scales": layout.kv_scales_in_words,
+            "windows": layout.windows,
         },
         "warnings": frontend.warnings,
         "phases_s": phases.seconds,
@@ -105,11 +106,27 @@ def _as_text(found: dict[str, Any]) -> str:
     how = "measured" if memory["measured"] else "activations estimated"
     lines += ["", f"memory ({describe_bytes(memory['total'])} in all, {how})"]
     lines += [f"  {name:<18} {describe_bytes(size)}" for name, size in memory["items"].items()]
-    blocks, size = memory["num_kv_blocks"], memory["block_size"]
-    lines.append(f"  {blocks} KV blocks of {size} tokens, block 0 for padding")
+    blocks, size, windows = memory["num_kv_blocks"], memory["block_size"], memory["windows"]
+    slabs = "" if windows is None or windows["layers_a_slab"] is None else "slabs of "
+    lines.append(f"  {blocks} {slabs}KV blocks of {size} tokens, block 0 for padding")
     kinds, a_token = ", ".join(memory["kv_dtypes"]), memory["kv_bytes_per_token"]
     scales = f"; scales: {memory['kv_scales']}" if memory["kv_scales"] else ""
     lines.append(f"  KV cache of {kinds}, {a_token:,} bytes a token{scales}")
+    lines += _windows_in_words(windows) if windows else []
     lines += ["", "warnings", *(f"  {w}" for w in found["warnings"])] if found["warnings"] else []
     lines += ["", f"this took: {Phases(found['phases_s'])}"]
     return "\n".join(lines)
+
+
+def _windows_in_words(windows: dict[str, Any]) -> list[str]:
+    kinds = [
+        f"{count} layers keep {'all' if window is None else f'a window of {window:,}'}"
+        for count, window in windows["layers"]
+    ]
+    lines = [f"  {', '.join(kinds)}"]
+    rows = windows["layers_a_slab"]
+    lines += [] if rows is None else [f"  a slab is blocks of {rows} layers, for any of them"]
+    held = describe_bytes(windows["sequence_bytes"])
+    whole = describe_bytes(windows["sequence_bytes_without_windows"])
+    tokens = windows["sequence_tokens"]
+    return [*lines, f"  a sequence of {tokens:,} tokens holds {held}; without windows {whole}"]

@@ -15,9 +15,11 @@ from quire.execution.kv_cache import (
     KVCache,
     LayerGroup,
     ask,
+    cache_groups,
     layers_by_spec,
     layout_of,
     make_backends,
+    rows_of_slabs,
 )
 from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
 from quire.execution.model_runner import ModelRunner
@@ -338,13 +340,13 @@ def make_runner(
     """Allocate the KV cache, bind it to the layers and return the runner."""
     device = next(model.parameters()).device
     backends = make_backends(groups, limits)
-    kv_cache = KVCache(groups, num_blocks, device)
+    kv_cache = KVCache(groups, num_blocks, device, rows=rows_of_slabs(groups))
     kv_cache.bind(groups, backends)
     runner = ModelRunner(
         model=model,
         backends=backends,
         kv_cache=kv_cache,
-        groups=[group.to_cache_group(num_blocks) for group in groups],
+        groups=cache_groups(groups, num_blocks),
         limits=limits,
         sampler=sampler,
         processors=processors,
