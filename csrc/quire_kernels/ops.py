@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from quire_kernels import fixed_rows, mixtures, philox
+from quire_kernels import fixed_rows, mixtures, philox, smooth, wide_norms
 from quire_kernels.with_triton import kernels as _kernels
 
 philox_4x32 = philox.philox_4x32
 route = mixtures.route
 why_no_experts = mixtures.why_no_experts
+gelu_mul = smooth.gelu_mul
+soft_cap = smooth.soft_cap
+wide_rms_norm = wide_norms.wide_rms_norm
+add_wide_rms_norm = wide_norms.add_wide_rms_norm
 # Tokens of a group, of which a draw takes one before a token.
 _GROUP = 64
 
