@@ -79,9 +79,9 @@ _ABSENT_UNLESS_DECLARED = """
 
 _ONE_UNLESS_DECLARED = """
     attention_in_multiplier attention_out_multiplier attn_output_multiplier embedding_multiplier
-    embedding_scale key_multiplier lm_head_multiplier logit_scale logits_scaling mup_multiplier
-    mup_width_multiplier mup_width_scale partial_rotary_factor residual_multiplier rotary_pct
-    routed_scaling_factor rope_pct rope_percent scale_emb width_scale
+    embedding_scale full_attn_mod interpolate_factor key_multiplier lm_head_multiplier logit_scale
+    logits_scaling mup_multiplier mup_width_multiplier mup_width_scale partial_rotary_factor
+    residual_multiplier rotary_pct routed_scaling_factor rope_pct rope_percent scale_emb width_scale
 """
 
 MATHS_KEYS: Mapping[str, tuple[Any, ...]] = {

@@ -85,6 +85,11 @@ def flag(default: bool, *, names: Sequence[str] = ()) -> Any:
     return key(default, check=_is_flag, allowed="true or false", names=names)
 
 
+def absent(*, names: Sequence[str] = ()) -> Any:
+    """Declare a key that files may say false or null of, since no such model has it."""
+    return key(None, check=lambda v: v is None or v is False, allowed="false, null", names=names)
+
+
 def one_of(default: str | None, choices: Sequence[str | None], *, names: Sequence[str] = ()) -> Any:
     """Declare a key of which only some values are honoured."""
 

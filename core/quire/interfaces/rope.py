@@ -188,12 +188,20 @@ class RopeParameters:
         return _yarn_scale(factor, 1.0)
 
 
-def rope_key(*, default_theta: float = 10_000.0, partial: bool = False) -> Any:
-    """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`."""
+def rope_key(
+    *,
+    default_theta: float = 10_000.0,
+    partial: bool = False,
+    adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> Any:
+    """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`.
+
+    `adapt` turns the keys of a family's files into those that `RopeParameters.from_json` reads.
+    """
 
     def parse(given: Mapping[str, Any], source: str) -> RopeParameters:
         return RopeParameters.from_json(
-            given, source=source, default_theta=default_theta, partial=partial
+            adapt(given), source=source, default_theta=default_theta, partial=partial
         )
 
     return key(

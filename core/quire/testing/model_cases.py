@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
 ROPE = "rope_parameters"
 # The size of weights: small enough that rounding does not grow from layer to layer.
 WEIGHT = 0.2
+_FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -49,6 +50,11 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "rope linear": _rope("linear", factor=4.0),
         "rope llama3": _rope("llama3", factor=8.0, **_LLAMA3),
         "rope yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+        # Within the original length, where the real class has the short factors.
+        "rope longrope": _rope(
+            "longrope", **_FACTORS, factor=2.0, original_max_position_embeddings=64
+        ),
+        "half of a head rotated": _rope("default", partial_rotary_factor=0.5),
     },
     "num_key_value_heads": {
         "one KV head": {"num_key_value_heads": 1},

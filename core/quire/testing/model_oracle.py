@@ -65,6 +65,8 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
         config = real.config_class(**copy.deepcopy(given))
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
+        if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+            config.pad_token_id = None  # the class's own, for a larger vocabulary
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = real(config).eval()
@@ -130,7 +132,10 @@ def _swap_gate_and_up(model: Any) -> bool:
     layers = [m for m in _with_attribute(model, "gate_proj") if hasattr(m, "up_proj")]
     for layer in layers:
         layer.gate_proj, layer.up_proj = layer.up_proj, layer.gate_proj
-    return bool(layers)
+    fused = [m.gate_up_proj for m in model.modules() if "gate_up_proj" in m._modules]
+    for linear in fused:
+        linear.weight.data = torch.cat(linear.weight.data.chunk(2)[::-1])
+    return bool(layers or fused)
 
 
 def _swap_in_experts(model: Any) -> bool:
@@ -206,6 +211,8 @@ def _set_frequencies(model: Any, change: Callable[[Tensor, int], Tensor]) -> boo
         return False
     found = change(rotary.inv_freq, 2 * rotary.inv_freq.shape[-1])
     rotary.inv_freq = found.to(rotary.inv_freq.dtype)
+    # Some types go back to what they began with, or multiply cosines and sines.
+    rotary.original_inv_freq, rotary.attention_scaling = rotary.inv_freq.clone(), 1.0
     return True
 
 
@@ -240,6 +247,13 @@ def _skip_norm(name: str) -> Callable[[Any], bool]:
     return skip
 
 
+def _skip_norm_before_mlp(model: Any) -> bool:
+    """Skip the norm that is called after attention unless there is one after the MLP as well."""
+    is_behind = bool(_with_attribute(model, "post_feedforward_layernorm"))
+    name = "pre_feedforward_layernorm" if is_behind else "post_attention_layernorm"
+    return _skip_norm(name)(model)
+
+
 MISTAKES = [
     ("gate and up are swapped", _swap_gate_and_up),
     ("gate and up of the experts are swapped", _swap_in_experts),
@@ -252,7 +266,9 @@ MISTAKES = [
     ("attention scores are scaled by hidden_size instead of head_dim", _scale_by_hidden),
     ("the final norm is missing", _drop_final_norm),
     ("the norm before attention is missing", _skip_norm("input_layernorm")),
-    ("the norm before the MLP is missing", _skip_norm("post_attention_layernorm")),
+    ("the norm before the MLP is missing", _skip_norm_before_mlp),
+    ("the norm behind attention is missing", _skip_norm("post_attention_layernorm")),
+    ("the norm behind the MLP is missing", _skip_norm("post_feedforward_layernorm")),
     ("the norm of queries is missing", _skip_norm("q_norm")),
     ("the weights of the norms are not used", _plain_norms),
     ("biases are not added", _drop_biases),

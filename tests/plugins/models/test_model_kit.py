@@ -6,9 +6,11 @@ from attrs import evolve
 
 from quire.testing import ModelTests
 from quire.testing.kit_report import PROFILES
-from quire_models import llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from quire_models import llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
 from quire_models.llama.model import Llama, Mistral
 from quire_models.mixtral.model import Mixtral
+from quire_models.olmo2.model import Olmo2
+from quire_models.phi3.model import Phi3
 from quire_models.qwen2.model import Qwen2
 from quire_models.qwen2_moe.model import Qwen2Moe
 from quire_models.qwen3.model import Qwen3
@@ -43,6 +45,20 @@ class TestQwen3(ModelTests):
     model = Qwen3
     config_class = qwen3.Qwen3Config
     architecture = "Qwen3ForCausalLM"
+    profile = FEW
+
+
+class TestPhi3(ModelTests):
+    model = Phi3
+    config_class = phi3.Phi3Config
+    architecture = "Phi3ForCausalLM"
+    profile = FEW
+
+
+class TestOlmo2(ModelTests):
+    model = Olmo2
+    config_class = olmo2.Olmo2Config
+    architecture = "Olmo2ForCausalLM"
     profile = FEW
 
 

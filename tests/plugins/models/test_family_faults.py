@@ -1,0 +1,149 @@
+"""Faults that are put into each family, which the model kit has to catch and to explain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from quire.interfaces.model import Model, WeightNames
+from quire.interfaces.plugin import ModelPlugin
+from quire.interfaces.rope import RopeParameters
+from quire.layers.attention import Attention
+from quire.testing import check_model
+from quire.testing.kit_report import PROFILES
+from quire.testing.model_cases import ModelSubject
+from quire_models import llama, olmo2, phi3
+
+FEW = evolve(PROFILES["quick"], seconds=60, examples=20, longest=20, least=4)
+FAMILIES: dict[str, ModelPlugin] = {
+    plugin.name: plugin
+    for family in (llama, olmo2, phi3)
+    for plugin in family.quire_models()
+    if plugin.name != "llama"
+}
+Break = Callable[[Model], Any]
+
+
+def with_fault(model: type[Model], put: Break) -> type[Model]:
+    """Return the model with something wrong in it once it is built."""
+
+    def build(self: Any, config: Any, build: Any) -> None:
+        model.__init__(self, config, build)
+        assert put(self) is not None, "there is nothing to break"
+
+    return type(f"Broken{model.__name__}", (model,), {"__init__": build})
+
+
+def with_config(model: type[Model], change: Callable[[Any], Any], **more: Any) -> type[Model]:
+    """Return the model that reads its config wrongly."""
+
+    def build(self: Any, config: Any, build: Any) -> None:
+        model.__init__(self, change(config), build)
+
+    return type(f"Broken{model.__name__}", (model,), {"__init__": build, **more})
+
+
+def other_base(config: Any) -> Any:
+    """Give every rotation of a config another base."""
+    names = [name for name in ("rope", "local_rope") if hasattr(config, name)]
+    ropes: dict[str, RopeParameters] = {name: getattr(config, name) for name in names}
+    return evolve(config, **{name: evolve(rope, rope_theta=77.0) for name, rope in ropes.items()})
+
+
+def without_norm(name: str) -> Break:
+    """Take the norms of a name out."""
+
+    def put(model: Model) -> Any:
+        found = [m for path, m in model.named_modules() if path.split(".")[-1] == name]
+        for norm in found:
+            norm.forward = lambda x: x
+            norm.add = lambda x, residual: (x + residual, x + residual)
+            norm.add_then = lambda linear, x, residual: (linear(x + residual), x + residual)
+            norm.add_then_gated = lambda *_: None
+        return found or None
+
+    return put
+
+
+def rolled(right: Callable[[Any], Any], x: Any) -> Any:
+    """Return the two halves of what comes out right, the second first."""
+    out = right(x)
+    return out.roll(out.shape[-1] // 2, -1)
+
+
+def swap_gate_and_up(model: Model) -> Any:
+    """Let the gate be the second half."""
+    found = [m.gate_up_proj for m in model.modules() if hasattr(m, "gate_up_proj")]
+    for layer in found:
+        layer.forward = partial(rolled, layer.forward)
+    return found or None
+
+
+def scale_nothing(model: Model) -> Any:
+    """Leave scores of attention as they are."""
+    found = [m for m in model.modules() if isinstance(m, Attention)]
+    for layer in found:
+        layer.options = evolve(layer.options, scale=1.0)
+    return found or None
+
+
+def layer_unloaded(model: type[Model]) -> type[Model]:
+    """Leave the last layer in the file."""
+    names = evolve(model.weight_names, ignored=(*model.weight_names.ignored, r".*\.1\..*"))
+    assert isinstance(names, WeightNames)
+    return with_config(model, lambda c: evolve(c, num_hidden_layers=1), weight_names=names)
+
+
+GATED = {"mistral", "olmo2", "phi3"}
+ROTATED = {"mistral", "olmo2", "phi3"}
+NORMS = {
+    "mistral": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"),
+    "phi3": ("input_layernorm", "norm"),
+}
+FAULTS: list[tuple[str, str]] = [
+    *((family, "RoPE base") for family in sorted(ROTATED)),
+    *((family, "gate and up") for family in sorted(GATED)),
+    *((family, "scale") for family in FAMILIES),
+    *((family, "layer unloaded") for family in FAMILIES),
+    *((family, name) for family, names in NORMS.items() for name in names),
+]
+SAYS = {
+    "post_feedforward_layernorm": "the norm behind the MLP is missing",
+    "gate and up": "gate and up are swapped",
+    "scale": "attention scores are not scaled",
+    "layer unloaded": "is ignored, and the real class computes with it",
+    "input_layernorm": "the norm before attention is missing|may be anything",
+    "norm": "the final norm is missing|may be anything",
+}
+
+
+def broken(model: type[Model], fault: str) -> type[Model]:
+    if fault == "RoPE base":
+        return with_config(model, other_base)
+    if fault == "layer unloaded":
+        return layer_unloaded(model)
+    puts = {"gate and up": swap_gate_and_up, "scale": scale_nothing}
+    return with_fault(model, puts.get(fault) or without_norm(fault))
+
+
+@pytest.mark.parametrize(("family", "fault"), FAULTS)
+def test_a_fault_of_a_family_is_caught(family: str, fault: str) -> None:
+    plugin = FAMILIES[family]
+    subject = ModelSubject(
+        model=broken(plugin.load_class(), fault),
+        config_class=plugin.config_class,
+        architecture=plugin.architectures[0],
+    )
+
+    report = check_model(subject, profile=FEW)
+
+    failed = [check for check in report.checks if check.outcome == "failed"]
+    assert len(failed) == 1, "it passed"
+    assert re.search(SAYS.get(fault, r"logit|may be anything"), failed[0].detail), failed[0].detail
+    assert "raises" not in failed[0].detail, failed[0].detail
