@@ -104,13 +104,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {}),
-    # What nobody claims, with the class of Transformers itself.
-    "phi3 in transformers": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
-    "olmo2 in transformers": ("Olmo2", {}),
     "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6}),
     "gemma3": (
         "Gemma3",
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", FULL]},
+    ),
+    # What nobody claims, with the class of Transformers itself.
+    "phi3 in transformers": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
+    "olmo2 in transformers": ("Olmo2", {}),
+    "gemma2 in transformers": (
+        "Gemma2",
+        {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6},
     ),
     "gpt2": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),

@@ -10,14 +10,14 @@ from typing import Any
 
 _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
-    _rope_scaling_validation _experts_implementation architectures attn_implementation auto_map
-    chunk_size_feed_forward custom_pipelines experts_implementation finetuning_task
-    fused_ops gradient_checkpointing id2label is_decoder is_llama_config keys_to_ignore_at_inference
-    label2id license model_name model_type name_or_path num_labels output_attentions
-    output_hidden_states output_past output_router_logits prefix problem_type return_dict
-    sep_token_id task_specific_params tf_legacy_loss tie_last_hidden_states tokenizer_class
-    torchscript transformers_version transformers.js_config unsloth_fixed unsloth_version
-    use_bfloat16 use_cache use_flash_attention use_flash_attn use_return_dict
+    _rope_scaling_validation _sliding_window_pattern _experts_implementation architectures
+    attn_implementation auto_map chunk_size_feed_forward custom_pipelines experts_implementation
+    finetuning_task fused_ops gradient_checkpointing id2label is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id license model_name model_type name_or_path num_labels
+    output_attentions output_hidden_states output_past output_router_logits prefix problem_type
+    return_dict sep_token_id task_specific_params tf_legacy_loss tie_last_hidden_states
+    tokenizer_class torchscript transformers_version transformers.js_config unsloth_fixed
+    unsloth_version use_bfloat16 use_cache use_flash_attention use_flash_attn use_return_dict
 """
 
 # The tokenizer and generation_config.json decide about these; quantization plugins read the last.
@@ -37,7 +37,8 @@ _TRAINING = """
 
 # Transformers, too, takes these from generation_config.json and drops them from config.json.
 _GENERATION = """
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids diversity_penalty do_sample
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids cache_implementation
+    diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
     eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
     length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens

@@ -71,13 +71,21 @@ def whole(
     return key(default, check=check, allowed=allowed, names=names)
 
 
-def real(default: float, low: float, high: float, *, names: Sequence[str] = ()) -> Any:
-    """Declare a key that holds a number."""
+def real(
+    default: float | None,
+    low: float,
+    high: float,
+    *,
+    optional: bool = False,
+    names: Sequence[str] = (),
+) -> Any:
+    """Declare a key that holds a number; with `optional`, or null."""
 
     def check(value: Any) -> bool:
-        return is_real(value) and low <= value <= high
+        return (optional and value is None) or (is_real(value) and low <= value <= high)
 
-    return key(default, check=check, allowed=f"numbers from {low} to {high}", names=names)
+    allowed = f"numbers from {low} to {high}{' or null' if optional else ''}"
+    return key(default, check=check, allowed=allowed, names=names)
 
 
 def flag(default: bool, *, names: Sequence[str] = ()) -> Any:

@@ -192,16 +192,21 @@ def rope_key(
     *,
     default_theta: float = 10_000.0,
     partial: bool = False,
-    adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    names: tuple[str, ...] = (),
+    adapt: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None,
 ) -> Any:
     """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`.
 
-    `adapt` turns the keys of a family's files into those that `RopeParameters.from_json` reads.
+    `adapt(json, source)` turns the keys of a family's files, `names` among them, into those that
+    `RopeParameters.from_json` reads.
     """
 
     def parse(given: Mapping[str, Any], source: str) -> RopeParameters:
         return RopeParameters.from_json(
-            adapt(given), source=source, default_theta=default_theta, partial=partial
+            given if adapt is None else adapt(given, source),
+            source=source,
+            default_theta=default_theta,
+            partial=partial,
         )
 
     return key(
@@ -214,6 +219,7 @@ def rope_key(
             "rope_scaling",
             "partial_rotary_factor",
             "original_max_position_embeddings",
+            *names,
         ),
         parse=parse,
     )

@@ -43,6 +43,15 @@ def _rope(rope_type: str, **entries: Any) -> dict[str, Any]:
     return {ROPE: {"rope_type": rope_type, "rope_theta": 1000.0, **entries}}
 
 
+_TWO_ROTATIONS = {
+    "sliding_window_pattern": 2,
+    ROPE: {
+        "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    },
+}
+
+
 # Changes of a key that many models have, by the key that must be declared.
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     ROPE: {
@@ -66,6 +75,11 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder_sparse_step": {"experts in every second layer": {"decoder_sparse_step": 2}},
     "mlp_only_layers": {"no experts in layer 0": {"mlp_only_layers": [0]}},
     "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
+    "sliding_window_pattern": {
+        "every second layer without window 3": {"sliding_window": 3, "sliding_window_pattern": 2}
+    },
+    "rope_local_base_freq": {"another rotation in layers with a window": _TWO_ROTATIONS},
+    "query_pre_attn_scalar": {"query_pre_attn_scalar 16": {"query_pre_attn_scalar": 16}},
     "use_sliding_window": {
         "windows from layer 1 on": {
             "use_sliding_window": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from attrs import frozen
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions, BuildContext, Model, WeightNames
+from quire.interfaces.rope import RopeParameters
 from quire.layers.rotary import RotaryTable
+from quire_kernels import ops
 from quire_models.decoder_config import DecoderConfig
 from quire_models.mixture import Mixture, MixtureOptions
 from quire_models.norm import NoNorm, Norm, after_silu_mul
@@ -23,7 +25,8 @@ class LayerOptions:
     """What tells one family's layer from another's; `qk_norm` is the norm's eps.
 
     With `mixture` the layer has experts instead of one MLP. `is_fused`: files hold q, k and v as
-    one tensor, and gate and up as one. `whole_qk_norm`: q is normed over all its heads, and k.
+    one tensor, and gate and up as one. `norms_qk`: q and k go through a `norm` before attention,
+    "head" by head or "whole". `scale` and `rope` where they are not what the config's sizes say.
     """
 
     qkv_bias: bool = False
@@ -31,8 +34,12 @@ class LayerOptions:
     mlp_bias: bool = False
     is_fused: bool = False
     qk_norm: float | None = None
-    whole_qk_norm: bool = False
+    norms_qk: Literal["head", "whole"] | None = None
+    scale: float | None = None
+    logit_softcap: float | None = None
+    rope: RopeParameters | None = None
     sliding_window: int | None = None
+    is_gelu: bool = False
     mixture: MixtureOptions | None = None
     norm: type[Norm] = Norm
 
@@ -75,28 +82,33 @@ class SelfAttention(nn.Module):
             build,
         )
         self.sizes = (q_size, kv_size, kv_size)
-        self.has_whole_norm = options.whole_qk_norm
-        if options.whole_qk_norm:
-            self.q_norm = options.norm(q_size, config.rms_norm_eps, build)
-            self.k_norm = options.norm(kv_size, config.rms_norm_eps, build)
+        self.normed_sizes: tuple[int, int] | None = None
+        if options.norms_qk is not None:
+            is_whole = options.norms_qk == "whole"
+            self.normed_sizes = (q_size, kv_size) if is_whole else (head_dim, head_dim)
+            self.q_norm = options.norm(self.normed_sizes[0], config.rms_norm_eps, build)
+            self.k_norm = options.norm(self.normed_sizes[1], config.rms_norm_eps, build)
         attention = AttentionOptions(
             layer_index=index,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=head_dim,
-            scale=head_dim**-0.5,
+            scale=options.scale or head_dim**-0.5,
             rotary=rotary,
             qk_norm=options.qk_norm,
             sliding_window=options.sliding_window,
+            logit_softcap=options.logit_softcap,
         )
         self.attn = build.attention(name, attention)
         self.o_proj = build.linear(f"{name}.o_proj", q_size, hidden, bias=options.output_bias)
 
     def forward(self, qkv: Tensor, batch: Batch, keep: Tensor | None) -> Tensor:
         """Return [num_tokens, hidden_size], or the rows in `keep` of it."""
-        if self.has_whole_norm:
+        if self.normed_sizes is not None:
             q, k, v = qkv.split(self.sizes, -1)
-            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), -1)
+            q = self.q_norm(q.unflatten(-1, (-1, self.normed_sizes[0]))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.normed_sizes[1]))).flatten(-2)
+            qkv = torch.cat((q, k, v), -1)
         attended = self.attn(qkv, batch)
         if keep is not None:
             attended = attended.index_select(0, keep)
@@ -117,9 +129,14 @@ class MLP(nn.Module):
             f"{name}.gate_up_proj", hidden, parts, bias, options.is_fused, build
         )
         self.down_proj = build.linear(f"{name}.down_proj", size, hidden, bias=bias)
+        self.is_gelu = options.is_gelu
 
     def forward(self, x: Tensor, residual: Tensor, norm: Norm | NoNorm) -> tuple[Tensor, Tensor]:
         """Return what is made of the normalised sum, [num_tokens, hidden_size], and the sum."""
+        if self.is_gelu:
+            gate_up, total = norm.add_then(self.gate_up_proj, x, residual)
+            gated = ops.gelu_mul(gate_up, batch_invariant=norm.batch_invariant)
+            return self.down_proj(gated), total
         fused = norm.add_then_gated(self.gate_up_proj, x, residual)
         if fused is not None:
             gated, total = fused
@@ -234,15 +251,20 @@ class DecoderStack(nn.Module):
         self.embed_tokens = build.embedding(
             "model.embed_tokens", config.vocab_size, config.hidden_size
         )
-        rotary = RotaryTable.from_parameters(
-            config.rope,
-            config.head_dim,
-            max_len=build.max_model_len,
-            dtype=build.dtype,
-            device=build.device,
-        )
+        ropes = [config.rope if layer.rope is None else layer.rope for layer in options]
+        tables = {
+            rope: RotaryTable.from_parameters(
+                rope,
+                config.head_dim,
+                max_len=build.max_model_len,
+                dtype=build.dtype,
+                device=build.device,
+            )
+            for rope in set(ropes)
+        }
         self.layers = nn.ModuleList(
-            layer_class(index, config, layer, rotary, build) for index, layer in enumerate(options)
+            layer_class(index, config, layer, tables[rope], build)
+            for index, (layer, rope) in enumerate(zip(options, ropes, strict=True))
         )
         self.norm = options[-1].norm(config.hidden_size, config.rms_norm_eps, build)
 

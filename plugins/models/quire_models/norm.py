@@ -74,6 +74,12 @@ class WideNorm(Norm):
         """Return None: no layer has this norm in it."""
 
 
+class OffsetNorm(WideNorm):
+    """RMSNorm whose weights are offset by one."""
+
+    offset = 1.0
+
+
 class NoNorm(nn.Module):
     """What stands where a family has no norm before attention or MLP."""
 

@@ -16,6 +16,7 @@ RESOLVED = {
     "num_key_value_heads": "num_kv_heads",
     "eos_token_id": "eos_token_ids",
     "rope_parameters": "rope",
+    "hidden_activation": "hidden_act",
 }
 
 # Keys whose default follows from others; the real class resolves them when it is made.
@@ -76,7 +77,7 @@ def default_differences(oracle: PreTrainedConfig, ours: ModelConfig) -> dict[str
         if name == "eos_token_id":
             theirs = () if theirs is None else (theirs,)
         if name == "rope_parameters":
-            value = {name: getattr(value, name) for name in theirs}
+            value = {name: getattr(value, name, None) for name in theirs}
         if theirs != value:
             differences[name] = (theirs, value)
     return differences

@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 from attrs import evolve
+from torch import nn
 
-from quire.interfaces.model import Model, WeightNames
+from quire.interfaces.model import Model
 from quire.interfaces.plugin import ModelPlugin
 from quire.interfaces.rope import RopeParameters
 from quire.layers.attention import Attention
 from quire.testing import check_model
 from quire.testing.kit_report import PROFILES
 from quire.testing.model_cases import ModelSubject
-from quire_models import llama, olmo2, phi3
+from quire_models import gemma, llama, olmo2, phi3
 
 FEW = evolve(PROFILES["quick"], seconds=60, examples=20, longest=20, least=4)
 FAMILIES: dict[str, ModelPlugin] = {
     plugin.name: plugin
-    for family in (llama, olmo2, phi3)
+    for family in (gemma, llama, olmo2, phi3)
     for plugin in family.quire_models()
     if plugin.name != "llama"
 }
@@ -39,13 +40,13 @@ def with_fault(model: type[Model], put: Break) -> type[Model]:
     return type(f"Broken{model.__name__}", (model,), {"__init__": build})
 
 
-def with_config(model: type[Model], change: Callable[[Any], Any], **more: Any) -> type[Model]:
+def with_config(model: type[Model], change: Callable[[Any], Any]) -> type[Model]:
     """Return the model that reads its config wrongly."""
 
     def build(self: Any, config: Any, build: Any) -> None:
         model.__init__(self, change(config), build)
 
-    return type(f"Broken{model.__name__}", (model,), {"__init__": build, **more})
+    return type(f"Broken{model.__name__}", (model,), {"__init__": build})
 
 
 def other_base(config: Any) -> Any:
@@ -92,16 +93,26 @@ def scale_nothing(model: Model) -> Any:
     return found or None
 
 
+def drop_layer(model: Model) -> Any:
+    """Have a layer fewer than the file."""
+    [layers] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    del layers[-1]
+    return layers
+
+
 def layer_unloaded(model: type[Model]) -> type[Model]:
     """Leave the last layer in the file."""
-    names = evolve(model.weight_names, ignored=(*model.weight_names.ignored, r".*\.1\..*"))
-    assert isinstance(names, WeightNames)
-    return with_config(model, lambda c: evolve(c, num_hidden_layers=1), weight_names=names)
+    found = with_fault(model, drop_layer)
+    names = (*model.weight_names.ignored, r".*\.1\..*")
+    found.weight_names = evolve(model.weight_names, ignored=names)
+    return found
 
 
-GATED = {"mistral", "olmo2", "phi3"}
-ROTATED = {"mistral", "olmo2", "phi3"}
+GATED = {"gemma2", "gemma3", "mistral", "olmo2", "phi3"}
+ROTATED = {"gemma2", "gemma3", "mistral", "olmo2", "phi3"}
 NORMS = {
+    "gemma2": ("input_layernorm", "pre_feedforward_layernorm", "norm"),
+    "gemma3": ("post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"),
     "mistral": ("input_layernorm", "post_attention_layernorm", "norm"),
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"),
     "phi3": ("input_layernorm", "norm"),
@@ -119,6 +130,7 @@ SAYS = {
     "scale": "attention scores are not scaled",
     "layer unloaded": "is ignored, and the real class computes with it",
     "input_layernorm": "the norm before attention is missing|may be anything",
+    "pre_feedforward_layernorm": "the norm before the MLP is missing",
     "norm": "the final norm is missing|may be anything",
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from attrs import evolve
 
 from quire.testing import ModelTests
 from quire.testing.kit_report import PROFILES
-from quire_models import llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
+from quire_models import gemma, llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
+from quire_models.gemma.model import Gemma2, Gemma3
 from quire_models.llama.model import Llama, Mistral
 from quire_models.mixtral.model import Mixtral
 from quire_models.olmo2.model import Olmo2
@@ -59,6 +62,22 @@ class TestOlmo2(ModelTests):
     model = Olmo2
     config_class = olmo2.Olmo2Config
     architecture = "Olmo2ForCausalLM"
+    profile = FEW
+
+
+class TestGemma2(ModelTests):
+    model = Gemma2
+    config_class = gemma.Gemma2Config
+    architecture = "Gemma2ForCausalLM"
+    config: ClassVar = {"sliding_window": 5}
+    profile = FEW
+
+
+class TestGemma3(ModelTests):
+    model = Gemma3
+    config_class = gemma.Gemma3Config
+    architecture = "Gemma3ForCausalLM"
+    config: ClassVar = {"sliding_window": 5, "sliding_window_pattern": 2}
     profile = FEW
 
 

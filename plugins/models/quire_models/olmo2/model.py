@@ -22,6 +22,6 @@ class Olmo2(DecoderForCausalLM):
         return LayerOptions(
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
-            whole_qk_norm=True,
+            norms_qk="whole",
             norm=WideNorm,
         )

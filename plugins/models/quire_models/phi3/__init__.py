@@ -18,7 +18,7 @@ ORIGINAL = "original_max_position_embeddings"
 TYPES = {"su": "longrope", "yarn": "longrope"}
 
 
-def as_longrope(given: Mapping[str, Any]) -> dict[str, Any]:
+def as_longrope(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the keys with the names of today, and the original length that Phi-3 has."""
     found = {ORIGINAL: 4096, **given}
     for where in ("rope_scaling", "rope_parameters"):
