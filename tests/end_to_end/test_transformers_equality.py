@@ -109,6 +109,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", FULL]},
     ),
+    "gpt2": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
     # What nobody claims, with the class of Transformers itself.
     "phi3 in transformers": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
     "olmo2 in transformers": ("Olmo2", {}),
@@ -116,7 +117,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6},
     ),
-    "gpt2": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2 in transformers": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "cohere2": ("Cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
     "gptbigcode": ("GPTBigCode", {}),

@@ -19,11 +19,15 @@ class WeightNames:
 
     Layers made by `BuildContext` are found by the names given there. `renamed` is for parameters:
     regular expressions that turn a name in the module tree into the checkpoint's. `ignored` are
-    regular expressions of tensors that hold nothing to load.
+    regular expressions of tensors that hold nothing to load, `transposed` of weights that files
+    hold as [inputs, outputs]. `base` is what names may begin with, or, in files of the model
+    without its head, do not.
     """
 
     renamed: Mapping[str, str] = {}
     ignored: Sequence[str] = ()
+    transposed: Sequence[str] = ()
+    base: str = ""
 
 
 class BuildContext(Protocol):

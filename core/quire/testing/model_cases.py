@@ -75,6 +75,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder_sparse_step": {"experts in every second layer": {"decoder_sparse_step": 2}},
     "mlp_only_layers": {"no experts in layer 0": {"mlp_only_layers": [0]}},
     "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
+    "activation_function": {"gelu": {"activation_function": "gelu"}},
     "sliding_window_pattern": {
         "every second layer without window 3": {"sliding_window": 3, "sliding_window_pattern": 2}
     },

@@ -181,10 +181,10 @@ def _scale_by_hidden(model: Any) -> bool:
 
 def _drop_final_norm(model: Any) -> bool:
     inner = model.base_model
-    if not hasattr(inner, "norm"):
-        return False
-    inner.norm = nn.Identity()
-    return True
+    name = next((name for name in ("norm", "ln_f") if hasattr(inner, name)), None)
+    if name is not None:
+        setattr(inner, name, nn.Identity())
+    return name is not None
 
 
 def _drop_biases(model: Any) -> bool:
@@ -216,6 +216,13 @@ def _set_frequencies(model: Any, change: Callable[[Tensor, int], Tensor]) -> boo
     return True
 
 
+def _drop_positions(model: Any) -> bool:
+    embedding = getattr(model.base_model, "wpe", None)
+    if embedding is not None:
+        embedding.weight.data.zero_()
+    return embedding is not None
+
+
 def _default_eps(model: Any) -> bool:
     norms = _with_attribute(model, "variance_epsilon")
     for norm in norms:
@@ -233,16 +240,16 @@ def _plain_norms(model: Any) -> bool:
 def _tied_head(model: Any) -> bool:
     if model.config.tie_word_embeddings:
         return False
-    model.lm_head.weight = model.base_model.embed_tokens.weight
+    model.lm_head.weight = model.get_input_embeddings().weight
     return True
 
 
-def _skip_norm(name: str) -> Callable[[Any], bool]:
+def _skip_norm(*names: str) -> Callable[[Any], bool]:
     def skip(model: Any) -> bool:
-        layers = _with_attribute(model, name)
-        for layer in layers:
+        found = [(layer, name) for name in names for layer in _with_attribute(model, name)]
+        for layer, name in found:
             setattr(layer, name, nn.Identity())
-        return bool(layers)
+        return bool(found)
 
     return skip
 
@@ -251,7 +258,7 @@ def _skip_norm_before_mlp(model: Any) -> bool:
     """Skip the norm that is called after attention unless there is one after the MLP as well."""
     is_behind = bool(_with_attribute(model, "post_feedforward_layernorm"))
     name = "pre_feedforward_layernorm" if is_behind else "post_attention_layernorm"
-    return _skip_norm(name)(model)
+    return _skip_norm(name, "ln_2")(model)
 
 
 MISTAKES = [
@@ -265,7 +272,7 @@ MISTAKES = [
     ("attention scores are not scaled", _unscale),
     ("attention scores are scaled by hidden_size instead of head_dim", _scale_by_hidden),
     ("the final norm is missing", _drop_final_norm),
-    ("the norm before attention is missing", _skip_norm("input_layernorm")),
+    ("the norm before attention is missing", _skip_norm("input_layernorm", "ln_1")),
     ("the norm before the MLP is missing", _skip_norm_before_mlp),
     ("the norm behind attention is missing", _skip_norm("post_attention_layernorm")),
     ("the norm behind the MLP is missing", _skip_norm("post_feedforward_layernorm")),
@@ -273,6 +280,7 @@ MISTAKES = [
     ("the weights of the norms are not used", _plain_norms),
     ("biases are not added", _drop_biases),
     ("queries and keys are not rotated", _drop_rotation),
+    ("embeddings of positions are not added", _drop_positions),
     ("RoPE has the base 10000 and no scaling, whatever config.json says", _default_base),
     ("the norms have an eps of 1e-6, whatever config.json says", _default_eps),
     ("the head is tied to the embedding, whatever config.json says", _tied_head),

@@ -308,7 +308,18 @@ def test_windows_of_qwen3_moe_are_those_of_all_layers(given: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"],
+    [
+        "gemma",
+        "gpt2",
+        "llama",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    ],
 )
 def test_entry_point_module_imports_no_torch(family: str) -> None:
     code = f"import sys, quire_models.{family}; sys.exit('torch' in sys.modules)"

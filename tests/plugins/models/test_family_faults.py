@@ -18,12 +18,12 @@ from quire.layers.attention import Attention
 from quire.testing import check_model
 from quire.testing.kit_report import PROFILES
 from quire.testing.model_cases import ModelSubject
-from quire_models import gemma, llama, olmo2, phi3
+from quire_models import gemma, gpt2, llama, olmo2, phi3
 
 FEW = evolve(PROFILES["quick"], seconds=60, examples=20, longest=20, least=4)
 FAMILIES: dict[str, ModelPlugin] = {
     plugin.name: plugin
-    for family in (gemma, llama, olmo2, phi3)
+    for family in (gemma, gpt2, llama, olmo2, phi3)
     for plugin in family.quire_models()
     if plugin.name != "llama"
 }
@@ -85,6 +85,14 @@ def swap_gate_and_up(model: Model) -> Any:
     return found or None
 
 
+def without_positions(model: Any) -> Any:
+    """Leave out what is learned of positions."""
+    embedding = model.transformer.wpe
+    right = embedding.forward
+    embedding.forward = lambda positions: 0 * right(positions)
+    return embedding
+
+
 def scale_nothing(model: Model) -> Any:
     """Leave scores of attention as they are."""
     found = [m for m in model.modules() if isinstance(m, Attention)]
@@ -113,11 +121,13 @@ ROTATED = {"gemma2", "gemma3", "mistral", "olmo2", "phi3"}
 NORMS = {
     "gemma2": ("input_layernorm", "pre_feedforward_layernorm", "norm"),
     "gemma3": ("post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
     "mistral": ("input_layernorm", "post_attention_layernorm", "norm"),
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"),
     "phi3": ("input_layernorm", "norm"),
 }
 FAULTS: list[tuple[str, str]] = [
+    ("gpt2", "positions"),
     *((family, "RoPE base") for family in sorted(ROTATED)),
     *((family, "gate and up") for family in sorted(GATED)),
     *((family, "scale") for family in FAMILIES),
@@ -131,6 +141,10 @@ SAYS = {
     "layer unloaded": "is ignored, and the real class computes with it",
     "input_layernorm": "the norm before attention is missing|may be anything",
     "pre_feedforward_layernorm": "the norm before the MLP is missing",
+    "ln_1": "the norm before attention is missing|may be anything",
+    "ln_2": "the norm before the MLP is missing|may be anything",
+    "ln_f": "the final norm is missing|may be anything",
+    "positions": "positions are not added|may be anything",
     "norm": "the final norm is missing|may be anything",
 }
 
@@ -140,7 +154,11 @@ def broken(model: type[Model], fault: str) -> type[Model]:
         return with_config(model, other_base)
     if fault == "layer unloaded":
         return layer_unloaded(model)
-    puts = {"gate and up": swap_gate_and_up, "scale": scale_nothing}
+    puts = {
+        "gate and up": swap_gate_and_up,
+        "scale": scale_nothing,
+        "positions": without_positions,
+    }
     return with_fault(model, puts.get(fault) or without_norm(fault))
 
 

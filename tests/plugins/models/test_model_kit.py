@@ -8,8 +8,20 @@ from attrs import evolve
 
 from quire.testing import ModelTests
 from quire.testing.kit_report import PROFILES
-from quire_models import gemma, llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
+from quire_models import (
+    gemma,
+    gpt2,
+    llama,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from quire_models.gemma.model import Gemma2, Gemma3
+from quire_models.gpt2.model import GPT2
 from quire_models.llama.model import Llama, Mistral
 from quire_models.mixtral.model import Mixtral
 from quire_models.olmo2.model import Olmo2
@@ -78,6 +90,13 @@ class TestGemma3(ModelTests):
     config_class = gemma.Gemma3Config
     architecture = "Gemma3ForCausalLM"
     config: ClassVar = {"sliding_window": 5, "sliding_window_pattern": 2}
+    profile = FEW
+
+
+class TestGPT2(ModelTests):
+    model = GPT2
+    config_class = gpt2.GPT2Config
+    architecture = "GPT2LMHeadModel"
     profile = FEW
 
 
