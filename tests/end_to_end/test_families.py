@@ -28,6 +28,8 @@ SIZES: dict[str, Any] = {
 MORE = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {}),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", MORE),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", MORE),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**MORE, "head_dim": 8}),
@@ -91,13 +93,15 @@ def generated(real: Any) -> list[int]:
     return list(found[0, len(PROMPT) :].tolist())
 
 
-def test_files_of_gpt2_without_its_head_are_read(tmp_path: Path) -> None:
-    """As the first ones on the hub are, with masks that nobody reads."""
-    saved = save(tmp_path, "gpt2")
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_files_without_a_head_are_read(tmp_path: Path, family: str) -> None:
+    """As the first ones on the hub are, GPT-2's with masks that nobody reads."""
+    saved = save(tmp_path, family)
 
     def as_first(tensors: dict[str, Any]) -> dict[str, Any]:
         found = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-        return {**found, "h.0.attn.bias": torch.ones(1, 1, 64, 64).tril()}
+        mask = torch.ones(1, 1, 64, 64).tril()
+        return {**found, "h.0.attn.bias": mask} if family == "gpt2" else found
 
     change_tensors(tmp_path, as_first)
 
@@ -135,6 +139,9 @@ def test_quantize_refuses_transposed_files(
     [
         ("gpt2", {"n_inner": 64}, "transformer.h.0.mlp.c_fc.bias [128] instead of [64]"),
         ("gpt2", {"n_positions": 32}, "transformer.wpe.weight [64, 32] instead of [32, 32]"),
+        ("falcon", {"multi_query": False}, "query_key_value.weight [48, 32] instead of [96, 32]"),
+        ("falcon", {"bias": True}, "missing: transformer.h.0.mlp.dense_4h_to_h.bias"),
+        ("bloom", {"n_layer": 1}, "unexpected: transformer.h.1.input_layernorm.bias"),
         ("gpt2", {"n_layer": 3}, "missing: transformer.h.2.attn.c_attn.bias"),
         ("phi3", {"num_key_value_heads": 1}, "self_attn.qkv_proj.weight [64, 32] instead of [48"),
         ("phi3", {"intermediate_size": 40}, "mlp.gate_up_proj.weight [96, 32] instead of [80, 32]"),
@@ -161,6 +168,24 @@ def test_an_extra_head_is_told(tmp_path: Path) -> None:
     change_tensors(tmp_path, lambda tensors: {**tensors, "score.weight": torch.ones(2, 32)})
 
     with pytest.raises(CheckpointError, match="1 unexpected: score.weight"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"num_attention_heads": 5}, "num_attention_heads is 5; allowed: divisors of hidden_size"),
+        ({"num_kv_heads": 3, "new_decoder_architecture": True}, "num_kv_heads is 3; allowed: div"),
+        ({"parallel_attn": False, "new_decoder_architecture": True}, "parallel_attn is false"),
+        ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2; allowed: 1 or null"),
+        ({"activation": "silu"}, "activation is"),
+    ],
+)
+def test_what_falcon_cannot_have_is_told(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    save(tmp_path, "falcon")
+    change_config(tmp_path, **keys)
+
+    with pytest.raises(ConfigError, match=words):
         start(tmp_path)
 
 

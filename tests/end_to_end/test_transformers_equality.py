@@ -110,6 +110,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", FULL]},
     ),
     "gpt2": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
+    "falcon": ("Falcon", {}),
+    "falcon, grouped": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, alibi": (
+        "Falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "bloom": ("Bloom", {}),
     # What nobody claims, with the class of Transformers itself.
     "phi3 in transformers": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
     "olmo2 in transformers": ("Olmo2", {}),
@@ -171,7 +178,8 @@ def make_oracle(name: str) -> PreTrainedModel:
     names = FULL_NAMES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     config_class, model_class = (getattr(transformers, name) for name in names)
     config = config_class(**{**SIZES, "bos_token_id": 1, "eos_token_id": 2, **changes})
-    config._attn_implementation = "eager"
+    # Falcon's plain form adds ALiBi twice.
+    config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"
     config._experts_implementation = "eager"
     model: PreTrainedModel = model_class(config).eval()
     for weight_name, parameter in model.named_parameters():
@@ -238,15 +246,22 @@ def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> s
     return ""
 
 
+def num_kv_heads(config: Any) -> int:
+    kind, heads = config.model_type, SIZES["num_attention_heads"]
+    if kind == "falcon" and config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    is_one = kind == "gpt_bigcode" or (kind == "falcon" and config.multi_query)
+    if is_one or kind in ("gpt2", "opt", "falcon", "bloom"):
+        return 1 if is_one else heads
+    return int(SIZES["num_key_value_heads"])
+
+
 def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM:
     config = checkpoint.oracle.config
     if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
         attention = "reference"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // 4
-    kv_heads = 1 if config.model_type == "gpt_bigcode" else SIZES["num_key_value_heads"]
-    if config.model_type in ("gpt2", "opt"):
-        kv_heads = SIZES["num_attention_heads"]
-    elements = 2 * SIZES["num_hidden_layers"] * kv_heads * head_dim
+    elements = 2 * SIZES["num_hidden_layers"] * num_kv_heads(config) * head_dim
     return LLM(
         str(checkpoint.folder),
         dtype="float32",

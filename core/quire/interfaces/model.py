@@ -95,7 +95,8 @@ class AttentionOptions:
 
     `layer_index` counts layers. `rotary` is a `quire.layers.rotary.RotaryTable`. With `qk_norm`
     an RMSNorm of eps `qk_norm` is applied to each head of q and k before the rotation; its
-    weights are `<name>.q_norm.weight` and `<name>.k_norm.weight`.
+    weights are `<name>.q_norm.weight` and `<name>.k_norm.weight`. `alibi_slopes`, one a head, times
+    a key's distance is taken from its score once that is scaled and capped.
     """
 
     layer_index: int
@@ -108,6 +109,7 @@ class AttentionOptions:
     sliding_window: int | None = None
     logit_softcap: float | None = None
     sinks: bool = False
+    alibi_slopes: Sequence[float] | None = None
     causal: bool = True
 
 

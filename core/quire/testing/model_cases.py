@@ -75,6 +75,20 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder_sparse_step": {"experts in every second layer": {"decoder_sparse_step": 2}},
     "mlp_only_layers": {"no experts in layer 0": {"mlp_only_layers": [0]}},
     "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
+    "new_decoder_architecture": {
+        "a norm each for attention and MLP": {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "one norm for attention and MLP": {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+        },
+        "attention before the MLP, ALiBi and biases": {
+            "parallel_attn": False,
+            "multi_query": False,
+            "alibi": True,
+            "bias": True,
+        },
+    },
     "activation_function": {"gelu": {"activation_function": "gelu"}},
     "sliding_window_pattern": {
         "every second layer without window 3": {"sliding_window": 3, "sliding_window_pattern": 2}

@@ -63,7 +63,9 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
     real = _class(subject)
     try:
         config = real.config_class(**copy.deepcopy(given))
-        config._attn_implementation = "eager"
+        # Falcon's plain form adds ALiBi to the scores and, again, to the mask.
+        is_twice = bool(getattr(config, "alibi", False))
+        config._attn_implementation = "sdpa" if is_twice else "eager"
         config._experts_implementation = "eager"
         if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
             config.pad_token_id = None  # the class's own, for a larger vocabulary
@@ -166,10 +168,11 @@ def _other_weights(model: Any) -> bool:
 
 
 def _unscale(model: Any) -> bool:
-    layers = _with_attribute(model, "scaling")
-    for layer in layers:
-        layer.scaling = 1.0
-    return bool(layers)
+    names = ("scaling", "inv_norm_factor")
+    found = [(layer, name) for name in names for layer in _with_attribute(model, name)]
+    for layer, name in found:
+        setattr(layer, name, 1.0)
+    return bool(found)
 
 
 def _scale_by_hidden(model: Any) -> bool:

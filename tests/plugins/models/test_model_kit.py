@@ -9,6 +9,7 @@ from attrs import evolve
 from quire.testing import ModelTests
 from quire.testing.kit_report import PROFILES
 from quire_models import (
+    falcon,
     gemma,
     gpt2,
     llama,
@@ -20,6 +21,7 @@ from quire_models import (
     qwen3,
     qwen3_moe,
 )
+from quire_models.falcon.model import Bloom, Falcon
 from quire_models.gemma.model import Gemma2, Gemma3
 from quire_models.gpt2.model import GPT2
 from quire_models.llama.model import Llama, Mistral
@@ -97,6 +99,20 @@ class TestGPT2(ModelTests):
     model = GPT2
     config_class = gpt2.GPT2Config
     architecture = "GPT2LMHeadModel"
+    profile = FEW
+
+
+class TestFalcon(ModelTests):
+    model = Falcon
+    config_class = falcon.FalconConfig
+    architecture = "FalconForCausalLM"
+    profile = FEW
+
+
+class TestBloom(ModelTests):
+    model = Bloom
+    config_class = falcon.BloomConfig
+    architecture = "BloomForCausalLM"
     profile = FEW
 
 
