@@ -118,8 +118,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("Bloom", {}),
     # What nobody claims, with the class of Transformers itself.
-    "phi3 in transformers": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
-    "olmo2 in transformers": ("Olmo2", {}),
     "gemma2 in transformers": (
         "Gemma2",
         {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6},

@@ -35,6 +35,7 @@ from quire_models.qwen3_moe.model import Qwen3Moe
 
 # The tests beside this one look at every variation of a config; here are some cases of each check.
 FEW = evolve(PROFILES["quick"], examples=80, least=4, seconds=6)
+FEWER = evolve(FEW, examples=40, seconds=3)
 
 
 class TestLlama(ModelTests):
@@ -69,14 +70,14 @@ class TestPhi3(ModelTests):
     model = Phi3
     config_class = phi3.Phi3Config
     architecture = "Phi3ForCausalLM"
-    profile = FEW
+    profile = FEWER
 
 
 class TestOlmo2(ModelTests):
     model = Olmo2
     config_class = olmo2.Olmo2Config
     architecture = "Olmo2ForCausalLM"
-    profile = FEW
+    profile = FEWER
 
 
 class TestGemma2(ModelTests):
@@ -84,7 +85,7 @@ class TestGemma2(ModelTests):
     config_class = gemma.Gemma2Config
     architecture = "Gemma2ForCausalLM"
     config: ClassVar = {"sliding_window": 5}
-    profile = FEW
+    profile = FEWER
 
 
 class TestGemma3(ModelTests):
@@ -92,28 +93,28 @@ class TestGemma3(ModelTests):
     config_class = gemma.Gemma3Config
     architecture = "Gemma3ForCausalLM"
     config: ClassVar = {"sliding_window": 5, "sliding_window_pattern": 2}
-    profile = FEW
+    profile = FEWER
 
 
 class TestGPT2(ModelTests):
     model = GPT2
     config_class = gpt2.GPT2Config
     architecture = "GPT2LMHeadModel"
-    profile = FEW
+    profile = FEWER
 
 
 class TestFalcon(ModelTests):
     model = Falcon
     config_class = falcon.FalconConfig
     architecture = "FalconForCausalLM"
-    profile = FEW
+    profile = FEWER
 
 
 class TestBloom(ModelTests):
     model = Bloom
     config_class = falcon.BloomConfig
     architecture = "BloomForCausalLM"
-    profile = FEW
+    profile = FEWER
 
 
 class TestMixtral(ModelTests):
