@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**MORE, "head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**MORE, "head_dim": 8}),
 }
-PROMPT = [5, 60, 3, 3, 41, 7, 22]
+PROMPT = [5, 59, 3, 3, 41, 7, 22]
 
 
 @frozen
@@ -106,6 +106,45 @@ def test_files_without_a_head_are_read(tmp_path: Path, family: str) -> None:
     change_tensors(tmp_path, as_first)
 
     assert complete(start(tmp_path, dtype="float32")) == generated(saved.real)
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A Gemma 3 that reads pictures; its layers are one with a window and one without."""
+    folder = tmp_path_factory.mktemp("pictures")
+    torch.manual_seed(4)
+    seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.Gemma3Config(
+        text_config={
+            **SIZES,
+            **MORE,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        vision_config={**seen, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=60,
+    )
+    real = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for parameter in real.parameters():
+        parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+    real.save_pretrained(folder)
+    return Saved(folder, real)
+
+
+def test_text_part_of_gemma3_with_pictures(with_pictures: Saved) -> None:
+    found = complete(start(with_pictures.folder, dtype="float32"))
+
+    assert found == generated(with_pictures.real)
+
+
+def test_gemma3_with_pictures_needs_a_text_config(with_pictures: Saved, tmp_path: Path) -> None:
+    given = json.loads((with_pictures.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**given, "text_config": 3}))
+
+    with pytest.raises(ConfigError, match="text_config is 3; allowed: an object"):
+        start(tmp_path, load_format="dummy")
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

@@ -37,6 +37,8 @@ def _why_missing(subject: ModelSubject) -> str | None:
         return "transformers is not installed; pip install 'transformers>=5' brings the real class"
     if getattr(transformers, _name(subject), None) is None:
         return f"transformers has no class {_name(subject)}"
+    if getattr(_class(subject).config_class, "sub_configs", None):
+        return f"{_name(subject)} has parts whose configs are their own; the kit makes plain ones"
     return None
 
 

@@ -1,9 +1,9 @@
 """Models `gemma2` and `gemma3`, the latter for text."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from quire import hookimpl
 from quire.interfaces.model_config import end_tokens, flag, one_of, real, refuse, whole
@@ -20,6 +20,7 @@ from quire_models.decoder_config import (
 QUIRE_API_VERSION = (1, 0)
 
 ROPE = "rope_parameters"
+OF_THE_WHOLE = ("architectures", "dtype", "eos_token_id", "tie_word_embeddings", "torch_dtype")
 LEAST_CAP, LARGEST_CAP = 1e-6, 1e6
 
 
@@ -99,8 +100,11 @@ def rope_of(kind: str, base: str, default: float) -> Any:
 class Gemma3Config(GemmaConfig):
     """Keys of Gemma3ForCausalLM, with the defaults of Transformers.
 
-    Layers with a window have `local_rope`.
+    Layers with a window have `local_rope`. `is_part`: the file is that of a model which reads
+    pictures too, Gemma3ForConditionalGeneration, and these are the keys of its `text_config`.
     """
+
+    is_part: bool = False
 
     vocab_size: int = whole(262208, 1, 2**24)
     max_position_embeddings: int = whole(131072, 1, 2**30)
@@ -111,6 +115,17 @@ class Gemma3Config(GemmaConfig):
     local_rope: RopeParameters = rope_key(  # noqa: RUF009 - an attrs field
         adapt=rope_of(SLIDING, "rope_local_base_freq", 1e4), names=("rope_local_base_freq",)
     )
+
+    @classmethod
+    def from_json(cls, given: Any, *, source: str = "config.json") -> Self:
+        """Read the text part, and what the whole says of both parts."""
+        if not isinstance(given, Mapping) or "text_config" not in given:
+            return super().from_json(given, source=source)
+        text = given["text_config"]
+        if not isinstance(text, Mapping):
+            raise refuse(source, "text_config", text, "an object")
+        of_both = {name: given[name] for name in OF_THE_WHOLE if name in given}
+        return evolve(super().from_json({**text, **of_both}, source=source), is_part=True)
 
     @property
     def pattern(self) -> int:
@@ -132,7 +147,7 @@ def quire_models() -> list[ModelPlugin]:
         ModelPlugin(
             name="gemma3",
             load="quire_models.gemma.model:Gemma3",
-            architectures=("Gemma3ForCausalLM",),
+            architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
             config_class=Gemma3Config,
             summary="Gemma 3 for text: five layers with a window, then one without",
         ),

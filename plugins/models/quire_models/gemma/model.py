@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from attrs import evolve
@@ -13,6 +13,7 @@ from quire_kernels import ops
 from quire_models.decoder import DecoderForCausalLM, LayerOptions, NormsAfterLayer
 from quire_models.decoder_config import DecoderConfig
 from quire_models.gemma import Gemma2Config, Gemma3Config, GemmaConfig
+from quire_models.gemma.part import Within, names_of_part
 from quire_models.norm import OffsetNorm
 
 
@@ -67,6 +68,12 @@ class Gemma2(Gemma):
 
 class Gemma3(Gemma):
     """q and k are normed head by head; layers with a window rotate with a base of their own."""
+
+    def __init__(self, config: Gemma3Config, build: BuildContext) -> None:
+        within: Any = Within(build) if config.is_part else build
+        super().__init__(config, within)
+        if config.is_part:
+            self.weight_names = names_of_part(self.weight_names)  # type: ignore[misc]
 
     @staticmethod
     def layer_options(config: DecoderConfig, index: int) -> LayerOptions:
