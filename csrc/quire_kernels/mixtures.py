@@ -9,6 +9,7 @@ import torch.nn.functional as functional
 from attrs import frozen
 from torch import Tensor
 
+from quire_kernels.smooth import silu_mul
 from quire_kernels.with_triton import kernels
 
 
@@ -79,6 +80,35 @@ def sum_over_experts(
         if len(own):
             total.index_add_(0, own, expert(x[own], number) * scale)
     return total.to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    scales: ExpertScales | None = None,
+) -> Tensor:
+    """Return the weighted sums of what the chosen experts make of each token.
+
+    Expert e makes down[e] @ silu_mul(gate_up[e] @ x). `x` [num_tokens, hidden_size], `gate_up`
+    [num_experts, 2 * size, hidden_size] gates first, `down` [num_experts, hidden_size, size];
+    `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them. `scales`: of weights in
+    e4m3, which are multiplied in x's dtype.
+    """
+    if x.is_cuda:
+        given = (x, gate_up, down, weights, expert_ids)
+        out: Tensor = kernels("experts").experts(*given, scales=scales)
+        return out
+    if scales is not None:
+        return scaled_experts(x, (gate_up, down), weights, expert_ids, scales)
+
+    def one(rows: Tensor, expert: int) -> Tensor:
+        return functional.linear(silu_mul(functional.linear(rows, gate_up[expert])), down[expert])
+
+    return sum_over_experts(x, weights, expert_ids, len(gate_up), one)
 
 
 def scaled_experts(

@@ -27,13 +27,18 @@ def _norm_kernel(
     residual_stride,
     num_rows,
     eps,
+    offset,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Norm ROWS rows; with ADDS the residual is added first, and the sum replaces x."""
+    """Norm ROWS rows; with ADDS the residual is added first, and the sum replaces x.
+
+    IS_WIDE: offset + weight multiplies before anything is rounded.
+    """
     let_next_begin(OVERLAPS)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -50,12 +55,22 @@ def _norm_kernel(
         tl.store(x_ptr + rows * x_stride + columns, total, mask=inside)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
-    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
+    normed = x * scale[:, None]
+    if IS_WIDE:
+        weight = weight + offset
+    else:
+        normed = rounded(normed, dtype).to(tl.float32)
     tl.store(out_ptr + rows * SIZE + columns, rounded(normed * weight, dtype), mask=inside)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, is_fixed: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float | None,
+    *,
+    is_fixed: bool,
 ) -> Tensor:
     """Norm the rows of `x` [num_rows, size] into new memory; `is_fixed`: each by a program."""
     num_rows, size = x.shape
@@ -73,10 +88,12 @@ def _launch(
         0 if residual is None else residual.stride(0),
         num_rows,
         eps,
+        offset or 0.0,
         SIZE=size,
         BLOCK=block,
         ROWS=rows,
         ADDS=residual is not None,
+        IS_WIDE=offset is not None,
         # 16 bytes a thread and load in 16 bits.
         num_warps=min(16, max(1, block * rows // 256)),
         **options(),
@@ -84,16 +101,24 @@ def _launch(
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, is_fixed: bool = False) -> Tensor:
-    """Return `ops.rms_norm` for rows of at most MAX_SIZE."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, offset: float | None = None, is_fixed: bool = False
+) -> Tensor:
+    """Return `ops.rms_norm`, with an offset `ops.wide_rms_norm`, for rows of at most MAX_SIZE."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    return _launch(flat, None, weight, eps, is_fixed=is_fixed).view(x.shape)
+    return _launch(flat, None, weight, eps, offset, is_fixed=is_fixed).view(x.shape)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, is_fixed: bool = False
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float | None = None,
+    is_fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return `ops.add_rms_norm` for rows of at most MAX_SIZE whose values are neighbours."""
-    return _launch(x, residual, weight, eps, is_fixed=is_fixed), x
+    """Return what `rms_norm` does for the sum, and the sum; values of a row are neighbours."""
+    return _launch(x, residual, weight, eps, offset, is_fixed=is_fixed), x

@@ -7,30 +7,27 @@ Importing this module never imports Triton.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from quire_kernels import fixed_rows, mixtures, philox
+from quire_kernels import mixtures, philox, smooth, wide_norms, with_cpu
 from quire_kernels.mixtures import ExpertScales as ExpertScales
 from quire_kernels.with_triton import kernels as _kernels
 
 philox_4x32 = philox.philox_4x32
+experts = mixtures.experts
 route = mixtures.route
 why_no_experts = mixtures.why_no_experts
+silu_mul = smooth.silu_mul
+gelu_mul = smooth.gelu_mul
+soft_cap = smooth.soft_cap
+wide_rms_norm = wide_norms.wide_rms_norm
+add_wide_rms_norm = wide_norms.add_wide_rms_norm
 # Tokens of a group, of which a draw takes one before a token.
 _GROUP = 64
-
-
-@functools.cache
-def _cpu_kernels() -> Any:
-    """Return the module of C++ kernels, or None where they are not built; found out once."""
-    rows = importlib.import_module("quire_kernels.cpu.rows")
-    return rows if rows.is_built() else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, batch_invariant: bool = False) -> Tensor:
@@ -44,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, batch_invariant: bool = F
         return kernels.rms_norm(x, weight, eps, is_fixed=batch_invariant)
     if not x.is_cpu:
         return functional.rms_norm(x, weight.shape, weight, eps)
-    if (rows := _cpu_kernels()) and rows.serves(x):
+    if (rows := with_cpu.kernels()) and rows.serves(x):
         return rows.rms_norm(x, weight, eps)
     # PyTorch squares into memory of its own: 2.9 ms for [2048, 256] in bfloat16 on two cores
     # against 0.5 ms for a norm that keeps nothing.
@@ -64,27 +61,10 @@ def add_rms_norm(
     """
     if x.is_cuda and (kernels := _kernels("norms")) and x.shape[-1] <= kernels.MAX_SIZE:
         return kernels.add_rms_norm(x, residual, weight, eps, is_fixed=batch_invariant)
-    if x.is_cpu and (rows := _cpu_kernels()) and rows.serves(x) and rows.serves(residual):
+    if x.is_cpu and (rows := with_cpu.kernels()) and rows.serves(x) and rows.serves(residual):
         return rows.rms_norm(x, weight, eps, residual), x
     total = x.add_(residual)
     return rms_norm(total, weight, eps, batch_invariant=batch_invariant), total
-
-
-def silu_mul(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
-    """Return silu(gate) * up of `gate_up` [num_tokens, 2 * size], gate first: [num_tokens, size].
-
-    Source: Shazeer, "GLU variants improve transformer", 2020.
-    """
-    if gate_up.is_cuda and (kernels := _kernels("activation")):
-        out: Tensor = kernels.silu_mul(gate_up)
-        return out
-    if gate_up.is_cpu and (rows := _cpu_kernels()) and rows.serves(gate_up):
-        out = rows.silu_mul(gate_up)
-        return out
-    gate, up = gate_up.chunk(2, dim=-1)
-    if batch_invariant:
-        return fixed_rows.apart_from_threads(functional.silu, gate).mul_(up)
-    return functional.silu(gate).mul_(up)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +74,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest of a row by 127; (values - 128) * scales is near x. A row that has a NaN or an infinity
     has the scale NaN.
     """
-    if x.is_cpu and (rows := _cpu_kernels()) and rows.serves(x):
+    if x.is_cpu and (rows := with_cpu.kernels()) and rows.serves(x):
         rounded: tuple[Tensor, Tensor] = rows.quantize_rows(x)
         return rounded
     wide = x.float()
@@ -178,35 +158,6 @@ def add_rms_norm_linear_silu_mul(
         return fused
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
     return linear_silu_mul(normed, weight), total
-
-
-def experts(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    expert_ids: Tensor,
-    *,
-    scales: ExpertScales | None = None,
-) -> Tensor:
-    """Return the weighted sums of what the chosen experts make of each token.
-
-    Expert e makes down[e] @ silu_mul(gate_up[e] @ x). `x` [num_tokens, hidden_size], `gate_up`
-    [num_experts, 2 * size, hidden_size] gates first, `down` [num_experts, hidden_size, size];
-    `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them. `scales`: of weights in
-    e4m3, which are multiplied in x's dtype.
-    """
-    if x.is_cuda:
-        given = (x, gate_up, down, weights, expert_ids)
-        out: Tensor = _kernels("experts").experts(*given, scales=scales)
-        return out
-    if scales is not None:
-        return mixtures.scaled_experts(x, (gate_up, down), weights, expert_ids, scales)
-
-    def one(rows: Tensor, expert: int) -> Tensor:
-        return functional.linear(silu_mul(functional.linear(rows, gate_up[expert])), down[expert])
-
-    return mixtures.sum_over_experts(x, weights, expert_ids, len(gate_up), one)
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:

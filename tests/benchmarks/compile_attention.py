@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **{"sliding_window": 4096, "logit_softcap": 50.0},
     },
     "window": {"sliding_window": 4096},
+    "bloom": {"num_heads": 112, "num_kv_heads": 112, "alibi": True},
+    "falcon": {"num_kv_heads": 1, "head_dim": 64, "value_head_dim": 64, "alibi": True},
     "float16": {"dtype": "float16"},
     "float32": {"dtype": "float32"},
     "fp8": {"kv_dtype": "float8_e4m3fn"},
@@ -78,7 +80,8 @@ class Recorder:
     def __getitem__(self, grid: Any) -> Any:
         def launch(*arguments: Any, **named: Any) -> None:
             names = dict(zip(self.kernel.arg_names, arguments, strict=False))
-            self.launches.append((self.kernel, {**names, **named}))
+            left = {p.name: p.default for p in self.kernel.params if p.has_default}
+            self.launches.append((self.kernel, {**left, **names, **named}))
 
         return launch
 
@@ -97,12 +100,13 @@ class Usage:
 
 
 class Layer:
-    """A layer, with sinks where the model has them, and scales where the cache is quantized."""
+    """A layer, with sinks and slopes where the model has them, and scales of a quantized cache."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.sinks = torch.zeros(spec.num_heads) if spec.sinks else None
         self.k_scale = torch.ones(spec.num_kv_heads) if spec.has_quantized_kv else None
         self.v_scale = self.k_scale
+        self.alibi_slopes = torch.ones(spec.num_heads) if spec.alibi else None
 
 
 def make_spec(changes: dict[str, Any]) -> AttentionSpec:

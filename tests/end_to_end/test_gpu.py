@@ -34,6 +34,9 @@ FAMILIES = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 6}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 6}),
+    "olmo2": ("Olmo2", {"pad_token_id": 0}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 6}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen2-moe": (
         "Qwen2Moe",

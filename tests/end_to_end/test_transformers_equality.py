@@ -22,7 +22,7 @@ from quire_kernels.cpu import LIBRARY
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer.json. no such file")
 
-NUM_NEW = 12
+NUM_NEW, NUM_LONG = 12, 64
 VOCAB = 101
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
 }
 FULL = "full_attention"
 LLAMA3 = {
@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {
             "max_position_embeddings": 44,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0},
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0},
         },
     ),
     "mistral": ("Mistral", {"sliding_window": 6}),
@@ -88,15 +88,41 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
         },
     ),
-    # What nobody claims, with the class of Transformers itself.
+    "phi3": (
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "sliding_window": 7,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
     "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6}),
     "gemma3": (
         "Gemma3",
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", FULL]},
     ),
     "gpt2": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
-    "phi3": ("Phi3", {"sliding_window": 7, "pad_token_id": 0}),
-    "olmo2": ("Olmo2", {}),
+    "falcon": ("Falcon", {}),
+    "falcon, grouped": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, alibi": (
+        "Falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "bloom": ("Bloom", {}),
+    # What nobody claims, with the class of Transformers itself.
+    "gemma2 in transformers": (
+        "Gemma2",
+        {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6},
+    ),
+    "gpt2 in transformers": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "cohere2": ("Cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
     "gptbigcode": ("GPTBigCode", {}),
@@ -119,6 +145,7 @@ class Case:
     max_num_seqs: int
     num_cached_tokens: int = 1024
     enable_prefix_caching: bool = True
+    num_new: int = NUM_NEW
 
 
 CASES = {
@@ -128,12 +155,14 @@ CASES = {
     "alone, chunks of 7": Case(4, 7, 1, enable_prefix_caching=False),
     "preempted": Case(4, 32, 8, num_cached_tokens=72),
 }
+PRESSED = Case(4, 16, 8, num_cached_tokens=160, num_new=NUM_LONG)
 
 
 @frozen
 class Checkpoint:
     """A saved model, the real class, and what it generates for each prompt."""
 
+    name: str
     folder: Path
     oracle: PreTrainedModel
     prompts: list[list[int]]
@@ -147,7 +176,8 @@ def make_oracle(name: str) -> PreTrainedModel:
     names = FULL_NAMES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     config_class, model_class = (getattr(transformers, name) for name in names)
     config = config_class(**{**SIZES, "bos_token_id": 1, "eos_token_id": 2, **changes})
-    config._attn_implementation = "eager"
+    # Falcon's plain form adds ALiBi twice.
+    config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"
     config._experts_implementation = "eager"
     model: PreTrainedModel = model_class(config).eval()
     for weight_name, parameter in model.named_parameters():
@@ -170,7 +200,7 @@ def make_prompts() -> list[list[int]]:
 def generate(oracle: PreTrainedModel, prompt: list[int]) -> list[int]:
     given = torch.tensor([prompt])
     found = oracle.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=NUM_NEW, do_sample=False
+        given, attention_mask=torch.ones_like(given), max_new_tokens=NUM_LONG, do_sample=False
     )
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
@@ -183,7 +213,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     oracle.save_pretrained(folder)
     prompts = make_prompts()
     expected = [generate(oracle, prompt) for prompt in prompts]
-    return Checkpoint(folder, oracle, prompts, expected)
+    return Checkpoint(request.param, folder, oracle, prompts, expected)
 
 
 @torch.inference_mode()
@@ -205,9 +235,7 @@ def explain_difference(oracle: PreTrainedModel, tokens: list[int], ours: int, th
 
 def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> str:
     """Return what is wrong with the tokens found for a prompt, or nothing."""
-    prompt, expected = checkpoint.prompts[number], checkpoint.expected[number]
-    if len(found) != len(expected):
-        return f"prompt {number}: {len(found)} tokens instead of {len(expected)}"
+    prompt, expected = checkpoint.prompts[number], checkpoint.expected[number][: len(found)]
     for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours != theirs:
             tokens = prompt + expected[:i]
@@ -216,22 +244,30 @@ def first_difference(checkpoint: Checkpoint, number: int, found: list[int]) -> s
     return ""
 
 
+def num_kv_heads(config: Any) -> int:
+    kind, heads = config.model_type, SIZES["num_attention_heads"]
+    if kind == "falcon" and config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    is_one = kind == "gpt_bigcode" or (kind == "falcon" and config.multi_query)
+    if is_one or kind in ("gpt2", "opt", "falcon", "bloom"):
+        return 1 if is_one else heads
+    return int(SIZES["num_key_value_heads"])
+
+
 def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM:
     config = checkpoint.oracle.config
     if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
         attention = "reference"
-    head_dim = getattr(config, "head_dim", None) or SIZES["hidden_size"] // 4
-    kv_heads = 1 if config.model_type == "gpt_bigcode" else SIZES["num_key_value_heads"]
-    if config.model_type in ("gpt2", "opt"):
-        kv_heads = SIZES["num_attention_heads"]
-    elements = 2 * SIZES["num_hidden_layers"] * kv_heads * head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // 4
+    elements = 2 * SIZES["num_hidden_layers"] * num_kv_heads(config) * head_dim
     return LLM(
         str(checkpoint.folder),
         dtype="float32",
         device="cpu",
         attention_backend=attention,
         num_threads=1,
-        max_model_len=max(PROMPT_LENS) + NUM_NEW,
+        max_model_len=max(PROMPT_LENS) + case.num_new,
+        model_implementation="transformers" if "transformers" in checkpoint.name else "auto",
         block_size=case.block_size,
         max_num_batched_tokens=case.max_num_batched_tokens,
         max_num_seqs=case.max_num_seqs,
@@ -240,11 +276,13 @@ def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM
     )
 
 
-def complete(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False)
+def complete(llm: LLM, prompts: list[list[int]], num_new: int = NUM_NEW) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, detokenize=False)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(given, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    found = [list(output.outputs[0].token_ids) for output in outputs]
+    assert [len(tokens) for tokens in found] == [num_new] * len(prompts)
+    return found
 
 
 NEEDS_CPU_KERNELS = pytest.mark.skipif(
@@ -266,5 +304,15 @@ def test_greedy_tokens_equal_transformers_with_a_warm_prefix_cache(checkpoint: C
     llm = make_llm(checkpoint, CASES["chunks of 16, blocks of 8"])
     complete(llm, checkpoint.prompts)
     found = complete(llm, checkpoint.prompts[::-1])[::-1]
+    wrong = [first_difference(checkpoint, i, tokens) for i, tokens in enumerate(found)]
+    assert [line for line in wrong if line] == []
+
+
+def test_many_greedy_tokens_equal_transformers_under_pressure(checkpoint: Checkpoint) -> None:
+    """Chunks, cached prefixes and preemption at once."""
+    llm = make_llm(checkpoint, PRESSED)
+    complete(llm, checkpoint.prompts[-3:])
+    found = complete(llm, checkpoint.prompts, NUM_LONG)
+    assert llm.engine.scheduler.num_preemptions > 0
     wrong = [first_difference(checkpoint, i, tokens) for i, tokens in enumerate(found)]
     assert [line for line in wrong if line] == []

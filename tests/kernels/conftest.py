@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quire_kernels import ops
+from quire_kernels import with_cpu
 
 torch.set_num_threads(1)
 
@@ -14,5 +14,5 @@ torch.set_num_threads(1)
 def plain_ops() -> Iterator[None]:
     """Take the C++ kernels out of `ops`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_cpu_kernels", lambda: None)
+        patch.setattr(with_cpu, "kernels", lambda: None)
         yield

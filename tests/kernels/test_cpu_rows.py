@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import check
 from torch import Tensor
 
-from quire_kernels import ops
+from quire_kernels import ops, with_cpu
 from quire_kernels.cpu import LIBRARY, rows
 
 pytestmark = pytest.mark.skipif(
@@ -110,7 +110,7 @@ def test_ops_take_the_kernels_where_they_serve_and_pytorch_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[str] = []
-    monkeypatch.setattr(ops, "_cpu_kernels", lambda: rows)
+    monkeypatch.setattr(with_cpu, "kernels", lambda: rows)
     monkeypatch.setattr(rows, "rms_norm", lambda *_: taken.append("norm") or torch.zeros(2, 4))
     x, weight = torch.ones(2, 4), torch.ones(4)
 

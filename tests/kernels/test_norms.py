@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,3 +122,25 @@ def test_silu_mul_of_large_gates_is_finite() -> None:
     gate_up = torch.tensor([[-200.0, 200.0, 1.0, 1.0]], device=DEVICE)
 
     assert activation.silu_mul(gate_up).tolist() == [[0.0, 200.0]]
+
+
+@pytest.mark.parametrize("activate", [activation.silu_mul, activation.gelu_mul])
+def test_gate_that_is_very_negative_gives_zero(activate: Any) -> None:
+    gate_up = torch.tensor([[-200.0, 3.0]], device=DEVICE)
+
+    assert activate(gate_up).abs().tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_with_an_offset_is_rounded_once(offset: float) -> None:
+    """In bfloat16 1 + weight loses most of a small weight, and a rounded norm half a digit."""
+    x, weight = draw(5, 64, dtype=torch.bfloat16), draw(64, dtype=torch.bfloat16, seed=1) / 64
+    residual = draw(5, 64, dtype=torch.bfloat16, seed=2)
+    exact = norm_formula(x, weight.double() + offset, 1e-5).to(torch.bfloat16)
+
+    out = norms.rms_norm(x, weight, 1e-5, offset=offset)
+
+    # The nearest number, but for those that lie in the middle of two.
+    assert (out.cpu() == exact.cpu()).float().mean() > 0.97
+    added, total = norms.add_rms_norm(x.clone(), residual, weight, 1e-5, offset=offset)
+    assert torch.equal(added, norms.rms_norm(total, weight, 1e-5, offset=offset))

@@ -26,7 +26,10 @@ class TestTritonKernels(OpsTests):
     ops: ClassVar = {
         "rms_norm": norms.rms_norm,
         "add_rms_norm": norms.add_rms_norm,
+        "wide_rms_norm": norms.rms_norm,
+        "add_wide_rms_norm": norms.add_rms_norm,
         "silu_mul": activation.silu_mul,
+        "gelu_mul": activation.gelu_mul,
         "experts": experts.experts,
         "rotate_and_write": rotary.rotate_and_write,
         "sample": sampling.sample,

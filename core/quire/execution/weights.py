@@ -50,7 +50,7 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     Raises: CheckpointError listing missing, unexpected and wrong-shaped tensors, or naming one
     that is not finite.
     """
-    expected = places(model)
+    expected = _as_in_files(places(model), model.weight_names.base, checkpoint)
     device = next(p.device for p in model.parameters() if not p.is_meta)
     ignored = _ignored_names(model, checkpoint)
     _check_names(expected, checkpoint, ignored)
@@ -61,6 +61,13 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
         _fill(source, tensors, expected)
         source.check()
     finish_tied_heads(model)
+
+
+def _as_in_files(expected: dict[str, Place], base: str, checkpoint: Checkpoint) -> dict[str, Place]:
+    """Return the places by the names in the files, which may all lack the base."""
+    if not base or any(name.startswith(base) for name in checkpoint.tensors):
+        return expected
+    return {name.removeprefix(base): place for name, place in expected.items()}
 
 
 def _largest_first(tensors: list[TensorInfo], expected: dict[str, Place]) -> list[TensorInfo]:

@@ -10,14 +10,14 @@ from typing import Any
 
 _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
-    _rope_scaling_validation _experts_implementation architectures attn_implementation auto_map
-    chunk_size_feed_forward custom_pipelines experts_implementation finetuning_task
-    fused_ops gradient_checkpointing id2label is_decoder is_llama_config keys_to_ignore_at_inference
-    label2id license model_name model_type name_or_path num_labels output_attentions
-    output_hidden_states output_past output_router_logits prefix problem_type return_dict
-    sep_token_id task_specific_params tf_legacy_loss tie_last_hidden_states tokenizer_class
-    torchscript transformers_version transformers.js_config unsloth_fixed unsloth_version
-    use_bfloat16 use_cache use_flash_attention use_flash_attn use_return_dict
+    _rope_scaling_validation _sliding_window_pattern _experts_implementation architectures
+    attn_implementation auto_map chunk_size_feed_forward custom_pipelines experts_implementation
+    finetuning_task fused_ops gradient_checkpointing id2label is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id license model_name model_type name_or_path num_labels
+    output_attentions output_hidden_states output_past output_router_logits prefix problem_type
+    return_dict sep_token_id task_specific_params tf_legacy_loss tie_last_hidden_states
+    tokenizer_class torchscript transformers_version transformers.js_config unsloth_fixed
+    unsloth_version use_bfloat16 use_cache use_flash_attention use_flash_attn use_return_dict
 """
 
 # The tokenizer and generation_config.json decide about these; quantization plugins read the last.
@@ -27,17 +27,19 @@ _READ_ELSEWHERE = """
 """
 
 _TRAINING = """
-    attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embedding_dropout
-    hidden_dropout hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
-    pretraining_tp resid_dropout resid_pdrop rescale_every router_aux_loss_coef
-    router_jitter_noise summary_activation
+    attention_dropout attention_softmax_in_fp32 attn_pdrop bias_dropout_fusion classifier_dropout
+    dropout embd_pdrop embedding_dropout ff_factor hidden_dropout hidden_dropout_prob init_std
+    initializer_factor initializer_range layerdrop masked_softmax_fusion offset_alibi pretraining_tp
+    reorder_and_upcast_attn rescale_every resid_dropout resid_pdrop router_aux_loss_coef
+    router_jitter_noise skip_bias_add skip_bias_add_qkv slow_but_exact summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_fused_loss
     vocab_pad_to_multiple_of z_loss_coefficient
 """
 
 # Transformers, too, takes these from generation_config.json and drops them from config.json.
 _GENERATION = """
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids diversity_penalty do_sample
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids cache_implementation
+    diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
     eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
     length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens
@@ -79,9 +81,9 @@ _ABSENT_UNLESS_DECLARED = """
 
 _ONE_UNLESS_DECLARED = """
     attention_in_multiplier attention_out_multiplier attn_output_multiplier embedding_multiplier
-    embedding_scale key_multiplier lm_head_multiplier logit_scale logits_scaling mup_multiplier
-    mup_width_multiplier mup_width_scale partial_rotary_factor residual_multiplier rotary_pct
-    routed_scaling_factor rope_pct rope_percent scale_emb width_scale
+    embedding_scale full_attn_mod interpolate_factor key_multiplier lm_head_multiplier logit_scale
+    logits_scaling mup_multiplier mup_width_multiplier mup_width_scale partial_rotary_factor
+    residual_multiplier rotary_pct routed_scaling_factor rope_pct rope_percent scale_emb width_scale
 """
 
 MATHS_KEYS: Mapping[str, tuple[Any, ...]] = {

@@ -19,11 +19,15 @@ class WeightNames:
 
     Layers made by `BuildContext` are found by the names given there. `renamed` is for parameters:
     regular expressions that turn a name in the module tree into the checkpoint's. `ignored` are
-    regular expressions of tensors that hold nothing to load.
+    regular expressions of tensors that hold nothing to load, `transposed` of weights that files
+    hold as [inputs, outputs]. `base` is what names may begin with, or, in files of the model
+    without its head, do not.
     """
 
     renamed: Mapping[str, str] = {}
     ignored: Sequence[str] = ()
+    transposed: Sequence[str] = ()
+    base: str = ""
 
 
 class BuildContext(Protocol):
@@ -91,7 +95,8 @@ class AttentionOptions:
 
     `layer_index` counts layers. `rotary` is a `quire.layers.rotary.RotaryTable`. With `qk_norm`
     an RMSNorm of eps `qk_norm` is applied to each head of q and k before the rotation; its
-    weights are `<name>.q_norm.weight` and `<name>.k_norm.weight`.
+    weights are `<name>.q_norm.weight` and `<name>.k_norm.weight`. `alibi_slopes`, one a head, times
+    a key's distance is taken from its score once that is scaled and capped.
     """
 
     layer_index: int
@@ -104,6 +109,7 @@ class AttentionOptions:
     sliding_window: int | None = None
     logit_softcap: float | None = None
     sinks: bool = False
+    alibi_slopes: Sequence[float] | None = None
     causal: bool = True
 
 

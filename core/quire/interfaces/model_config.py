@@ -71,18 +71,31 @@ def whole(
     return key(default, check=check, allowed=allowed, names=names)
 
 
-def real(default: float, low: float, high: float, *, names: Sequence[str] = ()) -> Any:
-    """Declare a key that holds a number."""
+def real(
+    default: float | None,
+    low: float,
+    high: float,
+    *,
+    optional: bool = False,
+    names: Sequence[str] = (),
+) -> Any:
+    """Declare a key that holds a number; with `optional`, or null."""
 
     def check(value: Any) -> bool:
-        return is_real(value) and low <= value <= high
+        return (optional and value is None) or (is_real(value) and low <= value <= high)
 
-    return key(default, check=check, allowed=f"numbers from {low} to {high}", names=names)
+    allowed = f"numbers from {low} to {high}{' or null' if optional else ''}"
+    return key(default, check=check, allowed=allowed, names=names)
 
 
 def flag(default: bool, *, names: Sequence[str] = ()) -> Any:
     """Declare a key that is true or false."""
     return key(default, check=_is_flag, allowed="true or false", names=names)
+
+
+def absent(*, names: Sequence[str] = ()) -> Any:
+    """Declare a key that files may say false or null of, since no such model has it."""
+    return key(None, check=lambda v: v is None or v is False, allowed="false, null", names=names)
 
 
 def one_of(default: str | None, choices: Sequence[str | None], *, names: Sequence[str] = ()) -> Any:

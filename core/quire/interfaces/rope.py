@@ -188,12 +188,25 @@ class RopeParameters:
         return _yarn_scale(factor, 1.0)
 
 
-def rope_key(*, default_theta: float = 10_000.0, partial: bool = False) -> Any:
-    """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`."""
+def rope_key(
+    *,
+    default_theta: float = 10_000.0,
+    partial: bool = False,
+    names: tuple[str, ...] = (),
+    adapt: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None,
+) -> Any:
+    """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`.
+
+    `adapt(json, source)` turns the keys of a family's files, `names` among them, into those that
+    `RopeParameters.from_json` reads.
+    """
 
     def parse(given: Mapping[str, Any], source: str) -> RopeParameters:
         return RopeParameters.from_json(
-            given, source=source, default_theta=default_theta, partial=partial
+            given if adapt is None else adapt(given, source),
+            source=source,
+            default_theta=default_theta,
+            partial=partial,
         )
 
     return key(
@@ -206,6 +219,7 @@ def rope_key(*, default_theta: float = 10_000.0, partial: bool = False) -> Any:
             "rope_scaling",
             "partial_rotary_factor",
             "original_max_position_embeddings",
+            *names,
         ),
         parse=parse,
     )

@@ -73,7 +73,10 @@ class Attention(nn.Module):
         self.rotary = options.rotary
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
-        self.alibi_slopes: Tensor | None = None
+        slopes = options.alibi_slopes
+        self.alibi_slopes: Tensor | None = (
+            None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=device)
+        )
         self.sinks: Tensor | None = None
         self.kv_cache: Tensor | None = None
         self.group = 0
@@ -101,6 +104,7 @@ class Attention(nn.Module):
             sliding_window=o.sliding_window,
             logit_softcap=o.logit_softcap,
             sinks=o.sinks,
+            alibi=o.alibi_slopes is not None,
             causal=o.causal,
             batch_invariant=self.batch_invariant,
         )

@@ -125,6 +125,11 @@ class LayerBuilder:
                 f"{name}: num_attention_heads {options.num_heads} is not a multiple of "
                 f"num_key_value_heads {options.num_kv_heads}."
             )
+        slopes = options.alibi_slopes
+        if slopes is not None and len(slopes) != options.num_heads:
+            raise ConfigError(
+                f"{name}: {len(slopes)} alibi_slopes for {options.num_heads} heads; one a head."
+            )
         return Attention(
             options, self.dtype, self.device, name=name, batch_invariant=self.batch_invariant
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from quire.errors import PluginError
@@ -19,7 +19,7 @@ class Place:
     """Where a checkpoint's tensor goes: the parameter `name` of a module, or a slice of it.
 
     `expert` is the entry along the first dimension of a parameter that holds all experts;
-    `dimension` counts those of the entry.
+    `dimension` counts those of the entry. `is_transposed`: files hold [inputs, outputs].
     """
 
     module: nn.Module
@@ -28,6 +28,7 @@ class Place:
     offset: int = 0
     size: int | None = None
     expert: int | None = None
+    is_transposed: bool = False
 
     @property
     def owner(self) -> WeightStore | None:
@@ -39,9 +40,9 @@ class Place:
         parameter = self.module.get_parameter(self.name).data
         if self.expert is not None:
             parameter = parameter[self.expert]
-        if self.size is None:
-            return parameter
-        return parameter.narrow(self.dimension, self.offset, self.size)
+        if self.size is not None:
+            parameter = parameter.narrow(self.dimension, self.offset, self.size)
+        return parameter.t() if self.is_transposed else parameter
 
 
 def places(model: Model) -> dict[str, Place]:
@@ -55,6 +56,9 @@ def places(model: Model) -> dict[str, Place]:
             full = f"{module_name}.{name}" if module_name else name
             full = _renamed(full, model.weight_names.renamed)
             found[full] = Place(module=module, name=name)
+    for pattern in model.weight_names.transposed:
+        for name in filter(re.compile(pattern).fullmatch, list(found)):
+            found[name] = evolve(found[name], is_transposed=True)
     return found
 
 

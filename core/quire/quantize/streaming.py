@@ -163,9 +163,15 @@ class Streaming(QuantizationMethod):
 def check_names(model: Model, checkpoint: Checkpoint) -> dict[str, Place]:
     """Return where each tensor of the checkpoint goes.
 
-    Raises: CheckpointError for tensors that are missing or have another shape.
+    Raises: CheckpointError for tensors that are missing, have another shape, or are transposed.
     """
     wanted = places(model)
+    transposed = sorted(name for name, place in wanted.items() if place.is_transposed)
+    if transposed:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {transposed[0]} is stored as [inputs, outputs], as no quantized "
+            f"format has it; `--quantization` quantizes this model as it is loaded."
+        )
     missing = sorted(set(wanted) - set(checkpoint.tensors))
     if missing:
         raise CheckpointError(

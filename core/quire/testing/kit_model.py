@@ -63,6 +63,10 @@ def _with_every_expert(subject: ModelSubject) -> ModelSubject:
 
 
 def _checks(subject: ModelSubject, profile: Profile) -> list[search.Check]:
+    # Before the real class: of keys that it does not know it makes one of its full size.
+    subject.config_class.from_json(
+        {"architectures": [subject.architecture], **tiny_config(subject)}
+    )
     every = ["", *variations(subject)]
     longest = max(8, profile.longest)
     mixed = model_cases(every, longest)

@@ -35,11 +35,21 @@ SIZES: dict[str, Any] = {
 ROPE = "rope_parameters"
 # The size of weights: small enough that rounding does not grow from layer to layer.
 WEIGHT = 0.2
+_FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def _rope(rope_type: str, **entries: Any) -> dict[str, Any]:
     return {ROPE: {"rope_type": rope_type, "rope_theta": 1000.0, **entries}}
+
+
+_TWO_ROTATIONS = {
+    "sliding_window_pattern": 2,
+    ROPE: {
+        "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    },
+}
 
 
 # Changes of a key that many models have, by the key that must be declared.
@@ -49,6 +59,11 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "rope linear": _rope("linear", factor=4.0),
         "rope llama3": _rope("llama3", factor=8.0, **_LLAMA3),
         "rope yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+        # Within the original length, where the real class has the short factors.
+        "rope longrope": _rope(
+            "longrope", **_FACTORS, factor=2.0, original_max_position_embeddings=64
+        ),
+        "half of a head rotated": _rope("default", partial_rotary_factor=0.5),
     },
     "num_key_value_heads": {
         "one KV head": {"num_key_value_heads": 1},
@@ -60,6 +75,26 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder_sparse_step": {"experts in every second layer": {"decoder_sparse_step": 2}},
     "mlp_only_layers": {"no experts in layer 0": {"mlp_only_layers": [0]}},
     "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
+    "new_decoder_architecture": {
+        "a norm each for attention and MLP": {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "one norm for attention and MLP": {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+        },
+        "attention before the MLP, ALiBi and biases": {
+            "parallel_attn": False,
+            "multi_query": False,
+            "alibi": True,
+            "bias": True,
+        },
+    },
+    "activation_function": {"gelu": {"activation_function": "gelu"}},
+    "sliding_window_pattern": {
+        "every second layer without window 3": {"sliding_window": 3, "sliding_window_pattern": 2}
+    },
+    "rope_local_base_freq": {"another rotation in layers with a window": _TWO_ROTATIONS},
+    "query_pre_attn_scalar": {"query_pre_attn_scalar 16": {"query_pre_attn_scalar": 16}},
     "use_sliding_window": {
         "windows from layer 1 on": {
             "use_sliding_window": True,

@@ -37,6 +37,8 @@ def _why_missing(subject: ModelSubject) -> str | None:
         return "transformers is not installed; pip install 'transformers>=5' brings the real class"
     if getattr(transformers, _name(subject), None) is None:
         return f"transformers has no class {_name(subject)}"
+    if getattr(_class(subject).config_class, "sub_configs", None):
+        return f"{_name(subject)} has parts whose configs are their own; the kit makes plain ones"
     return None
 
 
@@ -63,8 +65,12 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
     real = _class(subject)
     try:
         config = real.config_class(**copy.deepcopy(given))
-        config._attn_implementation = "eager"
+        # Falcon's plain form adds ALiBi to the scores and, again, to the mask.
+        is_twice = bool(getattr(config, "alibi", False))
+        config._attn_implementation = "sdpa" if is_twice else "eager"
         config._experts_implementation = "eager"
+        if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+            config.pad_token_id = None  # the class's own, for a larger vocabulary
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = real(config).eval()
@@ -130,7 +136,10 @@ def _swap_gate_and_up(model: Any) -> bool:
     layers = [m for m in _with_attribute(model, "gate_proj") if hasattr(m, "up_proj")]
     for layer in layers:
         layer.gate_proj, layer.up_proj = layer.up_proj, layer.gate_proj
-    return bool(layers)
+    fused = [m.gate_up_proj for m in model.modules() if "gate_up_proj" in m._modules]
+    for linear in fused:
+        linear.weight.data = torch.cat(linear.weight.data.chunk(2)[::-1])
+    return bool(layers or fused)
 
 
 def _swap_in_experts(model: Any) -> bool:
@@ -161,10 +170,11 @@ def _other_weights(model: Any) -> bool:
 
 
 def _unscale(model: Any) -> bool:
-    layers = _with_attribute(model, "scaling")
-    for layer in layers:
-        layer.scaling = 1.0
-    return bool(layers)
+    names = ("scaling", "inv_norm_factor")
+    found = [(layer, name) for name in names for layer in _with_attribute(model, name)]
+    for layer, name in found:
+        setattr(layer, name, 1.0)
+    return bool(found)
 
 
 def _scale_by_hidden(model: Any) -> bool:
@@ -176,10 +186,10 @@ def _scale_by_hidden(model: Any) -> bool:
 
 def _drop_final_norm(model: Any) -> bool:
     inner = model.base_model
-    if not hasattr(inner, "norm"):
-        return False
-    inner.norm = nn.Identity()
-    return True
+    name = next((name for name in ("norm", "ln_f") if hasattr(inner, name)), None)
+    if name is not None:
+        setattr(inner, name, nn.Identity())
+    return name is not None
 
 
 def _drop_biases(model: Any) -> bool:
@@ -206,7 +216,16 @@ def _set_frequencies(model: Any, change: Callable[[Tensor, int], Tensor]) -> boo
         return False
     found = change(rotary.inv_freq, 2 * rotary.inv_freq.shape[-1])
     rotary.inv_freq = found.to(rotary.inv_freq.dtype)
+    # Some types go back to what they began with, or multiply cosines and sines.
+    rotary.original_inv_freq, rotary.attention_scaling = rotary.inv_freq.clone(), 1.0
     return True
+
+
+def _drop_positions(model: Any) -> bool:
+    embedding = getattr(model.base_model, "wpe", None)
+    if embedding is not None:
+        embedding.weight.data.zero_()
+    return embedding is not None
 
 
 def _default_eps(model: Any) -> bool:
@@ -226,18 +245,25 @@ def _plain_norms(model: Any) -> bool:
 def _tied_head(model: Any) -> bool:
     if model.config.tie_word_embeddings:
         return False
-    model.lm_head.weight = model.base_model.embed_tokens.weight
+    model.lm_head.weight = model.get_input_embeddings().weight
     return True
 
 
-def _skip_norm(name: str) -> Callable[[Any], bool]:
+def _skip_norm(*names: str) -> Callable[[Any], bool]:
     def skip(model: Any) -> bool:
-        layers = _with_attribute(model, name)
-        for layer in layers:
+        found = [(layer, name) for name in names for layer in _with_attribute(model, name)]
+        for layer, name in found:
             setattr(layer, name, nn.Identity())
-        return bool(layers)
+        return bool(found)
 
     return skip
+
+
+def _skip_norm_before_mlp(model: Any) -> bool:
+    """Skip the norm that is called after attention unless there is one after the MLP as well."""
+    is_behind = bool(_with_attribute(model, "post_feedforward_layernorm"))
+    name = "pre_feedforward_layernorm" if is_behind else "post_attention_layernorm"
+    return _skip_norm(name, "ln_2")(model)
 
 
 MISTAKES = [
@@ -251,12 +277,15 @@ MISTAKES = [
     ("attention scores are not scaled", _unscale),
     ("attention scores are scaled by hidden_size instead of head_dim", _scale_by_hidden),
     ("the final norm is missing", _drop_final_norm),
-    ("the norm before attention is missing", _skip_norm("input_layernorm")),
-    ("the norm before the MLP is missing", _skip_norm("post_attention_layernorm")),
+    ("the norm before attention is missing", _skip_norm("input_layernorm", "ln_1")),
+    ("the norm before the MLP is missing", _skip_norm_before_mlp),
+    ("the norm behind attention is missing", _skip_norm("post_attention_layernorm")),
+    ("the norm behind the MLP is missing", _skip_norm("post_feedforward_layernorm")),
     ("the norm of queries is missing", _skip_norm("q_norm")),
     ("the weights of the norms are not used", _plain_norms),
     ("biases are not added", _drop_biases),
     ("queries and keys are not rotated", _drop_rotation),
+    ("embeddings of positions are not added", _drop_positions),
     ("RoPE has the base 10000 and no scaling, whatever config.json says", _default_base),
     ("the norms have an eps of 1e-6, whatever config.json says", _default_eps),
     ("the head is tied to the embedding, whatever config.json says", _tied_head),

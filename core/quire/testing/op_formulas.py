@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from attrs import frozen
 from torch import Tensor
 
+from quire.testing import smooth_formulas as smooth
 from quire.testing.sampler_cases import Row
 from quire.testing.sampler_formula import philox, uniforms
 
@@ -337,9 +338,26 @@ def _gate_up_inputs(case: OpCase) -> Arguments:
     return (3 * drawn(case, case.rows, 2 * case.size, apart=True),)
 
 
+def _wide(inputs: Callable[[OpCase], Arguments]) -> Callable[[OpCase], Arguments]:
+    return lambda case: (*inputs(case), {"offset": 1.0 if case.flag else 0.0})
+
+
+def _cap_inputs(case: OpCase) -> Arguments:
+    return 6 * drawn(case, case.rows, case.size, apart=True), smooth.CAP
+
+
 OPS: dict[str, Op] = {
     "rms_norm": _op(_norm_inputs, _exact_norm, _plain_norm),
     "add_rms_norm": _op(_add_norm_inputs, _exact_add_norm, _plain_add_norm, 0),
+    "wide_rms_norm": _op(_wide(_norm_inputs), smooth.exact_wide_norm, smooth.plain_wide_norm),
+    "add_wide_rms_norm": _op(
+        _wide(_add_norm_inputs),
+        smooth.of_sum(smooth.exact_wide_norm),
+        smooth.of_sum(smooth.plain_wide_norm),
+        0,
+    ),
+    "gelu_mul": _op(_gate_up_inputs, smooth.exact_gelu, smooth.plain_gelu),
+    "soft_cap": _op(_cap_inputs, smooth.exact_cap, smooth.plain_cap, 0),
     "silu_mul": _op(_gate_up_inputs, _exact_silu, _plain_silu),
     "linear": _op(_linear_inputs, _exact_linear, _plain_linear),
     "linear_silu_mul": _op(_gated_inputs, _exact_linear_silu, _plain_linear_silu),

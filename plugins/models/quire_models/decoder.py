@@ -3,32 +3,59 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions, BuildContext, Model, WeightNames
+from quire.interfaces.rope import RopeParameters
 from quire.layers.rotary import RotaryTable
+from quire_kernels import ops
 from quire_models.decoder_config import DecoderConfig
 from quire_models.mixture import Mixture, MixtureOptions
-from quire_models.norm import Norm, after_silu_mul
+from quire_models.norm import NoNorm, Norm, after_silu_mul
 
 
 @frozen(kw_only=True)
 class LayerOptions:
     """What tells one family's layer from another's; `qk_norm` is the norm's eps.
 
-    With `mixture` the layer has experts instead of one MLP.
+    With `mixture` the layer has experts instead of one MLP. `is_fused`: files hold q, k and v as
+    one tensor, and gate and up as one. `norms_qk`: q and k go through a `norm` before attention,
+    "head" by head or "whole". `scale` and `rope` where they are not what the config's sizes say.
     """
 
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    is_fused: bool = False
     qk_norm: float | None = None
+    norms_qk: Literal["head", "whole"] | None = None
+    scale: float | None = None
+    logit_softcap: float | None = None
+    rope: RopeParameters | None = None
     sliding_window: int | None = None
+    is_gelu: bool = False
     mixture: MixtureOptions | None = None
+    norm: type[Norm] = Norm
+
+
+def projections(
+    name: str,
+    in_features: int,
+    parts: Mapping[str, int],
+    bias: bool,
+    is_fused: bool,
+    build: BuildContext,
+) -> nn.Module:
+    """Make one layer of projections, which files hold apart or, `is_fused`, as one."""
+    if is_fused:
+        return build.linear(name, in_features, sum(parts.values()), bias=bias)
+    return build.linear(name, in_features, tuple(parts.values()), bias=bias, parts=tuple(parts))
 
 
 class SelfAttention(nn.Module):
@@ -46,28 +73,42 @@ class SelfAttention(nn.Module):
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_attention_heads * head_dim, config.num_kv_heads * head_dim
-        self.qkv_proj = build.linear(
+        self.qkv_proj = projections(
             f"{name}.qkv_proj",
             hidden,
-            (q_size, kv_size, kv_size),
-            bias=options.qkv_bias,
-            parts=("q_proj", "k_proj", "v_proj"),
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            options.qkv_bias,
+            options.is_fused,
+            build,
         )
+        self.sizes = (q_size, kv_size, kv_size)
+        self.normed_sizes: tuple[int, int] | None = None
+        if options.norms_qk is not None:
+            is_whole = options.norms_qk == "whole"
+            self.normed_sizes = (q_size, kv_size) if is_whole else (head_dim, head_dim)
+            self.q_norm = options.norm(self.normed_sizes[0], config.rms_norm_eps, build)
+            self.k_norm = options.norm(self.normed_sizes[1], config.rms_norm_eps, build)
         attention = AttentionOptions(
             layer_index=index,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=head_dim,
-            scale=head_dim**-0.5,
+            scale=options.scale or head_dim**-0.5,
             rotary=rotary,
             qk_norm=options.qk_norm,
             sliding_window=options.sliding_window,
+            logit_softcap=options.logit_softcap,
         )
         self.attn = build.attention(name, attention)
         self.o_proj = build.linear(f"{name}.o_proj", q_size, hidden, bias=options.output_bias)
 
     def forward(self, qkv: Tensor, batch: Batch, keep: Tensor | None) -> Tensor:
         """Return [num_tokens, hidden_size], or the rows in `keep` of it."""
+        if self.normed_sizes is not None:
+            q, k, v = qkv.split(self.sizes, -1)
+            q = self.q_norm(q.unflatten(-1, (-1, self.normed_sizes[0]))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.normed_sizes[1]))).flatten(-2)
+            qkv = torch.cat((q, k, v), -1)
         attended = self.attn(qkv, batch)
         if keep is not None:
             attended = attended.index_select(0, keep)
@@ -78,16 +119,24 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Gate, multiply and project back."""
 
-    def __init__(self, name: str, config: DecoderConfig, bias: bool, build: BuildContext) -> None:
+    def __init__(
+        self, name: str, config: DecoderConfig, options: LayerOptions, build: BuildContext
+    ) -> None:
         super().__init__()
-        hidden, size = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = build.linear(
-            f"{name}.gate_up_proj", hidden, (size, size), bias=bias, parts=("gate_proj", "up_proj")
+        hidden, size, bias = config.hidden_size, config.intermediate_size, options.mlp_bias
+        parts = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = projections(
+            f"{name}.gate_up_proj", hidden, parts, bias, options.is_fused, build
         )
         self.down_proj = build.linear(f"{name}.down_proj", size, hidden, bias=bias)
+        self.is_gelu = options.is_gelu
 
-    def forward(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor, norm: Norm | NoNorm) -> tuple[Tensor, Tensor]:
         """Return what is made of the normalised sum, [num_tokens, hidden_size], and the sum."""
+        if self.is_gelu:
+            gate_up, total = norm.add_then(self.gate_up_proj, x, residual)
+            gated = ops.gelu_mul(gate_up, batch_invariant=norm.batch_invariant)
+            return self.down_proj(gated), total
         fused = norm.add_then_gated(self.gate_up_proj, x, residual)
         if fused is not None:
             gated, total = fused
@@ -111,12 +160,12 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         name, eps = f"model.layers.{index}", config.rms_norm_eps
-        self.input_layernorm = Norm(config.hidden_size, eps, build)
+        self.input_layernorm = options.norm(config.hidden_size, eps, build)
         self.self_attn = SelfAttention(f"{name}.self_attn", index, config, options, rotary, build)
-        self.post_attention_layernorm = Norm(config.hidden_size, eps, build)
+        self.post_attention_layernorm = options.norm(config.hidden_size, eps, build)
         self.mlp: nn.Module
         if options.mixture is None:
-            self.mlp = MLP(f"{name}.mlp", config, options.mlp_bias, build)
+            self.mlp = MLP(f"{name}.mlp", config, options, build)
         else:
             self.mlp = Mixture(name, config.hidden_size, options.mixture, build)
 
@@ -141,27 +190,83 @@ class DecoderLayer(nn.Module):
         return added
 
 
+class NormsAfterLayer(nn.Module):
+    """Attention and MLP, each with a norm behind it and, by `norms_before`, one before it."""
+
+    norms_before: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        index: int,
+        config: DecoderConfig,
+        options: LayerOptions,
+        rotary: RotaryTable,
+        build: BuildContext,
+    ) -> None:
+        super().__init__()
+        name, size, eps = f"model.layers.{index}", config.hidden_size, config.rms_norm_eps
+        has_norm = self.norms_before
+        self.input_layernorm = options.norm(size, eps, build) if has_norm else NoNorm(build)
+        self.self_attn = SelfAttention(f"{name}.self_attn", index, config, options, rotary, build)
+        self.post_attention_layernorm = options.norm(size, eps, build)
+        self.pre_feedforward_layernorm = (
+            options.norm(size, eps, build) if has_norm else NoNorm(build)
+        )
+        self.mlp = MLP(f"{name}.mlp", config, options, build)
+        self.post_feedforward_layernorm = options.norm(size, eps, build)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `DecoderLayer.forward` does."""
+        project = self.self_attn.qkv_proj
+        if residual is None:
+            qkv, residual = project(self.input_layernorm(x)), x
+        else:
+            qkv, residual = self.input_layernorm.add_then(project, x, residual)
+        attended = self.post_attention_layernorm(self.self_attn(qkv, batch, keep))
+        if keep is not None:
+            residual = residual.index_select(0, keep)
+        made, total = self.mlp(attended, residual, self.pre_feedforward_layernorm)
+        return self.post_feedforward_layernorm(made), total
+
+
+class NormsOnlyAfterLayer(NormsAfterLayer):
+    """Attention and MLP see the residual stream as it is."""
+
+    norms_before = False
+
+
 class DecoderStack(nn.Module):
     """Embedding, layers and final norm: what checkpoints call `model`."""
 
     def __init__(
-        self, config: DecoderConfig, options: list[LayerOptions], build: BuildContext
+        self,
+        config: DecoderConfig,
+        options: list[LayerOptions],
+        layer_class: type[DecoderLayer | NormsAfterLayer],
+        build: BuildContext,
     ) -> None:
         super().__init__()
         self.embed_tokens = build.embedding(
             "model.embed_tokens", config.vocab_size, config.hidden_size
         )
-        rotary = RotaryTable.from_parameters(
-            config.rope,
-            config.head_dim,
-            max_len=build.max_model_len,
-            dtype=build.dtype,
-            device=build.device,
-        )
+        ropes = [config.rope if layer.rope is None else layer.rope for layer in options]
+        tables = {
+            rope: RotaryTable.from_parameters(
+                rope,
+                config.head_dim,
+                max_len=build.max_model_len,
+                dtype=build.dtype,
+                device=build.device,
+            )
+            for rope in set(ropes)
+        }
         self.layers = nn.ModuleList(
-            DecoderLayer(index, config, layer, rotary, build) for index, layer in enumerate(options)
+            layer_class(index, config, layer, tables[rope], build)
+            for index, (layer, rope) in enumerate(zip(options, ropes, strict=True))
         )
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps, build)
+        self.norm = options[-1].norm(config.hidden_size, config.rms_norm_eps, build)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the last hidden states, final norm included, of the tokens that are wanted.
@@ -180,9 +285,10 @@ class DecoderStack(nn.Module):
 
 
 class DecoderForCausalLM(Model):
-    """A Llama-like model; a family says only how its layers differ."""
+    """A Llama-like model; a family says how its layers differ, and of which kind they are."""
 
     batch_invariant: ClassVar[bool] = True
+    layer_class: ClassVar[type[DecoderLayer | NormsAfterLayer]] = DecoderLayer
     weight_names: ClassVar[WeightNames] = WeightNames(
         # The attention layer holds the weights of the q and k norms, one level deeper than files.
         renamed={r"\.self_attn\.attn\.": ".self_attn."},
@@ -192,7 +298,7 @@ class DecoderForCausalLM(Model):
     def __init__(self, config: DecoderConfig, build: BuildContext) -> None:
         super().__init__(config, build)
         options = [self.layer_options(config, i) for i in range(config.num_hidden_layers)]
-        self.model = DecoderStack(config, options, build)
+        self.model = DecoderStack(config, options, self.layer_class, build)
         self.lm_head = build.head(
             "lm_head",
             config.hidden_size,

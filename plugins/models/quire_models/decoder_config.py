@@ -26,7 +26,7 @@ class DecoderConfig(ModelConfig):
         None, 1, 1024, optional=True, names=("num_key_value_heads",)
     )
     given_head_dim: int | None = whole(None, 1, 4096, optional=True, names=("head_dim",))
-    hidden_act: str = one_of("silu", ("silu", "swish"))
+    hidden_act: str | None = one_of("silu", ("silu", "swish"))
     rms_norm_eps: float = real(1e-6, 0.0, 1.0)
     rope: RopeParameters = rope_key()  # noqa: RUF009 - an attrs field
 

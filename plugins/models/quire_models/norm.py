@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,6 +41,63 @@ class Norm(nn.Module):
     def add_then_gated(self, linear: Any, x: Tensor, residual: Tensor) -> Any:
         """Return silu of the layer's first part times its second, and the sum; None: not in one."""
         return linear.after_norm((x, residual), (self.weight, self.eps), gated=True)
+
+
+class WideNorm(Norm):
+    """RMSNorm whose weight, plus an offset, multiplies before the one rounding."""
+
+    offset: ClassVar[float] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised `x` [..., size]."""
+        return ops.wide_rms_norm(
+            x, self.weight, self.eps, offset=self.offset, batch_invariant=self.batch_invariant
+        )
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised sum and the sum, which may be made in x's memory."""
+        return ops.add_wide_rms_norm(
+            x,
+            residual,
+            self.weight,
+            self.eps,
+            offset=self.offset,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def add_then(self, linear: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer's output for the normalised sum, and the sum."""
+        normed, total = self.add(x, residual)
+        return linear(normed), total
+
+    def add_then_gated(self, linear: Any, x: Tensor, residual: Tensor) -> None:
+        """Return None: no layer has this norm in it."""
+
+
+class OffsetNorm(WideNorm):
+    """RMSNorm whose weights are offset by one."""
+
+    offset = 1.0
+
+
+class NoNorm(nn.Module):
+    """What stands where a family has no norm before attention or MLP."""
+
+    def __init__(self, build: BuildContext) -> None:
+        super().__init__()
+        self.batch_invariant = build.batch_invariant
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+    def add_then(self, linear: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer's output for the sum, and the sum, which is made in x's memory."""
+        total = x.add_(residual)
+        return linear(total), total
+
+    def add_then_gated(self, linear: Any, x: Tensor, residual: Tensor) -> None:
+        """Return None: it is not done in one."""
 
 
 def after_silu_mul(linear: Any, gate_up: Tensor, *, batch_invariant: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -114,11 +115,42 @@ def test_reference_subtracts_alibi_by_distance() -> None:
     torch.testing.assert_close(out, want)
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        ReferenceAttention,
+        SdpaAttention,
+        SdpaOneQueryAProduct,
+        TritonAttention,
+    ],
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window": 9, "num_kv_heads": 2},
+        {"dtype": "bfloat16", "kv_dtype": "float8_e5m2", "num_kv_heads": 4},
+    ],
+    ids=["grouped", "window", "quantized cache"],
+)
+def test_alibi_is_within_the_bound(
+    backend: type[AttentionBackend], changes: dict[str, Any]
+) -> None:
+    """Equal and ragged lengths, one token and more, behind a prefix and without one."""
+    spec = make_spec(**{"num_heads": 4, "num_kv_heads": 1, **changes}, alibi=True)
+    spec = attrs.evolve(spec, device=device_of(backend))
+    for lengths in (((1, 23), (1, 23)), ((1, 5), (1, 40), (7, 7), (5, 21))):
+        case = Case(spec=spec, lengths=lengths)
+        inputs = make_inputs(case)
+        assert backend.why_unsupported(spec) is None
+
+        check_within_bound(case, inputs, run(backend, case, inputs).out)
+
+
 REFUSED = {
     "latent attention": {"latent": object()},
     "logit soft cap": {"logit_softcap": 30.0},
     "attention sinks": {"sinks": True},
-    "ALiBi": {"alibi": True},
     "batch invariance": {"batch_invariant": True},
     "KV cache in another dtype": {"kv_dtype": "float16"},
 }

@@ -88,6 +88,11 @@ SPECS = {
         **{"head_dim": 256, "value_head_dim": 256, "scale": 0.06, "block_size": 16},
         **{"dtype": "bfloat16", "sliding_window": 40},
     },
+    "alibi": {"alibi": True, "num_heads": 6, "num_kv_heads": 2, "block_size": 8},
+    "alibi-window-soft-cap": {
+        **{"alibi": True, "sliding_window": 20, "logit_softcap": 3.0, "sinks": True},
+        **{"dtype": "bfloat16", "head_dim": 32, "num_heads": 5, "num_kv_heads": 1},
+    },
     "fp8": {"kv_dtype": "float8_e4m3fn", "dtype": "bfloat16", "head_dim": 64, "block_size": 16},
     "fp8-odd-dims": {
         **{"kv_dtype": "float8_e4m3fn", "head_dim": 20, "value_head_dim": 24, "block_size": 2},
@@ -346,7 +351,7 @@ def test_attention_without_a_cache_is_refused() -> None:
 
 REFUSED = {
     "latent attention": {"latent": object()},
-    "ALiBi": {"alibi": True},
+    "ALiBi with latents": {"alibi": True, "latent": object()},
     "bidirectional attention": {"causal": False},
     "KV cache in another dtype": {"kv_dtype": "float16"},
     "heads beyond 256": {"head_dim": 320},

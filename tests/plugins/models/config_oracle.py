@@ -16,6 +16,7 @@ RESOLVED = {
     "num_key_value_heads": "num_kv_heads",
     "eos_token_id": "eos_token_ids",
     "rope_parameters": "rope",
+    "hidden_activation": "hidden_act",
 }
 
 # Keys whose default follows from others; the real class resolves them when it is made.
@@ -65,7 +66,8 @@ def plain(value: Any) -> Any:
 def default_differences(oracle: PreTrainedConfig, ours: ModelConfig) -> dict[str, Any]:
     """Return the keys whose defaults differ, with both values."""
     differences = {}
-    declared = ours.keys()
+    # A part of the rotary parameters, which are compared as a whole.
+    declared = ours.keys() - {"original_max_position_embeddings"}
     for field in (f for f in dataclasses.fields(oracle) if f.name in declared):
         name = field.name
         theirs = plain(getattr(oracle, name) if name in DERIVED else field.default)
@@ -75,7 +77,7 @@ def default_differences(oracle: PreTrainedConfig, ours: ModelConfig) -> dict[str
         if name == "eos_token_id":
             theirs = () if theirs is None else (theirs,)
         if name == "rope_parameters":
-            value = {"rope_theta": value.rope_theta, "rope_type": value.rope_type}
+            value = {name: getattr(value, name, None) for name in theirs}
         if theirs != value:
             differences[name] = (theirs, value)
     return differences

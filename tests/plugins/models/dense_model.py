@@ -19,12 +19,12 @@ from quire.interfaces.plugin import ModelPlugin
 from quire.layers.attention import Attention
 from quire.layers.build import LayerBuilder
 from quire.layers.places import places
-from quire_models import llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from quire_models import llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
 from quire_quant.none.method import NoQuantization
 
 PLUGINS: dict[str, ModelPlugin] = {
     architecture: plugin
-    for family in (llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe)
+    for family in (llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe)
     for plugin in family.quire_models()
     for architecture in plugin.architectures
 }

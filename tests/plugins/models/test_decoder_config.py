@@ -21,7 +21,9 @@ from dense_model import PLUGINS
 
 from quire.errors import ConfigError
 
-FAMILIES = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
+WHOLE_HEADS = ("Llama", "Mistral", "Mixtral", "Olmo2", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe")
+FAMILIES = (*WHOLE_HEADS, "Phi3")
+HEAD_DIMS = {"Qwen3Moe": 64, "Phi3": 96}
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 256,
@@ -49,8 +51,8 @@ def read(family: str, **changes: Any) -> Any:
 def test_declared_defaults_equal_the_real_class(family: str) -> None:
     ours = config_class(family).from_json({})
     assert default_differences(oracle_class(family)(), ours) == {}
-    head_dim = 64 if family == "Qwen3Moe" else 128
-    assert (ours.head_dim, ours.max_model_len) == (head_dim, ours.max_position_embeddings)
+    found = (ours.head_dim, ours.max_model_len)
+    assert found == (HEAD_DIMS.get(family, 128), ours.max_position_embeddings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +69,7 @@ def test_a_saved_config_is_read_without_warning(family: str) -> None:
 
 @pytest.mark.parametrize("spelling", ["type", "rope_type", "rope_parameters"])
 @pytest.mark.parametrize("rope_type", ROPE_SCALINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE_HEADS)
 def test_rope_is_read_as_the_real_class_reads_it(
     family: str, rope_type: str, spelling: str
 ) -> None:
@@ -107,6 +109,9 @@ def test_bad_value_is_an_error_naming_the_key(
 ) -> None:
     if family == "Qwen3" and changes.get("head_dim", 0) is None:
         key = "head_dim"
+    if family == "Phi3" and key == "partial_rotary_factor":
+        changes = {key: 1.5}
+        key = r"rope_parameters.partial_rotary_factor"
     with pytest.raises(ConfigError, match=rf"^config.json: {key} (is|has) "):
         read(family, **changes)
 
@@ -156,6 +161,54 @@ def test_layer_types_that_contradict_are_an_error(family: str, changes: dict[str
 def test_mistral_layers_of_two_kinds_are_an_error() -> None:
     with pytest.raises(ConfigError, match='only "sliding_attention"'):
         read("Mistral", layer_types=["full_attention", "sliding_attention"] * 2)
+
+
+@pytest.mark.parametrize("original", [{}, {"original_max_position_embeddings": 64}])
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_long_rotation_of_phi3_is_read_as_the_real_class_reads_it(
+    kind: str, original: dict[str, Any]
+) -> None:
+    factors = {"short_factor": [1.0] * 24, "long_factor": [2.0] * 24}
+    given = {
+        **original,
+        "max_position_embeddings": 8192,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": kind, **factors},
+    }
+    oracle = oracle_class("Phi3")(**SMALL, **copy.deepcopy(given))
+    config = read("Phi3", **given)
+    real = dict(oracle.rope_parameters)
+    assert [list(getattr(config.rope, name)) for name in factors] == [
+        list(real.pop(name)) for name in factors
+    ]
+    assert {name: getattr(config.rope, name) for name in real if name != "type"} == {
+        name: value for name, value in real.items() if name != "type"
+    }
+
+
+def test_first_name_of_the_long_rotation_is_read() -> None:
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    old, new = (read("Phi3", rope_scaling={"type": t, **factors}) for t in ("su", "longrope"))
+    assert old.rope == new.rope
+    assert (new.rope.rope_type, new.rope.original_max_position_embeddings) == ("longrope", 4096)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is"),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 32}},
+            "short_factor has 1 numbers; allowed: 32",
+        ),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0] * 32}}, "has no long_factor"),
+        ({"attention_bias": True}, "attention_bias is true; allowed: false, null"),
+        ({"full_attn_mod": 2}, "full_attn_mod is 2, which changes"),
+    ],
+)
+def test_what_phi3_cannot_have_is_an_error(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read("Phi3", **changes)
 
 
 def test_llama_window_is_an_error() -> None:
@@ -253,7 +306,21 @@ def test_windows_of_qwen3_moe_are_those_of_all_layers(given: dict[str, Any]) -> 
     assert [config.window(i) for i in range(4)] == [real.sliding_window] * 4
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma",
+        "gpt2",
+        "llama",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    ],
+)
 def test_entry_point_module_imports_no_torch(family: str) -> None:
     code = f"import sys, quire_models.{family}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

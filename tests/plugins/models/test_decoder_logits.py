@@ -33,6 +33,8 @@ def rope(rope_type: str, **entries: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **entries}}
 
 
+FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+LONGROPE = rope("longrope", attention_factor=1.25, **FACTORS)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -77,6 +79,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **rope("yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=4),
         },
     ),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3 tied, with a window, three quarters of a head rotated": (
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            **rope("default", partial_rotary_factor=0.75),
+        },
+    ),
+    "phi3 longrope beyond its original length": (
+        "Phi3",
+        {"pad_token_id": 0, "original_max_position_embeddings": 8, **LONGROPE},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2 with biases and another eps": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 0.1}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "mixtral with a window": ("Mixtral", {"num_local_experts": 3, "sliding_window": 4}),
     "mixtral with one expert a token": (

@@ -15,7 +15,7 @@ from quire.layers.linear import Linear
 from quire.layers.places import places_of_layer
 from quire.testing import QuantizationMethodTests
 from quire.testing.kit_report import Profile
-from quire_kernels import fp8, ops
+from quire_kernels import fp8, ops, with_cpu
 from quire_quant.fp8.method import Fp8
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ def everywhere() -> Iterator[None]:
             patch.setattr(fp8_gemv, "plan", few)
         patch.setattr(fp8, "computes_e4m3", lambda device: True)
         patch.setattr(fp8, "has_room_for_tiles", lambda device: True)
-        patch.setattr(ops, "_cpu_kernels", lambda: None)
+        patch.setattr(with_cpu, "kernels", lambda: None)
         yield
 
 

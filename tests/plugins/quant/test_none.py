@@ -19,7 +19,7 @@ from quire.layers.experts import Experts
 from quire.layers.linear import Linear
 from quire.layers.places import places_of_layer
 from quire.testing import QuantizationMethodTests
-from quire_kernels import ops
+from quire_kernels import mixtures
 from quire_quant.none.method import NoQuantization
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -213,7 +213,7 @@ def test_experts_are_filled_by_part_and_weighed(dtype: str) -> None:
 
 
 def test_experts_on_a_gpu_without_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda name: None)
+    monkeypatch.setattr(mixtures, "kernels", lambda name: None)
     spec = ExpertsSpec(
         name="e",
         num_experts=2,

@@ -33,6 +33,7 @@ class Together:
 
     Where all are equally long, their `blocks` are gathered and `visible` of each one's tokens
     attended; else the `slots` [num_seqs * width], with `mask` [num_seqs, 1, 1, width] added.
+    `distance`, of the same shape or [width], is how far each token lies back, for ALiBi.
     """
 
     num_seqs: int
@@ -40,6 +41,7 @@ class Together:
     visible: slice = slice(0)
     slots: Tensor | None = None
     mask: Tensor | None = None
+    distance: Tensor | None = None
 
 
 @frozen(kw_only=True)
@@ -48,13 +50,14 @@ class Alone:
 
     `visible` are the tokens to attend of those in `blocks`, or of the step's where `blocks` is
     None because all keys are in this step as they were written. `mask` [1, 1, queries, keys] is
-    added to the scores; None: plainly causal, or not at all.
+    added to the scores; None: plainly causal, or not at all. `distance` is of its shape, for ALiBi.
     """
 
     tokens: slice
     visible: slice
     blocks: Tensor | None
     mask: Tensor | None
+    distance: Tensor | None = None
 
 
 @frozen(kw_only=True)
@@ -67,7 +70,7 @@ class SdpaPlan:
 
 
 class SdpaAttention(AttentionBackend):
-    """Serve causal and bidirectional attention with windows; no soft cap, sinks or ALiBi.
+    """Serve causal and bidirectional attention with windows and ALiBi; no soft cap or sinks.
 
     A quantized cache is made wide where it is gathered.
     """
@@ -81,7 +84,6 @@ class SdpaAttention(AttentionBackend):
             "latent attention": spec.latent is not None,
             "logit soft cap": spec.logit_softcap is not None,
             "attention sinks": spec.sinks,
-            "ALiBi": spec.alibi,
             "batch invariance": spec.batch_invariant,
             "a KV cache in another dtype than the model's": not spec.has_quantized_kv
             and spec.kv_dtype != spec.dtype,
@@ -130,7 +132,12 @@ class SdpaAttention(AttentionBackend):
         if shortest == longest:
             # One slice hides the same tokens in all: whole blocks are gathered, and no mask.
             blocks, visible = _cut(tables[:num_seqs], longest - width, longest, size)
-            return Together(num_seqs=num_seqs, blocks=blocks.flatten(), visible=visible)
+            distance = None
+            if self.spec.alibi:
+                distance = torch.arange(width - 1, -1, -1, device=tables.device)
+            return Together(
+                num_seqs=num_seqs, blocks=blocks.flatten(), visible=visible, distance=distance
+            )
         lengths = batch.seq_lens[:num_seqs, None]
         positions = torch.arange(width, device=tables.device) + (lengths - width).clamp_(min=0)
         hidden = positions >= lengths
@@ -142,7 +149,10 @@ class SdpaAttention(AttentionBackend):
         blocks = tables[:num_seqs].long().gather(1, positions >> shift)
         slots = (blocks << shift) | (positions & (size - 1))
         mask = self._to_mask(hidden).view(num_seqs, 1, 1, width)
-        return Together(num_seqs=num_seqs, slots=slots.flatten(), mask=mask)
+        distance = None
+        if self.spec.alibi:
+            distance = (lengths - 1 - positions).view(num_seqs, 1, 1, width)
+        return Together(num_seqs=num_seqs, slots=slots.flatten(), mask=mask, distance=distance)
 
     def _plan_alone(self, first: int, query_len: int, seq_len: int, table: Tensor) -> Alone:
         spec, past = self.spec, seq_len - query_len
@@ -153,14 +163,14 @@ class SdpaAttention(AttentionBackend):
         # What is stored is not what was written, in a quantized cache.
         if past or spec.has_quantized_kv:
             blocks, visible = _cut(table, begin, seq_len, spec.block_size)
-        mask = None
+        mask, distance = None, None
         windowed = spec.sliding_window is not None and spec.sliding_window < seq_len
-        if windowed or (past and spec.causal):
+        if windowed or (past and spec.causal) or spec.alibi:
             queries = torch.arange(past, seq_len, device=table.device)[:, None]
             distance = queries - torch.arange(begin, seq_len, device=table.device)
             mask = self._to_mask(self._hidden(distance))
         tokens = slice(first, first + query_len)
-        return Alone(tokens=tokens, visible=visible, blocks=blocks, mask=mask)
+        return Alone(tokens=tokens, visible=visible, blocks=blocks, mask=mask, distance=distance)
 
     def _hidden(self, distance: Tensor) -> Tensor:
         hidden = distance < 0 if self.spec.causal else torch.zeros_like(distance, dtype=torch.bool)
@@ -220,7 +230,7 @@ class SdpaAttention(AttentionBackend):
             out[: len(own)] = own.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         for part in plan.alone:
             keys, values = self._keys_and_values(layer, k, v, kv_cache, part)
-            self._attend_alone(q, keys, values, part, out)
+            self._attend_alone(layer, q, keys, values, part, out)
 
     def _attend_together(
         self, layer: AttentionLayer, q: Tensor, kv_cache: Tensor, part: Together, out: Tensor
@@ -240,11 +250,21 @@ class SdpaAttention(AttentionBackend):
             q[:num_seqs].unflatten(1, (heads, -1)),
             keys,
             values,
-            attn_mask=part.mask,
+            attn_mask=self._biased(layer, part, heads),
             scale=self.spec.scale,
             enable_gqa=heads != keys.shape[1],
         )
         out[:num_seqs] = result.flatten(1, 2)
+
+    def _biased(
+        self, layer: AttentionLayer, part: Together | Alone, num_products: int
+    ) -> Tensor | None:
+        """Return what is added to scores [.., products, queries of each, keys], ALiBi included."""
+        if layer.alibi_slopes is None or part.distance is None:
+            return part.mask
+        slopes = layer.alibi_slopes.view(1, num_products, -1, 1)
+        bias = (slopes * -part.distance).to(getattr(torch, self.spec.dtype))
+        return bias if part.mask is None else bias + part.mask
 
     def _keys_and_values(
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor | None, part: Alone
@@ -256,14 +276,21 @@ class SdpaAttention(AttentionBackend):
         return self._split(layer, kv)
 
     def _attend_alone(
-        self, q: Tensor, keys: Tensor, values: Tensor, part: Alone, out: Tensor
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        part: Alone,
+        out: Tensor,
     ) -> None:
+        mask = self._biased(layer, part, q.shape[1])
         result = functional.scaled_dot_product_attention(
             q[part.tokens].transpose(0, 1).unsqueeze(0),
             keys.transpose(0, 1).unsqueeze(0),
             values.transpose(0, 1).unsqueeze(0),
-            attn_mask=part.mask,
-            is_causal=self.spec.causal and part.mask is None,
+            attn_mask=mask,
+            is_causal=self.spec.causal and mask is None,
             scale=self.spec.scale,
             enable_gqa=True,
         )

@@ -63,7 +63,7 @@ class TritonPlan:
 
 
 class TritonAttention(AttentionBackend):
-    """Serve causal attention with windows, soft caps and sinks, in the model's dtype.
+    """Serve causal attention with windows, soft caps, sinks and ALiBi, in the model's dtype.
 
     Numbers of a quantized cache are made float16, or float32 as the model's, before they are
     multiplied, which loses nothing; scales are applied to scores and sums.
@@ -81,7 +81,7 @@ class TritonAttention(AttentionBackend):
         """Refuse what the kernels cannot express, and a CPU without Triton's interpreter."""
         reasons = {
             "latent attention": spec.latent is not None,
-            "ALiBi": spec.alibi,
+            "ALiBi with latents": spec.alibi and spec.latent is not None,
             "bidirectional attention": not spec.causal,
             f"{spec.dtype}": spec.dtype not in DTYPES,
             "KV cache in another dtype than the model's": not spec.has_quantized_kv
@@ -298,6 +298,7 @@ class TritonAttention(AttentionBackend):
         results: tuple[Tensor, Tensor | None],
     ) -> None:
         spec, (out, lse) = self.spec, results
+        alibi = {"slopes_ptr": layer.alibi_slopes} if spec.alibi else {}
         is_single = items is self._items
         tile = self._tile_of_singles(plan.num_single) if is_single else plan.tile
         kernels.attend[grid](
@@ -333,6 +334,7 @@ class TritonAttention(AttentionBackend):
             INVARIANT=spec.batch_invariant,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **alibi,
             **overlap.options(),
         )
 

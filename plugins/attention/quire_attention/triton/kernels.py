@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from quire_kernels import costs
+from quire_kernels.hyperbolic import tanh
 from quire_kernels.overlap import let_next_begin, wait_for_previous
 from quire_kernels.rounding import INTERPRETED, narrowed, rounded, widened
 
@@ -35,18 +36,6 @@ def product(a, b, acc, INVARIANT: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def tanh(x):
-    """Return the hyperbolic tangent: a series near 0, where 1 - 2 ** y would lose digits."""
-    square = x * x
-    series = 0.1333333333 - square * (0.05396825397 - square * 0.02186948854)
-    near = x - x * square * (0.3333333333 - square * series)
-    size = tl.abs(x)
-    power = tl.exp2(size * (-2 * LOG2_E))
-    far = (1 - power) / (1 + power)
-    return tl.where(size < 0.25, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -82,15 +71,17 @@ def offsets_in(
 
 @triton.jit
 def over_keys(
-    acc, peak, total, q, positions, table, cache, row_scale, stride_block, begin, end, low, high,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, INVARIANT: tl.constexpr,
+    acc, peak, total, q, positions, table, cache, row_scale, slopes, stride_block, begin, end, low,
+    high, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    MASKED: tl.constexpr, INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """Take the tiles of keys in [begin, end) into the running softmax.
 
     `acc` [BLOCK_M, BLOCK_V], `peak` (largest score, times log2 e) and `total` [BLOCK_M].
-    `cache` points at the head's first token. `row_scale` [BLOCK_M], or None, multiplies scores.
+    `cache` points at the head's first token. `row_scale` [BLOCK_M], or None, multiplies scores;
+    `slopes` [BLOCK_M], or None, times a key's distance is taken from them once they are scaled.
     MASKED: keys outside [low, high) are not read, and each row sees what its position and WINDOW
     allow; else all rows see all keys of the tiles.
     """
@@ -123,13 +114,17 @@ def over_keys(
         factor: tl.constexpr = (SCALE if SOFTCAP is None else SOFTCAP) * LOG2_E
         if SOFTCAP is not None:
             scores = tanh(scores * (SCALE / SOFTCAP))
+        power: tl.constexpr = factor if slopes is None else LOG2_E
+        if slopes is not None:
+            distance = (positions[:, None] - keys[None, :]).to(tl.float32)
+            scores = scores * (factor / LOG2_E) - slopes[:, None] * distance
         if MASKED:
             visible = (keys[None, :] <= positions[:, None]) & inside[None, :]
             if WINDOW is not None:
                 visible &= keys[None, :] > positions[:, None] - WINDOW
             scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
-        weights = tl.exp2(scores * factor - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * power)
+        weights = tl.exp2(scores * power - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
@@ -158,7 +153,7 @@ def attend(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SINGLE: tl.constexpr, INVARIANT: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr, slopes_ptr=None,
 ):  # fmt: skip
     """Attend BLOCK_M (token, head) rows of one KV head to a range of its sequence's keys.
 
@@ -230,6 +225,9 @@ def attend(
     if k_scale_ptr is not None:
         q, row_scale = narrowed(q)
         row_scale *= tl.load(k_scale_ptr + kv_head)
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads)
     plain_to = begin
     if not SINGLE and not INVARIANT:
         plain_from = begin
@@ -238,21 +236,21 @@ def attend(
             edge = tl.cdiv(tl.maximum(high - WINDOW, 0), BLOCK_N) * BLOCK_N
             plain_from = tl.minimum(edge, tl.cdiv(high, BLOCK_N) * BLOCK_N)
             acc, peak, total = over_keys(
-                acc, peak, total, q, positions, table, cache, row_scale, stride_block, begin,
-                plain_from, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM,
-                BLOCK_N, BLOCK_D, BLOCK_V, MASKED=True, INVARIANT=False,
+                acc, peak, total, q, positions, table, cache, row_scale, slopes, stride_block,
+                begin, plain_from, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
+                VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, MASKED=True, INVARIANT=False,
             )  # fmt: skip
         plain_to = tl.maximum((position + 1) // BLOCK_N * BLOCK_N, plain_from)
         acc, peak, total = over_keys(
-            acc, peak, total, q, positions, table, cache, row_scale, stride_block, plain_from,
-            plain_to, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM,
-            BLOCK_N, BLOCK_D, BLOCK_V, MASKED=False, INVARIANT=False,
+            acc, peak, total, q, positions, table, cache, row_scale, slopes, stride_block,
+            plain_from, plain_to, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM,
+            VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, MASKED=False, INVARIANT=False,
         )  # fmt: skip
     # One token is bound by memory, where masks are free: all its tiles in one loop, for the
     # pipeline of copies starts anew in each loop.
     acc, peak, total = over_keys(
-        acc, peak, total, q, positions, table, cache, row_scale, stride_block, plain_to, high,
-        low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
+        acc, peak, total, q, positions, table, cache, row_scale, slopes, stride_block, plain_to,
+        high, low, high, SCALE, SOFTCAP, WINDOW, BLOCK_SIZE, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D,
         BLOCK_V, MASKED=True, INVARIANT=INVARIANT,
     )  # fmt: skip
 
