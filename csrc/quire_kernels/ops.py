@@ -17,10 +17,13 @@ from torch import Tensor
 
 from quire_kernels import fixed_rows, mixtures, philox
 from quire_kernels.mixtures import ExpertScales as ExpertScales
+from quire_kernels.mixtures import GroupChoice as GroupChoice
 from quire_kernels.with_triton import kernels as _kernels
 
 philox_4x32 = philox.philox_4x32
 route = mixtures.route
+route_in_groups = mixtures.route_in_groups
+clamped_experts = mixtures.clamped_experts
 why_no_experts = mixtures.why_no_experts
 # Tokens of a group, of which a draw takes one before a token.
 _GROUP = 64
@@ -193,8 +196,7 @@ def experts(
 
     Expert e makes down[e] @ silu_mul(gate_up[e] @ x). `x` [num_tokens, hidden_size], `gate_up`
     [num_experts, 2 * size, hidden_size] gates first, `down` [num_experts, hidden_size, size];
-    `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them. `scales`: of weights in
-    e4m3, which are multiplied in x's dtype.
+    `weights`, `expert_ids` [num_tokens, top_k] as `route` gives them; `scales` of e4m3 weights.
     """
     if x.is_cuda:
         given = (x, gate_up, down, weights, expert_ids)
