@@ -30,7 +30,7 @@ _TRAINING = """
     attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embedding_dropout
     hidden_dropout hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
     pretraining_tp resid_dropout resid_pdrop rescale_every router_aux_loss_coef
-    router_jitter_noise summary_activation
+    aux_loss_alpha ep_size router_jitter_noise seq_aux summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_fused_loss
     vocab_pad_to_multiple_of z_loss_coefficient
 """

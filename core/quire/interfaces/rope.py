@@ -188,10 +188,20 @@ class RopeParameters:
         return _yarn_scale(factor, 1.0)
 
 
-def rope_key(*, default_theta: float = 10_000.0, partial: bool = False) -> Any:
-    """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`."""
+def rope_key(
+    *,
+    default_theta: float = 10_000.0,
+    partial: bool = False,
+    default: Mapping[str, Any] | None = None,
+) -> Any:
+    """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`.
+
+    `default` is the dictionary of a file that has none.
+    """
 
     def parse(given: Mapping[str, Any], source: str) -> RopeParameters:
+        if default and not (given.get("rope_scaling") or given.get("rope_parameters")):
+            given = {**given, "rope_parameters": default}
         return RopeParameters.from_json(
             given, source=source, default_theta=default_theta, partial=partial
         )
