@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar
 
 from attrs import frozen
@@ -12,6 +13,7 @@ from quire.interfaces.batch import Batch
 from quire.interfaces.model import AttentionOptions, BuildContext, Model, WeightNames
 from quire.layers.rotary import RotaryTable
 from quire_models.decoder_config import DecoderConfig
+from quire_models.latent import LatentSelfAttention, LatentSizes
 from quire_models.mixture import Mixture, MixtureOptions
 from quire_models.norm import Norm, after_silu_mul
 
@@ -20,7 +22,9 @@ from quire_models.norm import Norm, after_silu_mul
 class LayerOptions:
     """What tells one family's layer from another's; `qk_norm` is the norm's eps.
 
-    With `mixture` the layer has experts instead of one MLP.
+    With `mixture` the layer has experts instead of one MLP, with `latent` latent attention, with
+    `sinks` one in each head. `rotary_table` is of all layers. `make_mlp` makes what stands for the
+    MLP, of the layer's name, the hidden size and the builder.
     """
 
     qkv_bias: bool = False
@@ -29,6 +33,10 @@ class LayerOptions:
     qk_norm: float | None = None
     sliding_window: int | None = None
     mixture: MixtureOptions | None = None
+    latent: LatentSizes | None = None
+    sinks: bool = False
+    rotary_table: type[RotaryTable] = RotaryTable
+    make_mlp: Callable[[str, int, BuildContext], nn.Module] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -62,6 +70,7 @@ class SelfAttention(nn.Module):
             rotary=rotary,
             qk_norm=options.qk_norm,
             sliding_window=options.sliding_window,
+            sinks=options.sinks,
         )
         self.attn = build.attention(name, attention)
         self.o_proj = build.linear(f"{name}.o_proj", q_size, hidden, bias=options.output_bias)
@@ -98,6 +107,19 @@ class MLP(nn.Module):
         return out, total
 
 
+def _attention(
+    name: str,
+    index: int,
+    config: DecoderConfig,
+    options: LayerOptions,
+    rotary: RotaryTable,
+    build: BuildContext,
+) -> SelfAttention | LatentSelfAttention:
+    if options.latent is None:
+        return SelfAttention(name, index, config, options, rotary, build)
+    return LatentSelfAttention(name, index, options.latent, rotary, build)
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -112,10 +134,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         name, eps = f"model.layers.{index}", config.rms_norm_eps
         self.input_layernorm = Norm(config.hidden_size, eps, build)
-        self.self_attn = SelfAttention(f"{name}.self_attn", index, config, options, rotary, build)
+        self.self_attn = _attention(f"{name}.self_attn", index, config, options, rotary, build)
         self.post_attention_layernorm = Norm(config.hidden_size, eps, build)
         self.mlp: nn.Module
-        if options.mixture is None:
+        if options.make_mlp is not None:
+            self.mlp = options.make_mlp(name, config.hidden_size, build)
+        elif options.mixture is None:
             self.mlp = MLP(f"{name}.mlp", config, options.mlp_bias, build)
         else:
             self.mlp = Mixture(name, config.hidden_size, options.mixture, build)
@@ -151,7 +175,7 @@ class DecoderStack(nn.Module):
         self.embed_tokens = build.embedding(
             "model.embed_tokens", config.vocab_size, config.hidden_size
         )
-        rotary = RotaryTable.from_parameters(
+        rotary = options[0].rotary_table.from_parameters(
             config.rope,
             config.head_dim,
             max_len=build.max_model_len,

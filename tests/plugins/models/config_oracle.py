@@ -16,6 +16,7 @@ RESOLVED = {
     "num_key_value_heads": "num_kv_heads",
     "eos_token_id": "eos_token_ids",
     "rope_parameters": "rope",
+    "num_mtp_layers": "num_nextn_predict_layers",
 }
 
 # Keys whose default follows from others; the real class resolves them when it is made.

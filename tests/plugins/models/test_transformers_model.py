@@ -117,7 +117,12 @@ def test_what_its_attention_cannot_do_is_refused_with_a_reason(family: str, tmp_
     config.save_pretrained(tmp_path)
 
     with pytest.raises(ConfigError) as found:
-        start(tmp_path, load_format="dummy", skip_tokenizer_init=True)
+        start(
+            tmp_path,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            model_implementation="transformers",
+        )
 
     print(found.value)
     assert says in str(found.value)
