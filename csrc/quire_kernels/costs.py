@@ -79,6 +79,12 @@ def of_rotation(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     return {"bytes": 2 * qkv.nbytes - less, "flops": 0}
 
 
+def of_latent_rows(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count latents read once and written twice, to the cache too, and queries read and written."""
+    turned, key = args["turned_ptr"], args["key_ptr"]
+    return {"bytes": 3 * key.nbytes + 2 * turned.numel() * turned.element_size(), "flops": 0}
+
+
 def of_write(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
     """Count keys and values of all tokens, read, and written in the cache's dtype."""
     given = args["k_ptr"].numel() + args["v_ptr"].numel()
@@ -91,16 +97,35 @@ def of_attention(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
 
     Reads the device.
     """
-    heads, dims = args["NUM_HEADS"], args["HEAD_DIM"] + args["VALUE_DIM"]
+    dims = args["HEAD_DIM"] + args["VALUE_DIM"]
+    return _of_attention(args, _attended(args), args["GROUP"], (dims, dims))
+
+
+def of_latent_attention(grid: Any, metadata: Any, args: Mapping[str, Any]) -> Cost:
+    """Count the same where a key is read once for all heads, and its value with it."""
+    key = args["LATENT"] + args["ROPE"]
+    counted = _attended(args)
+    return _of_attention(args, counted, args["NUM_HEADS"], (key, key + args["LATENT"]))
+
+
+def _of_attention(
+    args: Mapping[str, Any], counted: tuple[int, int, int], group: int, widths: tuple[int, int]
+) -> Cost:
+    """Return the cost of tokens, keys and pairs; `widths` of what is cached, and of q and out."""
+    num_tokens, num_keys, num_pairs = counted
+    heads, (cached, moved) = args["NUM_HEADS"], widths
+    num_bytes = num_keys * (heads // group) * cached * args["cache_ptr"].element_size()
+    num_bytes += num_tokens * heads * moved * args["q_ptr"].element_size()
+    return {"bytes": num_bytes, "flops": 2 * num_pairs * heads * moved}
+
+
+def _attended(args: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return how many tokens, keys and pairs of both a launch has."""
     if args["SINGLE"]:
         items = args["items_ptr"][: int(args["num_items_ptr"])].long()
         num_keys = num_pairs = int((items[:, 2] - items[:, 1]).sum())
-        num_tokens = int(items[:, 0].unique().numel())
-    else:
-        num_tokens, num_keys, num_pairs = _tiled(args)
-    size, cached = args["q_ptr"].element_size(), args["cache_ptr"].element_size()
-    num_bytes = (num_keys * heads // args["GROUP"] * cached + num_tokens * heads * size) * dims
-    return {"bytes": num_bytes, "flops": 2 * num_pairs * heads * dims}
+        return int(items[:, 0].unique().numel()), num_keys, num_pairs
+    return _tiled(args)
 
 
 def _tiled(args: Mapping[str, Any]) -> tuple[int, int, int]:

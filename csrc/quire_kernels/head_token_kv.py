@@ -26,6 +26,15 @@ def write(layer: Any, k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> 
     ops.write_kv(k, v, slots, *keys_and_values(kv_cache, k.shape[-1]), scales=_scales(layer))
 
 
+def write_latents(k: Tensor, kv_cache: Tensor, slots: Tensor, rank: int) -> None:
+    """Store latents [num_tokens, 1, dim] in a cache [num_blocks, block_size, dim] of such rows.
+
+    Their first `rank` numbers and the rest are written as a key and a value would be.
+    """
+    rows = kv_cache.unsqueeze(2)
+    ops.write_kv(k[..., :rank], k[..., rank:], slots, rows[..., :rank], rows[..., rank:])
+
+
 def rotate_and_write(
     layer: Any,
     qkv: Tensor,

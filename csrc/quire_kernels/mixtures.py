@@ -58,6 +58,53 @@ def route(logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor, Tenso
     return weights, expert_ids
 
 
+@frozen(kw_only=True)
+class GroupChoice:
+    """How `route_in_groups` chooses among `num_groups` groups of experts that are neighbours.
+
+    `scoring` makes scores of logits: "softmax" over all experts, "sigmoid" of each. A group is as
+    good as its best expert, or with "sigmoid" as its best two together; experts of the best
+    `top_groups` are chosen. `normalised`: a token's scores are divided by their sum; then they are
+    multiplied by `scale`.
+    """
+
+    scoring: str
+    num_groups: int
+    top_groups: int
+    normalised: bool
+    scale: float
+
+
+def route_in_groups(
+    logits: Tensor, top_k: int, choice: GroupChoice, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights and the ids of each token's `top_k` experts, of its best groups alone.
+
+    `logits` [num_tokens, num_experts], float32 or wider; `bias` [num_experts] is added to scores
+    for the choice, and not for the weights. Both come back as [num_tokens, top_k]; which of equal
+    experts is chosen is not said.
+    Source: DeepSeek-AI, "DeepSeek-V3 technical report", 2024, 2.1.2.
+    """
+    is_wide = logits.dtype == torch.float32
+    if logits.is_cuda and is_wide and (routing := kernels("group_routing")):
+        found: tuple[Tensor, Tensor] = routing.route_in_groups(logits, top_k, choice, bias)
+        return found
+    by_two = choice.scoring == "sigmoid"
+    scores = logits.sigmoid() if by_two else logits.softmax(-1)
+    wanted = scores if bias is None else scores + bias
+    if choice.num_groups > 1:
+        grouped = wanted.unflatten(-1, (choice.num_groups, -1))
+        best = grouped.topk(2, -1).values.sum(-1) if by_two else grouped.amax(-1)
+        kept = best.topk(choice.top_groups, -1).indices
+        is_out = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
+        wanted = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).flatten(-2)
+    expert_ids = wanted.topk(top_k, -1).indices
+    weights = scores.gather(-1, expert_ids)
+    if choice.normalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * choice.scale, expert_ids
+
+
 def sum_over_experts(
     x: Tensor,
     weights: Tensor,
@@ -128,6 +175,48 @@ def scaled_experts(
         return functional.linear(hidden.float(), down).to(x.dtype)
 
     return sum_over_experts(x, weights, expert_ids, len(given[0]), one)
+
+
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """Return (up + 1) * gate * sigmoid(alpha * gate) of `gate_up` [.., 2 * size], in its dtype.
+
+    Gates and ups take turns; gates are at most `limit`, ups between -limit and limit.
+    Source: OpenAI, "gpt-oss-120b and gpt-oss-20b model card", 2025.
+    """
+    gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+def clamped_experts(
+    x: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Return the weighted sums of what the chosen experts make of each token, by `clamped_swiglu`.
+
+    Expert e makes clamped_swiglu(x @ gate_up[e] + bias) @ down[e] + bias. `x` [num_tokens,
+    hidden_size]; weights and biases of `gate_up` [num_experts, hidden_size, 2 * size] and
+    [num_experts, 2 * size], of `down` [num_experts, size, hidden_size] and [num_experts,
+    hidden_size]; `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them.
+    """
+    if x.is_cuda:
+        experts = kernels("biased_experts")
+        made = experts.products(x, *gate_up, expert_ids, expert_ids.shape[1])
+        made = clamped_swiglu(made, alpha=alpha, limit=limit)
+        made = experts.products(made, *down, expert_ids, 1).unflatten(0, expert_ids.shape)
+        return (made * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def one(rows: Tensor, expert: int) -> Tensor:
+        made = torch.addmm(gate_up[1][expert], rows, gate_up[0][expert])
+        made = clamped_swiglu(made, alpha=alpha, limit=limit)
+        return torch.addmm(down[1][expert], made, down[0][expert])
+
+    return sum_over_experts(x, weights, expert_ids, len(gate_up[0]), one)
 
 
 def why_no_experts(device: str) -> str | None:

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from quire_kernels import mixtures, philox, smooth, wide_norms, with_cpu
 from quire_kernels.mixtures import ExpertScales as ExpertScales
+from quire_kernels.mixtures import GroupChoice as GroupChoice
 from quire_kernels.with_triton import kernels as _kernels
 
 philox_4x32 = philox.philox_4x32
 experts = mixtures.experts
 route = mixtures.route
+route_in_groups = mixtures.route_in_groups
+clamped_experts = mixtures.clamped_experts
 why_no_experts = mixtures.why_no_experts
 silu_mul = smooth.silu_mul
 gelu_mul = smooth.gelu_mul

@@ -1,6 +1,6 @@
 """Compile the attention kernels for an H100 or H200 without one: registers, spills, shared memory.
 
-    python tests/benchmarks/compile_attention.py [--hot]
+    python tests/benchmarks/compile_attention.py [--hot] [--only deepseek-v2-lite,deepseek-v3]
 
 Each variant is compiled with the arguments that the backend launches it with, on memory of the
 CPU. Fails where a kernel spills registers or wants more shared memory than there is.
@@ -28,9 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import quire_kernels.rotary
-from quire.interfaces.attention import AttentionSpec, BatchLimits
+from quire.interfaces.attention import AttentionSpec, BatchLimits, LatentSpec
 from quire.interfaces.batch import Batch, GroupBatch
-from quire_attention.triton import kernels
+from quire_attention.triton import kernels, latent
 from quire_attention.triton.backend import TritonAttention
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -39,6 +39,11 @@ LIMITS = BatchLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_le
 LLAMA: dict[str, Any] = {
     **{"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_head_dim": 128},
     **{"scale": 128**-0.5, "dtype": "bfloat16", "block_size": 16, "device": "cpu"},
+}
+DEEPSEEK: dict[str, Any] = {
+    **{"num_heads": 16, "num_kv_heads": 1, "head_dim": 576, "value_head_dim": 512},
+    "latent": LatentSpec(kv_lora_rank=512, rope_head_dim=64, nope_head_dim=128, v_head_dim=128),
+    "block_size": 64,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -66,6 +71,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8-e5m2": {"kv_dtype": "float8_e5m2", "block_size": 128},
     "fp8-256": {"kv_dtype": "float8_e4m3fn", "head_dim": 256, "value_head_dim": 256},
     "float32-256": {"dtype": "float32", "head_dim": 256, "value_head_dim": 256},
+    "deepseek-v2-lite": DEEPSEEK,
+    "deepseek-v3": {**DEEPSEEK, "num_heads": 128},
+    "latent-32": {**DEEPSEEK, "num_heads": 32, "block_size": 16},
+    "latent-float32": {**DEEPSEEK, "dtype": "float32"},
 }
 HOT = ("llama", "block-128")
 
@@ -138,9 +147,10 @@ def make_batch(query_lens: list[int]) -> Batch:
 def launches_of(spec: AttentionSpec) -> list[tuple[Any, dict[str, Any]]]:
     """Return the kernels that a decode, a few tokens and a prompt launch, and their arguments."""
     found: list[tuple[Any, dict[str, Any]]] = []
-    own = {name: getattr(kernels, name) for name in ("attend", "merge", "plan_splits")}
-    for name, kernel in own.items():
-        setattr(kernels, name, Recorder(kernel, found))
+    places = [(kernels, "attend"), (kernels, "merge"), (kernels, "plan_splits")]
+    own = [(module, name, getattr(module, name)) for module, name in (*places, (latent, "attend"))]
+    for module, name, kernel in own:
+        setattr(module, name, Recorder(kernel, found))
     try:
         backend = TritonAttention(spec, LIMITS, {})
         dtype = getattr(torch, spec.dtype)
@@ -154,8 +164,8 @@ def launches_of(spec: AttentionSpec) -> list[tuple[Any, dict[str, Any]]]:
             out = torch.empty(len(q), spec.num_heads, spec.value_head_dim, dtype=dtype)
             backend.attend(layer, q, q, q, cache, plan, out)
     finally:
-        for name, kernel in own.items():
-            setattr(kernels, name, kernel)
+        for module, name, kernel in own:
+            setattr(module, name, kernel)
     return found
 
 
@@ -237,7 +247,8 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, str, Usage]]:
     """Yield (variant, kernel, tile, usage) of each kernel of the named variants."""
     for name in names:
         spec = make_spec(VARIANTS[name])
-        for kernel, arguments in (*launches_of(spec), *fused_write_of(spec)):
+        fused = [] if spec.latent else fused_write_of(spec)
+        for kernel, arguments in (*launches_of(spec), *fused):
             tile = ""
             if "BLOCK_M" in arguments:
                 kind = "single" if arguments["SINGLE"] else "several"
@@ -250,15 +261,17 @@ def main() -> None:
     """Print a table; exit with 1 where a kernel spills or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hot", action="store_true", help="only the kernels that are tuned")
-    names = list(HOT if parser.parse_args().hot else VARIANTS)
+    parser.add_argument("--only", help="variants, separated by commas")
+    given = parser.parse_args()
+    names = given.only.split(",") if given.only else list(HOT if given.hot else VARIANTS)
     print(f"triton {triton.__version__}, sm_{TARGET.arch}")
-    print(f"{'variant':14}{'kernel':26}{'tile':22}{'registers':>10}{'stack':>7}{'shared':>8}")
+    print(f"{'variant':18}{'kernel':26}{'tile':22}{'registers':>10}{'stack':>7}{'shared':>8}")
     bad = 0
     for name, kernel, tile, usage in rows(names):
         mark = "" if usage.is_good else "  <- spills or does not fit"
         bad += not usage.is_good
         print(
-            f"{name:14}{kernel:26}{tile:22}{usage.registers:10}{usage.stack_bytes:7}"
+            f"{name:18}{kernel:26}{tile:22}{usage.registers:10}{usage.stack_bytes:7}"
             f"{usage.shared_bytes:8}{mark}",
             flush=True,
         )

@@ -18,10 +18,11 @@ from tiny_llama import has_all_blocks, make_engine, prompt, request, run_all
 from torch import Tensor
 
 from quire.engine import Engine
-from quire.execution.step_graphs import decode_sizes
-from quire.interfaces.attention import GraphSupport
+from quire.execution.step_graphs import MOST_ABSORBED, decode_sizes, mixed_sizes
+from quire.interfaces.attention import GraphSupport, LatentSpec
 from quire.interfaces.batch import Batch
 from quire.start import STEPS_IN_FLIGHT, Starter
+from quire.testing.attention_cases import make_spec
 from quire_attention.reference.backend import ReferenceAttention
 from quire_models.decoder import DecoderStack
 from quire_sampling.reference.sampler import ReferenceSampler
@@ -258,3 +259,13 @@ def test_sizes_rise_to_the_largest_batch_and_waste_little(max_num_seqs: int) -> 
     assert sizes[-1] == min(max_num_seqs, 512)
     for below, above in itertools.pairwise(sizes):
         assert above - below <= max(4, above // 4)
+
+
+def test_long_steps_of_latents_are_not_captured() -> None:
+    sizes = LatentSpec(kv_lora_rank=16, rope_head_dim=4, nope_head_dim=8, v_head_dim=8)
+    plain = make_spec()
+    latent = make_spec(num_kv_heads=1, head_dim=20, value_head_dim=16, latent=sizes)
+
+    assert mixed_sizes(8192, [plain])[-1] == 8192
+    assert mixed_sizes(8192, [plain, latent])[-1] == MOST_ABSORBED
+    assert mixed_sizes(100, [latent])[-1] == 100

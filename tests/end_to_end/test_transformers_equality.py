@@ -42,6 +42,28 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Prompts of 16 tokens or more are attended to in the plain form.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama dynamic": (
@@ -58,12 +80,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_sliding_window": True,
             "sliding_window": 5,
             "max_window_layers": 1,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-            },
+            "rope_parameters": YARN,
         },
     ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
@@ -104,6 +121,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.8},
+        },
+    ),
+    "deepseek-v3": ("DeepseekV3", {**LATENT, "q_lora_rank": 12, "attention_bias": True}),
+    "gpt-oss": (
+        "GptOss",
+        {"head_dim": 16, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # What nobody claims, with the class of Transformers itself.
     "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6}),
     "gemma3": (
         "Gemma3",
@@ -256,10 +288,15 @@ def num_kv_heads(config: Any) -> int:
 
 def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM:
     config = checkpoint.oracle.config
-    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+    has_cap = getattr(config, "attn_logit_softcapping", None)
+    if attention == "sdpa" and (has_cap or config.model_type == "gpt_oss"):
         attention = "reference"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // 4
     elements = 2 * SIZES["num_hidden_layers"] * num_kv_heads(config) * head_dim
+    if config.model_type.startswith("deepseek"):
+        attention = "reference" if attention == "sdpa" else "auto"
+        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        elements = SIZES["num_hidden_layers"] * latent
     return LLM(
         str(checkpoint.folder),
         dtype="float32",

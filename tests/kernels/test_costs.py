@@ -132,3 +132,24 @@ def test_product_of_rows_reads_its_weight_once_and_no_parts() -> None:
     }
 
     assert costs.of_rows_product(None, None, args) == {"bytes": 68 * 4, "flops": 2 * 32 * 3}
+
+
+def test_latents_are_read_once_for_all_heads() -> None:
+    heads, latent, rope = 32, 512, 64
+    args = {
+        "NUM_HEADS": heads,
+        "GROUP": 16,
+        "LATENT": latent,
+        "ROPE": rope,
+        "SINGLE": True,
+        "items_ptr": torch.tensor([[0, 0, 100, 1], [1, 0, 64, 2], [1, 64, 90, 2], [9, 0, 9, 9]]),
+        "num_items_ptr": torch.tensor([3]),
+        "q_ptr": torch.empty(2, heads, latent + rope, dtype=torch.bfloat16),
+        "cache_ptr": torch.empty(9, dtype=torch.bfloat16),
+    }
+
+    found = costs.of_latent_attention(None, None, args)
+
+    moved = 2 * heads * (latent + rope + latent)
+    assert found["bytes"] == 2 * (190 * (latent + rope) + moved)
+    assert found["flops"] == 2 * 190 * heads * (latent + rope + latent)

@@ -25,7 +25,13 @@ from attrs import Factory, define
 from torch import Tensor
 
 from quire.errors import PluginError, QuireError
-from quire.interfaces.attention import AttentionBackend, AttentionSpec, BatchLimits, KVLayout
+from quire.interfaces.attention import (
+    AttentionBackend,
+    AttentionSpec,
+    BatchLimits,
+    KVLayout,
+    latent_layout,
+)
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.layers.quantized_cache import as_bytes
@@ -200,6 +206,8 @@ def layout_of(name: str, backend: type[AttentionBackend], spec: AttentionSpec) -
     if not layout.block_shape or not all(isinstance(n, int) and n > 0 for n in layout.block_shape):
         wanted = "whole numbers above 0 are wanted"
         raise _broken(name, f"wants KV blocks of shape {layout.block_shape!r}, where {wanted}")
+    if spec.latent is not None and layout != latent_layout(spec):
+        raise _broken(name, f"keeps latents as {layout}; all backends keep {latent_layout(spec)}")
     return layout
 
 

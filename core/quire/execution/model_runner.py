@@ -119,7 +119,9 @@ class ModelRunner:
         )
         self.decode_graphs = StepGraphs(DecodeStep(tools), sizes, capture)
         if captures_any(self._backends):
-            sizes = mixed_sizes(self._limits.max_num_batched_tokens)
+            # A stranger's backend may have an __init__ that keeps none.
+            specs = [getattr(backend, "spec", None) for backend in self._backends]
+            sizes = mixed_sizes(self._limits.max_num_batched_tokens, filter(None, specs))
             self.mixed_graphs = StepGraphs(MixedStep(tools, sizes[-1]), sizes, capture)
 
     @property

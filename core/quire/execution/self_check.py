@@ -18,6 +18,7 @@ from quire.errors import KernelError
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.self_check_case import fused_steps_of, lengths_of, pieces_of, steps_of
 from quire.execution.self_check_heads import Drawn, Heads, RawSequences, Sequences
+from quire.execution.self_check_latents import DrawnLatents
 from quire.execution.synthetic_batch import Span, batch_of, block_tables
 from quire.interfaces.attention import QUANTIZED_KV_DTYPES, AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch, GroupBatch
@@ -35,8 +36,6 @@ ORDERS = 16
 
 def why_skipped(spec: AttentionSpec) -> str | None:
     """Return why layers of a spec are not checked; None where they are."""
-    if spec.latent is not None:
-        return "the check has no latent attention"
     if not spec.causal:
         return "the check has no encoders"
     if spec.kv_dtype not in (*PLAIN_DTYPES, *QUANTIZED_KV_DTYPES):
@@ -68,6 +67,8 @@ def check_attention(groups: Sequence[LayerGroup], limits: BatchLimits) -> None:
             continue
         with telling() as wait:
             _Check(group, number, limits, steps_of(group.spec, limits), wait).run()
+            if group.spec.latent is not None:
+                _LatentCheck(group, number, limits, fused_steps_of(limits), wait).run()
             if group.layers[0].has_fused_write:
                 _FusedCheck(group, number, limits, fused_steps_of(limits), wait).run()
 
@@ -132,6 +133,8 @@ class _Check:
         q = q.unflatten(1, (spec.num_heads, spec.head_dim))
         k = k.unflatten(1, (spec.num_kv_heads, spec.head_dim))
         v = v.unflatten(1, (spec.num_kv_heads, spec.value_head_dim))
+        if spec.latent is not None:
+            v = k[..., : spec.value_head_dim]
         self._call(spans, self.backend.write, self.layer, k, v, self.cache, plan)
         return q, k, v
 
@@ -240,6 +243,28 @@ class _FusedCheck(_Check):
                 f"{list(wanted)} of {qkv.dtype} is wanted, for {_in_words(spans)}"
             )
         return q, k, v
+
+
+class _LatentCheck(_Check):
+    """What `rotate_and_write_latents` makes, by the layer's own norm and rotation."""
+
+    def run(self) -> None:
+        """Judge queries and keys, and what was written."""
+        for step in self.steps:
+            batch = _of_last_group(batch_of(step, self.tables, self.spec, self.number))
+            plan = self._call(step, self.backend.plan, batch, self.number)
+            self._call(step, self.backend.prepare, plan)
+            drawn = DrawnLatents(self.layer, len(batch.positions))
+            arguments = (drawn.projected, batch.positions, self.layer.rotary, drawn.norm)
+            method = self.backend.rotate_and_write_latents
+            found = self._call(step, method, self.layer, *arguments, self.cache, plan)
+            if found is None:
+                return
+            (queries, keys), slots = found, batch.groups[-1].slot_mapping.long()
+            written = self.cache.flatten(0, 1)[slots]
+            fact = drawn.what_is_wrong(queries, keys, written, batch.positions)
+            if fact is not None:
+                raise self._error(f"{fact} from rotate_and_write_latents() for {_in_words(step)}")
 
 
 def _of_last_group(batch: Batch) -> Batch:

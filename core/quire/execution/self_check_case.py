@@ -22,12 +22,18 @@ def steps_of(spec: AttentionSpec, limits: BatchLimits) -> list[list[Span]]:
         assert spec.sliding_window is not None, "it has one"
         lengths.append((3, spec.sliding_window + 3))
     most = limits.max_model_len
-    lengths = [(query_len, min(length, most)) for query_len, length in lengths]
+    lengths = [(min(n, _longest_query(spec)), min(length, most)) for n, length in lengths]
     first = [Span(i, max(0, n - query_len), n) for i, (query_len, n) in enumerate(lengths)]
     second = [Span(i, n, n + 1) for i, (_, n) in enumerate(lengths)]
     third = [Span(1, lengths[1][1] + 1, lengths[1][1] + 2)]
     third.append(Span(3, lengths[3][1] + 1, lengths[3][1] + 4))
     return _allowed([first, second, third], limits)
+
+
+def _longest_query(spec: AttentionSpec) -> int:
+    """Return how many tokens of a sequence a backend attends to: more latents their layer does."""
+    plain_from = None if spec.latent is None else spec.latent.plain_from
+    return LONGEST_WINDOW if plain_from is None else plain_from - 1
 
 
 def fused_steps_of(limits: BatchLimits) -> list[list[Span]]:

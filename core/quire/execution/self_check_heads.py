@@ -60,6 +60,8 @@ class Sequences:
         self._windowed = windowed_sequence(spec)
         if self._windowed is not None:
             self._keys[self._windowed] = self._with_edge(self._keys[self._windowed])
+        if spec.latent is not None:
+            self._values = [keys[..., : spec.value_head_dim] for keys in self._keys]
 
     def _with_edge(self, keys: Tensor) -> Tensor:
         """Return keys that score high in every head at the beginning, and low behind it."""

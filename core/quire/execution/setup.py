@@ -273,7 +273,8 @@ def expected_graph_bytes(groups: list[LayerGroup], limits: BatchLimits, activati
     decode = estimated_graph_bytes(decode_sizes(limits.max_num_seqs))
     if not captures_any(group.backend_class for group in groups):
         return decode
-    return decode + estimated_graph_bytes(mixed_sizes(limits.max_num_batched_tokens)) + activations
+    sizes = mixed_sizes(limits.max_num_batched_tokens, (group.spec for group in groups))
+    return decode + estimated_graph_bytes(sizes) + activations
 
 
 def largest_batch(limits: BatchLimits, groups: list[LayerGroup]) -> SchedulerOutput:

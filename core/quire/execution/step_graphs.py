@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire.errors import KernelError
 from quire.execution.static_step import Ending, Loaded, StaticStep
-from quire.interfaces.attention import AttentionBackend, GraphSupport
+from quire.interfaces.attention import AttentionBackend, AttentionSpec, GraphSupport
 from quire.interfaces.batch import Batch
 from quire.scheduling.output import SchedulerOutput
 
@@ -20,6 +20,8 @@ from quire.scheduling.output import SchedulerOutput
 # run as they are where more than a share of MAX_PADDING would be computed for nothing.
 CHEAP = 1024
 MAX_PADDING = 0.04
+# The largest step of latents that is captured: in a graph none of its sequences has the plain form.
+MOST_ABSORBED = 512
 
 
 class Capture(Protocol):
@@ -76,8 +78,10 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {min(max_num_seqs, 512)})
 
 
-def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
+def mixed_sizes(max_num_batched_tokens: int, specs: Iterable[AttentionSpec]) -> list[int]:
     """Return the numbers of tokens that are captured: few of the large ones, see `MAX_PADDING`."""
+    if any(spec.latent is not None for spec in specs):
+        max_num_batched_tokens = min(max_num_batched_tokens, MOST_ABSORBED)
     sizes = [16, 32, 48, 64, 96, 128, 160, 192, 224, *range(256, 513, 64), *range(640, 1025, 128)]
     sizes += [2048, 4096, 8192, 16384]
     most = max(max_num_batched_tokens, 2)

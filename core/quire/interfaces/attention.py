@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from quire.interfaces.batch import Batch
 
 
+# Steps of fewer new tokens a sequence are never worth making keys and values of the whole past.
+_FEWEST_PLAIN_TOKENS = 16
 NOT_INVARIANT = "it does not declare batch_invariant, which --deterministic asks for"
 # A number of such a cache stands for itself times its head's scale.
 QUANTIZED_KV_DTYPES = ("float8_e4m3fn", "float8_e5m2")
@@ -35,11 +37,41 @@ class GraphSupport(enum.StrEnum):
 
 @frozen(kw_only=True)
 class LatentSpec:
-    """Sizes of multi-head latent attention: one compressed part and one rotated part a token."""
+    """Multi-head latent attention: all heads share one compressed and one rotated part a token.
+
+    Backends see it in its absorbed form, one KV head: a key is `kv_lora_rank` numbers, then
+    `rope_head_dim` that were rotated; its value is the former. Each of the model's own heads has
+    `nope_head_dim` and `rope_head_dim` numbers in queries and keys, `v_head_dim` in values.
+
+    With `plain_from` the layer itself attends, in the plain form, where a sequence has so many new
+    tokens in a step outside of CUDA graphs; a backend may leave their outputs as they are.
+    """
 
     kv_lora_rank: int
     rope_head_dim: int
     nope_head_dim: int
+    v_head_dim: int
+    plain_from: int | None = None
+
+    @property
+    def fewest_plain_tokens(self) -> int:
+        """From so many new tokens on the plain form takes fewer operations, whatever the past.
+
+        It makes `nope_head_dim + v_head_dim` numbers a head of each token's latent, and saves that
+        much less than twice the latent a pair of query and key.
+        """
+        made = self.nope_head_dim + self.v_head_dim
+        saved = 2 * self.kv_lora_rank - made
+        if saved <= 0:
+            return _FEWEST_PLAIN_TOKENS
+        return max(_FEWEST_PLAIN_TOKENS, -(-made * self.kv_lora_rank // saved))
+
+    def plain_rows(self, batch: Batch) -> list[int]:
+        """Return the sequences of a step to which the layer itself attends."""
+        if self.plain_from is None or batch.captured_for is not GraphSupport.NONE:
+            return []
+        single, lens = batch.num_single_token_seqs, batch.query_lens
+        return [row for row in range(single, len(lens)) if lens[row] >= self.plain_from]
 
 
 @frozen(kw_only=True)
@@ -52,6 +84,10 @@ class AttentionSpec:
     with one of `QUANTIZED_KV_DTYPES` layers have scales, and a backend has to declare it.
     `batch_invariant`: a token's output must have the same bits whatever else is in the step, and
     however many tokens of its own sequence are.
+
+    With `latent` there is one KV head of `head_dim` kv_lora_rank + rope_head_dim, whose value is
+    the first `value_head_dim`, kv_lora_rank, numbers of its key: the cache holds keys alone, as
+    `latent_layout` says.
     """
 
     num_heads: int
@@ -101,6 +137,12 @@ class KVLayout:
 
     def __str__(self) -> str:
         return f"{self.name!r} ({list(self.block_shape)} of {self.dtype} a block)"
+
+
+def latent_layout(spec: AttentionSpec) -> KVLayout:
+    """Return the layout of a latent cache, [block_size, head_dim]: the same for all backends."""
+    shape = (spec.block_size, spec.head_dim)
+    return KVLayout(name="token-latent", block_shape=shape, dtype=spec.kv_dtype)
 
 
 class AttentionLayer(Protocol):
@@ -176,8 +218,8 @@ class AttentionBackend(abc.ABC):
         """Store keys and values of the step's tokens in their slots.
 
         `k` [num_tokens, num_kv_heads, head_dim], `v` [num_tokens, num_kv_heads, value_head_dim];
-        both may be strided. Changes `kv_cache` in the slots of the batch and nowhere else, but
-        for block 0, where padding may be written.
+        both may be strided. In latent attention `v` is a part of `k`. Changes `kv_cache` in the
+        slots of the batch and nowhere else, but for block 0, where padding may be written.
         """
 
     @abc.abstractmethod
@@ -217,16 +259,40 @@ class AttentionBackend(abc.ABC):
         """
         return None
 
+    def rotate_and_write_latents(
+        self,
+        layer: AttentionLayer,
+        projected: tuple[Tensor, Tensor],
+        positions: Tensor,
+        rotary: Any,
+        norm: tuple[Tensor, float],
+        kv_cache: Tensor,
+        plan: Any,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Norm, rotate and write latents in one pass, rotate queries; or None: not offered.
+
+        `projected` are the part of queries that is rotated, [num_tokens, num_heads,
+        rope_head_dim], and latents with their own such part, [num_tokens, head_dim]; both may be
+        strided. `rotary` is a `quire.layers.rotary.RotaryTable`, whose `is_paired` says which
+        dimensions turn together, `norm` the weight [kv_lora_rank] and the epsilon of an RMSNorm of
+        latents. Returns queries [num_tokens, num_heads, head_dim], of which the part behind the
+        first kv_lora_rank is filled, and keys [num_tokens, head_dim] as they were written.
+        """
+        return None
+
 
 def why_refused(backend: type[AttentionBackend], spec: AttentionSpec) -> str | None:
     """Return None if a backend can serve the spec, else why not, in a sentence.
 
     Its own `why_unsupported` is not asked about a quantized cache that it does not declare: a
     backend that is older than such caches would read stored numbers for true ones. Nor is it asked
-    about batch invariance, which is declared or not.
+    about batch invariance, which is declared or not, nor about latents in 8 bits, which nobody has:
+    a latent is both key and value, and a scale of its own for each would be two caches.
     """
     if spec.batch_invariant and not backend.batch_invariant:
         return NOT_INVARIANT
+    if spec.latent is not None and spec.has_quantized_kv:
+        return f"there is no {spec.kv_dtype} cache of latents; --kv-cache-dtype auto keeps it wide"
     if spec.has_quantized_kv and spec.kv_dtype not in backend.quantized_kv:
         return f"it has no {spec.kv_dtype} KV cache: its `quantized_kv` does not name it"
     return backend.why_unsupported(spec)

@@ -67,6 +67,16 @@ class BuildContext(Protocol):
     def attention(self, name: str, options: AttentionOptions) -> nn.Module:
         """Make an attention layer: module(qkv, batch) -> [num_tokens, num_heads * head_dim]."""
 
+    def latent_attention(self, name: str, options: LatentOptions) -> nn.Module:
+        """Make a latent attention layer: module(q, kv, batch) -> [num_tokens, heads * v_head_dim].
+
+        `q` [num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)] and `kv` [num_tokens,
+        kv_lora_rank + qk_rope_head_dim] are neither normed nor rotated. The layer's weights are
+        `<name>.kv_a_layernorm.weight` [kv_lora_rank] and `<name>.kv_b_proj.weight`, for each head
+        rows that make its keys, then rows that make its values: parameters, which no quantization
+        plugin packs.
+        """
+
     def experts(
         self,
         name: str,
@@ -111,6 +121,25 @@ class AttentionOptions:
     sinks: bool = False
     alibi_slopes: Sequence[float] | None = None
     causal: bool = True
+
+
+@frozen(kw_only=True)
+class LatentOptions:
+    """What a model says about one layer of multi-head latent attention; names as in config.json.
+
+    `scale` multiplies scores. `rotary` is the table of `qk_rope_head_dim` dimensions, `norm_eps`
+    that of the latents' RMSNorm.
+    """
+
+    layer_index: int
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    scale: float
+    rotary: Any
+    norm_eps: float
 
 
 class Model(nn.Module, abc.ABC):

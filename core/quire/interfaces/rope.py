@@ -194,14 +194,17 @@ def rope_key(
     partial: bool = False,
     names: tuple[str, ...] = (),
     adapt: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None,
+    default: Mapping[str, Any] | None = None,
 ) -> Any:
     """Declare a model's rotary embedding, in both spellings, as a field of a `ModelConfig`.
 
     `adapt(json, source)` turns the keys of a family's files, `names` among them, into those that
-    `RopeParameters.from_json` reads.
+    `RopeParameters.from_json` reads. `default` is the dictionary of a file that has none.
     """
 
     def parse(given: Mapping[str, Any], source: str) -> RopeParameters:
+        if default and not (given.get("rope_scaling") or given.get("rope_parameters")):
+            given = {**given, "rope_parameters": default}
         return RopeParameters.from_json(
             given if adapt is None else adapt(given, source),
             source=source,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quire.errors import ConfigError
-from quire.interfaces.model import AttentionOptions
+from quire.interfaces.model import AttentionOptions, LatentOptions
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     ExpertsMethod,
@@ -21,6 +21,7 @@ from quire.interfaces.quantization import (
 from quire.layers.attention import Attention
 from quire.layers.embedding import Embedding, Head
 from quire.layers.experts import Experts
+from quire.layers.latent_attention import LatentAttention
 from quire.layers.linear import Linear
 
 
@@ -133,6 +134,15 @@ class LayerBuilder:
         return Attention(
             options, self.dtype, self.device, name=name, batch_invariant=self.batch_invariant
         )
+
+    def latent_attention(self, name: str, options: LatentOptions) -> nn.Module:
+        """Make latent attention: module(q, kv, batch) -> [num_tokens, num_heads * v_head_dim]."""
+        if self.batch_invariant:
+            raise ConfigError(
+                f"{name}: latent attention has no products that are the same whatever the batch; "
+                f"leave --deterministic out."
+            )
+        return LatentAttention(options, self.dtype, self.device, name=name)
 
     def experts(
         self,

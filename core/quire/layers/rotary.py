@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class RotaryTable:
         rotary_dim    so many of a head's first dimensions are rotated: dimension i < rotary_dim / 2
                       together with i + rotary_dim / 2
         head_dim      the size of a head
+        is_paired     dimension 2 i turns with 2 i + 1 instead, in tables of latent attention
     A kernel rounds cosine and sine to the activations' dtype first, as Transformers does.
 
     Row p depends on p alone, so that any chunking of a prompt gives the same tokens. With dynamic
@@ -27,6 +29,8 @@ class RotaryTable:
     its long factors for all rows if `max_len` exceeds the original length, as vLLM does.
     Source: Su et al., "RoFormer", 2021.
     """
+
+    is_paired: ClassVar[bool] = False
 
     def __init__(self, cos: Tensor, sin: Tensor, head_dim: int, dtype: torch.dtype) -> None:
         self.cos = cos
@@ -72,6 +76,14 @@ class RotaryTable:
         turned = torch.addcmul(turned * cos, turned.roll(self.rotary_dim // 2, -1), sin)
         return torch.cat((turned, rest), dim=-1)
 
+    def in_dtype(self, dtype: torch.dtype) -> RotaryTable:
+        """Return the same table on the CPU, of this one's rounded numbers, for activations of it.
+
+        For checks: what is computed with it in float64 is what kernels should come near to.
+        """
+        cos, sin = (x.cpu().to(self._dtype).to(dtype) for x in (self.cos, self.sin))
+        return type(self)(cos, sin, self.head_dim, dtype)
+
     def _table(self) -> Tensor:
         """Return [cos, cos] and [-sin, sin]: [max_len, 2, 1, rotary_dim] in the model's dtype.
 
@@ -81,6 +93,26 @@ class RotaryTable:
             cos, sin = self.cos.to(self._dtype), self.sin.to(self._dtype)
             rows = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), 1)
             self._rows = rows[:, :, None]
+        return self._rows
+
+
+class PairedRotaryTable(RotaryTable):
+    """Rotate dimension 2 i together with 2 i + 1, of heads that turn as a whole."""
+
+    is_paired = True
+
+    def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Return the rotated `heads` [num_tokens, num_heads, head_dim], all of whose dims turn."""
+        cos, sin = self._table().index_select(0, positions).unbind(1)
+        swapped = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return torch.addcmul(heads * cos, swapped, sin)
+
+    def _table(self) -> Tensor:
+        """Return cosines, each twice, and sines, each first negated: [max_len, 2, 1, head_dim]."""
+        if self._rows is None:
+            cos, sin = self.cos.to(self._dtype), self.sin.to(self._dtype)
+            pairs = torch.stack((torch.stack((cos, cos), 2), torch.stack((-sin, sin), 2)), 1)
+            self._rows = pairs.flatten(2)[:, :, None]
         return self._rows
 
 

@@ -84,7 +84,9 @@ def _in_words(query_len: int, seq_len: int) -> str:
 def _spec_in_words(spec: AttentionSpec) -> list[str]:
     """Return what of a spec is not as in the plainest model."""
     words = [f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads of {spec.head_dim}"]
-    if spec.value_head_dim != spec.head_dim:
+    if spec.latent is not None:
+        words.append(f"latents of {spec.value_head_dim}, which are the values too")
+    elif spec.value_head_dim != spec.head_dim:
         words.append(f"values of {spec.value_head_dim}")
     words += [spec.dtype, f"scale {spec.scale:.4g}"]
     if spec.has_quantized_kv:
@@ -170,6 +172,8 @@ def make_inputs(case: Case) -> Inputs:
         shared = num_shared(case, i) * spec.block_size
         inputs.k[i][:shared] = inputs.k[0][:shared]
         inputs.v[i][:shared] = inputs.v[0][:shared]
+    if spec.latent is not None:
+        inputs.v = [k[..., : spec.value_head_dim] for k in inputs.k]
     return inputs
 
 
@@ -282,6 +286,10 @@ def step_tensors(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     k = torch.cat([k[-n:] for k, (n, _) in zip(inputs.k, case.lengths, strict=True)])
     v = torch.cat([v[-n:] for v, (n, _) in zip(inputs.v, case.lengths, strict=True)])
     q = torch.cat(inputs.q)
+    if spec.latent is not None:
+        q, k = _beside_each_other(q, k) if case.strided else (q, k)
+        q, k = q.to(spec.device), k.to(spec.device)
+        return q, k, k[..., : spec.value_head_dim]
     if not case.strided:
         return q.to(spec.device), k.to(spec.device), v.to(spec.device)
     parts = [q.flatten(1), k.flatten(1), v.flatten(1)]
@@ -292,3 +300,9 @@ def step_tensors(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         k.unflatten(1, (spec.num_kv_heads, spec.head_dim)),
         v.unflatten(1, (spec.num_kv_heads, spec.value_head_dim)),
     )
+
+
+def _beside_each_other(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as parts of one tensor."""
+    both = torch.cat((q, k), dim=1)
+    return both[:, : q.shape[1]], both[:, q.shape[1] :]

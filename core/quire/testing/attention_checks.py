@@ -9,7 +9,12 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from quire.interfaces.attention import AttentionBackend, GraphSupport, why_refused
+from quire.interfaces.attention import (
+    AttentionBackend,
+    GraphSupport,
+    latent_layout,
+    why_refused,
+)
 from quire.testing.attention_cases import Case, Inputs, make_batch, make_inputs, make_layer
 from quire.testing.attention_run import Subject, make_cache, run
 from quire.testing.attention_strategies import Choices
@@ -63,6 +68,12 @@ def check_output(subject: Subject, case: Case) -> Failure | None:
 
 def check_blocks(subject: Subject, case: Case) -> Failure | None:
     """No block is changed that has no slot of the step, but for block 0."""
+    if case.spec.latent is not None:
+        kept, wanted = subject.backend.kv_layout(case.spec), latent_layout(case.spec)
+        if kept != wanted:
+            return Failure(
+                what=f"latents are kept as {kept}; all backends keep {wanted}", case=case
+            )
     done = run(subject.backend, case, make_inputs(case), options=subject.options)
     own = set((done.slots // case.spec.block_size).tolist()) | {0}
     before, after = bits(done.before).flatten(1), bits(done.after).flatten(1)
@@ -285,8 +296,10 @@ def is_without_graphs(choices: Choices) -> str | None:
 
 def is_without_fused_write(choices: Choices) -> str | None:
     """Return why the fused form is not compared."""
-    own = choices.backend.rotate_and_write
-    return "not offered" if own is AttentionBackend.rotate_and_write else None
+    own, plain = choices.backend, AttentionBackend
+    offered = own.rotate_and_write is not plain.rotate_and_write
+    offered |= own.rotate_and_write_latents is not plain.rotate_and_write_latents
+    return None if offered else "not offered"
 
 
 def is_without_encoders(choices: Choices) -> str | None:

@@ -15,6 +15,7 @@ from quire.interfaces.attention import (
     QUANTIZED_KV_DTYPES,
     AttentionBackend,
     AttentionSpec,
+    LatentSpec,
     why_refused,
 )
 from quire.testing.attention_cases import Case, make_spec
@@ -27,6 +28,8 @@ BLOCK_SIZES = [4, 16, 1, 2, 8, 32, 64, 128]
 # exp(120) is infinite in float32, exp(-150) zero.
 SHIFTS = [0.0, 0.0, 0.0, -150.0, 120.0]
 DTYPES = ["float32", "bfloat16", "float16"]
+# (heads, compressed numbers, rotated numbers) of latents.
+LATENTS = [(4, 32, 8), (1, 16, 16), (16, 64, 32), (5, 24, 6), (20, 16, 4), (72, 16, 8)]
 
 
 @attrs.frozen(kw_only=True)
@@ -46,11 +49,37 @@ def choices_of(subject: Subject, device: str) -> Choices | str:
         plain = _spec(dtype=dtype, head_dim=dim, value_head_dim=dim, block_size=size, device=device)
         found = why_refused(backend, plain)
         if found is None:
-            changes = _served(backend, plain)
-            options = subject.options
-            return Choices(backend=backend, options=options, plain=plain, changes=changes)
+            return _choices(subject, plain)
         reason = found
+    # Some serve latents and nothing else.
+    for dtype, latent, size in itertools.product(DTYPES, _latents(), BLOCK_SIZES):
+        sizes = {"dtype": dtype, "block_size": size, "device": device}
+        plain = make_spec(**{**latent, **sizes})
+        if why_refused(backend, plain) is None:
+            return _choices(subject, plain)
     return reason
+
+
+def _choices(subject: Subject, plain: AttentionSpec) -> Choices:
+    changes = _served(subject.backend, plain)
+    return Choices(backend=subject.backend, options=subject.options, plain=plain, changes=changes)
+
+
+def _latents() -> list[dict[str, Any]]:
+    """Return changes of a specification to latent attention."""
+    return [
+        {
+            "num_heads": heads,
+            "num_kv_heads": 1,
+            "head_dim": rank + rope,
+            "value_head_dim": rank,
+            "latent": LatentSpec(
+                kv_lora_rank=rank, rope_head_dim=rope, nope_head_dim=2 * rope, v_head_dim=2 * rope
+            ),
+            "scale": (3 * rope) ** -0.5 / 2,
+        }
+        for heads, rank, rope in LATENTS
+    ]
 
 
 def _spec(**changes: Any) -> AttentionSpec:
@@ -74,7 +103,11 @@ def _served(backend: type[AttentionBackend], plain: AttentionSpec) -> dict[str, 
         "softcap": [{}, {}, {"logit_softcap": 1.5}, {"logit_softcap": 30.0}],
         "sinks": [{}, {"sinks": True}],
         "alibi": [{}, {}, {"alibi": True}],
+        # Behind all that it takes the place of.
+        "latent": [*[{}] * 12, *_latents()],
     }
+    if plain.latent is not None:
+        asked |= {"heads": [{}], "head_dim": [{}], "value_head_dim": [{}], "latent": _latents()}
     return {
         name: [c for c in changes if why_refused(backend, attrs.evolve(plain, **c)) is None]
         for name, changes in asked.items()
@@ -85,8 +118,10 @@ def specs(choices: Choices, small: bool = False) -> st.SearchStrategy[AttentionS
     """Draw what a model may ask for and the backend serves."""
     parts = []
     for name, served in choices.changes.items():
+        if name == "latent" and not any(served):
+            continue  # what has none is drawn the same cases as before there were any
         if small and name == "head_dim":
-            served = [change for change in served if change["head_dim"] <= 64]
+            served = [change for change in served if change.get("head_dim", 0) <= 64]
         one = st.sampled_from(served or [{}])
         if name == "window" and len(served) > 1:
             one = st.one_of(st.just({}), one)
@@ -94,6 +129,8 @@ def specs(choices: Choices, small: bool = False) -> st.SearchStrategy[AttentionS
 
     def made(drawn: tuple[dict[str, Any], ...]) -> AttentionSpec:
         changes = {key: value for change in drawn for key, value in change.items()}
+        if changes.get("latent", choices.plain.latent) is not None:
+            changes["kv_dtype"] = changes.get("dtype", choices.plain.dtype)
         spec = attrs.evolve(choices.plain, **changes)
         # What it serves one by one it need not serve together.
         return spec if why_refused(choices.backend, spec) is None else choices.plain
@@ -157,7 +194,7 @@ def cases(
 
 
 # Changes of a specification that change the work.
-SHAPES = ("heads", "head_dim", "value_head_dim", "block_size")
+SHAPES = ("heads", "head_dim", "value_head_dim", "block_size", "latent")
 
 
 def without_shapes(choices: Choices) -> Choices:

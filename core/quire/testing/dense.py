@@ -31,6 +31,8 @@ class Mistake:
     `tail`: the rest of the last block is seen. `cap_first`: the cap is taken before the scale.
     `kv_scales`: how stored numbers become keys and values: by their "own" scales, by those
     "squared", "none", those of the "next head", or those of the "other" of the two.
+    `without_rotated`: of latents, that part is left out of the scores. `values_at_end`: a latent's
+    last numbers are its value, instead of its first.
     """
 
     words: str = ""
@@ -46,6 +48,8 @@ class Mistake:
     without_alibi: bool = False
     cap_first: bool = False
     kv_scales: str = "own"
+    without_rotated: bool = False
+    values_at_end: bool = False
 
     @property
     def reads_elsewhere(self) -> bool:
@@ -92,7 +96,17 @@ def keys_and_values(case: Case, inputs: Inputs, i: int, mistake: Mistake) -> tup
         slots = torch.tensor(table)[positions // size] * size + positions % size
         k, v = memory.k[slots], memory.v[slots]
     k, v = stored_values(case, inputs, k, v, mistake)
+    if case.spec.latent is not None:
+        k, v = _mistaken_latents(k, v, mistake)
     return (v, k) if mistake.swapped else (k, v)
+
+
+def _mistaken_latents(k: Tensor, v: Tensor, mistake: Mistake) -> tuple[Tensor, Tensor]:
+    rank = v.shape[-1]
+    v = k[..., -rank:] if mistake.values_at_end else v
+    if mistake.without_rotated:
+        k = torch.cat((k[..., :rank], torch.zeros_like(k[..., rank:])), -1)
+    return k, v
 
 
 def stored_values(

@@ -11,6 +11,7 @@ from quire.interfaces.attention import (
     AttentionSpec,
     BatchLimits,
     KVLayout,
+    latent_layout,
 )
 from quire.interfaces.batch import Batch
 
@@ -24,12 +25,14 @@ class DenseAttention(AttentionBackend):
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
-        """Serve all but latent attention."""
-        return None if spec.latent is None else "the kit has no latent attention"
+        """Serve everything."""
+        return None
 
     @classmethod
     def kv_layout(cls, spec: AttentionSpec) -> KVLayout:
-        """Keep a block's keys together, then its values."""
+        """Keep a block's keys together, then its values; of latents keys alone."""
+        if spec.latent is not None:
+            return latent_layout(spec)
         shape = (2, spec.block_size, spec.num_kv_heads, spec.head_dim)
         return KVLayout(name="dense", block_shape=shape, dtype=spec.kv_dtype)
 
@@ -43,6 +46,9 @@ class DenseAttention(AttentionBackend):
         """Store each token's key and value in its slot."""
         slots = plan.groups[0].slot_mapping.long()
         at = slots // self.spec.block_size, slots % self.spec.block_size
+        if self.spec.latent is not None:
+            kv_cache[at] = k[:, 0]
+            return
         kv_cache[at[0], 0, at[1]], kv_cache[at[0], 1, at[1]] = k, v
 
     def attend(
@@ -67,7 +73,7 @@ class DenseAttention(AttentionBackend):
             if kv_cache is not None:
                 at = torch.arange(seq_len, device=q.device)
                 blocks = plan.groups[0].block_table[row].long()[at // self.spec.block_size]
-                keys, values = kv_cache[blocks, :, at % self.spec.block_size].unbind(1)
+                keys, values = self._kept(kv_cache, blocks, at % self.spec.block_size)
             parts = [(part, len(keys))]
             if self.spec.batch_invariant and kv_cache is not None:
                 # One query after another, each with its own keys and nothing else.
@@ -78,6 +84,13 @@ class DenseAttention(AttentionBackend):
                     layer, q[own].clone(), keys[:count], values[:count], plan.positions[own]
                 )
                 out[own] = found.to(out.dtype)
+
+    def _kept(self, kv_cache: Tensor, blocks: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spec.latent is None:
+            keys, values = kv_cache[blocks, :, at].unbind(1)
+            return keys, values
+        keys = kv_cache[blocks, at].unsqueeze(1)
+        return keys, keys[..., : self.spec.value_head_dim]
 
     def _attended(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, positions: Tensor

@@ -41,6 +41,8 @@ MISTAKES = [
     Mistake(words="the scales of the quantized cache are applied twice", kv_scales="squared"),
     Mistake(words="the cache is read with another head's scales", kv_scales="next head"),
     Mistake(words="keys are read with the values' scales, or the reverse", kv_scales="other"),
+    Mistake(words="a latent's rotated part is left out of the scores", without_rotated=True),
+    Mistake(words="values are a latent's last numbers, not its first", values_at_end=True),
     Mistake(words="the tail of the last block is not masked", tail=True),
     Mistake(words="blocks are read in a row, not by the block table", blocks="in a row"),
     Mistake(words="another sequence's row of the block table is read", blocks="next row"),
@@ -168,6 +170,7 @@ def _applies(case: Case, mistake: Mistake) -> bool:
         mistake.reads_elsewhere and spec.alibi,
         mistake.kv_scales != "own" and not spec.has_quantized_kv,
         mistake.kv_scales == "next head" and spec.num_kv_heads == 1,
+        (mistake.without_rotated or mistake.values_at_end) and spec.latent is None,
     ]
     return not any(impossible)
 

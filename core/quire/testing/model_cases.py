@@ -32,6 +32,21 @@ SIZES: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
 }
+# For models with latent attention, whose heads have none of their own in the cache.
+LATENT_SIZES: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 ROPE = "rope_parameters"
 # The size of weights: small enough that rounding does not grow from layer to layer.
 WEIGHT = 0.2
@@ -72,6 +87,20 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "head_dim": {"head_dim 24": {"head_dim": 24}},
     "tie_word_embeddings": {"tied embeddings": {"tie_word_embeddings": True}},
     "num_experts_per_tok": {"one expert a token": {"num_experts_per_tok": 1}},
+    "q_lora_rank": {"queries of one product": {"q_lora_rank": None}},
+    "kv_lora_rank": {
+        "rope yarn with mscale": _rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            mscale=0.7,
+            mscale_all_dim=1.1,
+        ),
+    },
+    "v_head_dim": {"values wider than keys": {"v_head_dim": 26}},
+    "topk_group": {"experts of one group": {"topk_group": 1}},
+    "topk_method": {"the best groups only": {"topk_method": "group_limited_greedy"}},
+    "first_k_dense_replace": {"experts in every layer": {"first_k_dense_replace": 0}},
     "decoder_sparse_step": {"experts in every second layer": {"decoder_sparse_step": 2}},
     "mlp_only_layers": {"no experts in layer 0": {"mlp_only_layers": [0]}},
     "sliding_window": {"sliding_window 3": {"sliding_window": 3}},
@@ -158,7 +187,8 @@ class ModelCase:
 def tiny_config(subject: ModelSubject) -> dict[str, Any]:
     """Return the plainest config.json: small sizes for the keys that the model declares."""
     declared = subject.config_class.keys()
-    sizes = {name: value for name, value in SIZES.items() if name in declared}
+    all_sizes = SIZES | LATENT_SIZES if "kv_lora_rank" in declared else SIZES
+    sizes = {name: value for name, value in all_sizes.items() if name in declared}
     return {**sizes, **subject.config}
 
 

@@ -74,13 +74,23 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = real(config).eval()
-            for name, parameter in model.named_parameters():
-                is_norm = parameter.dim() == 1 and name.endswith("weight")
-                parameter.data.normal_(0.0, WEIGHT).add_(1.0 if is_norm else 0.0)
-                parameter.requires_grad_(False)
+            _draw(model)
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
     return model
+
+
+def _draw(model: Any) -> None:
+    """Fill a model with random weights, and what of its buffers lies in files."""
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        is_norm = parameter.dim() == 1 and name.endswith("weight")
+        parameter.data.normal_(0.0, WEIGHT).add_(1.0 if is_norm else 0.0)
+        parameter.requires_grad_(False)
+    for name, buffer in model.state_dict().items():
+        if buffer.is_floating_point() and name not in own:
+            # Biases of a choice: larger ones would leave experts that no token has.
+            buffer.normal_(0.0, WEIGHT / 4)
 
 
 def tensors_of(subject: ModelSubject, variation: str, seed: int) -> dict[str, Tensor] | None:
@@ -167,6 +177,66 @@ def _other_weights(model: Any) -> bool:
     for router in routers:
         router.register_forward_hook(_other_sum)
     return bool(routers)
+
+
+def _halves_in_experts(model: Any) -> bool:
+    """Let gates come before ups where they take turns, in the last dimension."""
+    experts = [m for m in model.modules() if hasattr(m, "gate_up_proj_bias")]
+    for own in experts:
+        for weight in (own.gate_up_proj, own.gate_up_proj_bias):
+            halves = weight.data.chunk(2, -1)
+            weight.data = torch.stack(halves, -1).flatten(-2)
+    return bool(experts)
+
+
+def _plain_swiglu(model: Any) -> bool:
+    experts = _with_attribute(model, "limit")
+    for own in experts:
+        own.limit = 1e9
+    return bool(experts)
+
+
+def _drop_sinks(model: Any) -> bool:
+    sinks = [p for name, p in model.named_parameters() if name.endswith(".sinks")]
+    for sink in sinks:
+        sink.data.fill_(-1e9)
+    return bool(sinks)
+
+
+def _drop_correction(model: Any) -> bool:
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for bias in biases:
+        bias.zero_()
+    return bool(biases)
+
+
+def _set_in_routers(name: str, value: Any) -> Callable[[Any], bool]:
+    def put(model: Any) -> bool:
+        routers = [m for m in _with_attribute(model, name) if hasattr(m, "top_k")]
+        for router in routers:
+            setattr(router, name, value)
+        return bool(routers)
+
+    return put
+
+
+_unscaled_experts = _set_in_routers("routed_scaling_factor", 1.0)
+
+
+def _one_group(model: Any) -> bool:
+    return _set_in_routers("num_group", 1)(model) and _set_in_routers("topk_group", 1)(model)
+
+
+def _plain_greedy(model: Any) -> bool:
+    return _set_in_routers("topk_method", "greedy")(model)
+
+
+def _drop_rotated_part(model: Any) -> bool:
+    """Leave the rotated part of keys out, which all heads of latent attention share."""
+    layers = _with_attribute(model, "kv_a_proj_with_mqa")
+    for layer in layers:
+        layer.kv_a_proj_with_mqa.weight.data[layer.kv_lora_rank :] = 0
+    return bool(layers)
 
 
 def _unscale(model: Any) -> bool:
@@ -274,6 +344,16 @@ MISTAKES = [
         "a token's experts are weighed as with the other norm_topk_prob",
         _other_weights,
     ),
+    ("gates and ups of the experts are read as halves, not in turns", _halves_in_experts),
+    ("the limit of the experts' gates is ignored", _plain_swiglu),
+    ("the experts' weights are not multiplied by routed_scaling_factor", _unscaled_experts),
+    ("experts of all groups are chosen", _one_group),
+    ("experts of all groups are chosen, as by topk_method greedy", _plain_greedy),
+    ("the bias of the choice of experts is ignored", _drop_correction),
+    ("the latents' norm is missing", _skip_norm("kv_a_layernorm")),
+    ("the norm of the queries' latents is missing", _skip_norm("q_a_layernorm")),
+    ("the rotated part of keys is left out", _drop_rotated_part),
+    ("the sinks are ignored", _drop_sinks),
     ("attention scores are not scaled", _unscale),
     ("attention scores are scaled by hidden_size instead of head_dim", _scale_by_hidden),
     ("the final norm is missing", _drop_final_norm),

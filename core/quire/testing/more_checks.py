@@ -23,6 +23,7 @@ from quire.testing.attention_surroundings import group_of, poisoned_outputs, ste
 from quire.testing.dense import attention, judge
 from quire.testing.diagnosis import explain, first_wrong
 from quire.testing.kit_report import Failure
+from quire.testing.latent_checks import check_latent_write
 
 
 def check_plans_apart(subject: Subject, case: Case) -> Failure | None:
@@ -83,6 +84,8 @@ def _shorter(lengths: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
 def check_fused_write(subject: Subject, case: Case) -> Failure | None:
     """The fused form equals norm, rotation and write, as near as plain PyTorch does."""
     spec = case.spec
+    if spec.latent is not None:
+        return check_latent_write(subject, case)
     if spec.value_head_dim != spec.head_dim:
         return None
     generator = torch.Generator().manual_seed(case.seed)

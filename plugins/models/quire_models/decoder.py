@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from quire.interfaces.rope import RopeParameters
 from quire.layers.rotary import RotaryTable
 from quire_kernels import ops
 from quire_models.decoder_config import DecoderConfig
+from quire_models.latent import LatentSelfAttention, LatentSizes
 from quire_models.mixture import Mixture, MixtureOptions
 from quire_models.norm import NoNorm, Norm, after_silu_mul
 
@@ -24,9 +25,11 @@ from quire_models.norm import NoNorm, Norm, after_silu_mul
 class LayerOptions:
     """What tells one family's layer from another's; `qk_norm` is the norm's eps.
 
-    With `mixture` the layer has experts instead of one MLP. `is_fused`: files hold q, k and v as
-    one tensor, and gate and up as one. `norms_qk`: q and k go through a `norm` before attention,
-    "head" by head or "whole". `scale` and `rope` where they are not what the config's sizes say.
+    With `mixture` the layer has experts instead of one MLP, with `latent` latent attention, with
+    `sinks` one in each head. `is_fused`: files hold q, k and v as one tensor, and gate and up as
+    one. `norms_qk`: q and k go through a `norm` before attention, "head" by head or "whole".
+    `scale` and `rope` where they are not what the config's sizes say. `make_mlp` makes what stands
+    for the MLP, of the layer's name, the hidden size and the builder.
     """
 
     qkv_bias: bool = False
@@ -42,6 +45,10 @@ class LayerOptions:
     is_gelu: bool = False
     mixture: MixtureOptions | None = None
     norm: type[Norm] = Norm
+    latent: LatentSizes | None = None
+    sinks: bool = False
+    rotary_table: type[RotaryTable] = RotaryTable
+    make_mlp: Callable[[str, int, BuildContext], nn.Module] | None = None
 
 
 def projections(
@@ -98,6 +105,7 @@ class SelfAttention(nn.Module):
             qk_norm=options.qk_norm,
             sliding_window=options.sliding_window,
             logit_softcap=options.logit_softcap,
+            sinks=options.sinks,
         )
         self.attn = build.attention(name, attention)
         self.o_proj = build.linear(f"{name}.o_proj", q_size, hidden, bias=options.output_bias)
@@ -147,6 +155,19 @@ class MLP(nn.Module):
         return out, total
 
 
+def _attention(
+    name: str,
+    index: int,
+    config: DecoderConfig,
+    options: LayerOptions,
+    rotary: RotaryTable,
+    build: BuildContext,
+) -> SelfAttention | LatentSelfAttention:
+    if options.latent is None:
+        return SelfAttention(name, index, config, options, rotary, build)
+    return LatentSelfAttention(name, index, options.latent, rotary, build)
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -161,10 +182,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         name, eps = f"model.layers.{index}", config.rms_norm_eps
         self.input_layernorm = options.norm(config.hidden_size, eps, build)
-        self.self_attn = SelfAttention(f"{name}.self_attn", index, config, options, rotary, build)
+        self.self_attn = _attention(f"{name}.self_attn", index, config, options, rotary, build)
         self.post_attention_layernorm = options.norm(config.hidden_size, eps, build)
         self.mlp: nn.Module
-        if options.mixture is None:
+        if options.make_mlp is not None:
+            self.mlp = options.make_mlp(name, config.hidden_size, build)
+        elif options.mixture is None:
             self.mlp = MLP(f"{name}.mlp", config, options, build)
         else:
             self.mlp = Mixture(name, config.hidden_size, options.mixture, build)
@@ -253,7 +276,7 @@ class DecoderStack(nn.Module):
         )
         ropes = [config.rope if layer.rope is None else layer.rope for layer in options]
         tables = {
-            rope: RotaryTable.from_parameters(
+            rope: options[0].rotary_table.from_parameters(
                 rope,
                 config.head_dim,
                 max_len=build.max_model_len,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 from broken_backends import BROKEN
+from broken_latents import FusedLatentGather, LatentGather
 from broken_plans import FusedGather
 from gather_attention import GatherAttention
 from torch import Tensor
@@ -17,14 +18,15 @@ from quire.errors import KernelError
 from quire.execution.kv_cache import LayerGroup
 from quire.execution.self_check import check_attention, foretell, why_skipped
 from quire.execution.self_check_case import pieces_of, steps_of
-from quire.interfaces.attention import AttentionBackend, BatchLimits, KVLayout, LatentSpec
+from quire.interfaces.attention import AttentionBackend, BatchLimits, KVLayout
 from quire.interfaces.batch import Batch
-from quire.interfaces.model import AttentionOptions
+from quire.interfaces.model import AttentionOptions, LatentOptions
 from quire.interfaces.rope import RopeParameters
 from quire.layers.attention import Attention
 from quire.layers.combined_attention import combine
 from quire.layers.dense_attention import dense_attention
-from quire.layers.rotary import RotaryTable
+from quire.layers.latent_attention import LatentAttention
+from quire.layers.rotary import PairedRotaryTable, RotaryTable
 from quire.testing.attention_cases import Case, make_inputs, make_spec
 from quire.testing.dense import attention
 from quire_attention.reference.backend import ReferenceAttention
@@ -325,7 +327,6 @@ def test_backend_that_reads_another_group_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"latent": LatentSpec(kv_lora_rank=8, rope_head_dim=4, nope_head_dim=4)}, "latent att"),
         ({"causal": False}, "encoders"),
         ({"kv_dtype": "int8"}, "int8 KV cache"),
     ],
@@ -337,6 +338,46 @@ def test_what_is_not_checked_is_told(change: dict[str, Any], reason: str) -> Non
     assert reason in (why_skipped(group.spec) or "")
     assert reason in foretell([group], skip=False)[0]
     check_attention([group], LIMITS)
+
+
+def make_latent_group(backend: type[AttentionBackend]) -> LayerGroup:
+    """Return one layer of latent attention."""
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.3])
+    table = PairedRotaryTable(angles.cos(), angles.sin(), 4, torch.float32)
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    options = LatentOptions(
+        **{"layer_index": 0, "num_heads": 20, **sizes, "scale": 0.3, "norm_eps": 1e-6},
+        rotary=table,
+    )
+    layer = LatentAttention(options, torch.float32, torch.device("cpu"))
+    for parameter in layer.parameters():
+        parameter.data.copy_(
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+        )
+    spec = layer.spec(dtype="float32", kv_dtype="float32", block_size=16, device="cpu")
+    layer.bind(backend(spec, LIMITS, {}), None, 0)
+    return LayerGroup(
+        spec=spec,
+        layers=[layer],
+        backend_name="mine",
+        backend_class=backend,
+        layout=backend.kv_layout(spec),
+    )
+
+
+@pytest.mark.parametrize("backend", [LatentGather, FusedLatentGather, ReferenceAttention])
+def test_right_backend_of_latents_passes(backend: type[AttentionBackend]) -> None:
+    check_attention([make_latent_group(backend)], LIMITS)
+
+
+WRONG_LATENTS = [name for name in BROKEN if name.startswith("latent-")]
+WRONG_LATENTS.remove("latent-in-a-layout-of-its-own")
+
+
+@pytest.mark.parametrize("name", WRONG_LATENTS)
+def test_wrong_backend_of_latents_is_refused(name: str) -> None:
+    with pytest.raises(KernelError, match="fails the self-check: it (is wrong|gives)"):
+        check_attention([make_latent_group(BROKEN[name])], LIMITS)
 
 
 def test_what_is_checked_is_told() -> None:

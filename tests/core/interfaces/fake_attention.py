@@ -41,7 +41,8 @@ class FakeAttention(AttentionBackend):
         """Refuse what later issues bring, each by its field."""
         if spec.latent is not None:
             sizes = (spec.latent.kv_lora_rank, spec.latent.rope_head_dim)
-            return f"no latent attention of {sizes} and {spec.latent.nope_head_dim}"
+            heads = (spec.latent.nope_head_dim, spec.latent.v_head_dim, spec.latent.plain_from)
+            return f"no latent attention of {sizes} and {heads}"
         if spec.alibi or not spec.causal or spec.batch_invariant:
             return "no ALiBi, no encoders, no batch invariance"
         if spec.logit_softcap is not None and spec.sliding_window is not None:

@@ -197,9 +197,11 @@ def _drive_what_users_see(patch: pytest.MonkeyPatch) -> None:
 
 def _drive_what_has_no_path_yet(engine: Engine) -> None:
     """Hand the fakes what later issues will: nothing in Quire makes these specs yet."""
-    latent = attention.LatentSpec(kv_lora_rank=4, rope_head_dim=2, nope_head_dim=3)
+    latent = attention.LatentSpec(
+        kv_lora_rank=4, rope_head_dim=2, nope_head_dim=3, v_head_dim=3, plain_from=None
+    )
     spec = evolve(engine.layout.groups[0].spec, latent=latent)
-    assert FakeAttention.why_unsupported(spec) == "no latent attention of (4, 2) and 3"
+    assert FakeAttention.why_unsupported(spec) == "no latent attention of (4, 2) and (3, 3, None)"
     method = FakeQuantization({"excluded": []})
     experts = quantization.ExpertsSpec(
         name="e", num_experts=8, hidden_size=4, intermediate_size=6, dtype="float32", device="cpu"
@@ -311,7 +313,11 @@ def test_model_without_pool_says_so() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"latent": attention.LatentSpec(kv_lora_rank=4, rope_head_dim=2, nope_head_dim=2)},
+        {
+            "latent": attention.LatentSpec(
+                kv_lora_rank=4, rope_head_dim=2, nope_head_dim=2, v_head_dim=2
+            )
+        },
         {"alibi": True},
         {"causal": False},
         {"batch_invariant": True},

@@ -10,6 +10,7 @@ import pytest
 from attrs import evolve
 from broken_backends import BROKEN, GUESSES
 from broken_caches import QuantizedGather
+from broken_latents import FusedLatentGather, LatentGather, LatentsAlone
 from gather_attention import GatherAttention
 
 from quire.testing.kit import PROFILES, Report, check_attention
@@ -32,7 +33,13 @@ def test_right_backend_passes() -> None:
     }
 
 
-@pytest.mark.parametrize("backend", [QuantizedGather, broken_kernels.AnyStep, broken_kernels.Alibi])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        *(QuantizedGather, LatentGather, FusedLatentGather, LatentsAlone),
+        *(broken_kernels.AnyStep, broken_kernels.Alibi),
+    ],
+)
 def test_right_backend_with_more_in_it_passes(backend: type[GatherAttention]) -> None:
     report = check_attention(backend, profile=PATIENT)
 

@@ -17,7 +17,7 @@ from gather_attention import GatherAttention
 from hypothesis import given, settings
 
 from quire.errors import ConfigError
-from quire.interfaces.attention import AttentionSpec, GraphSupport
+from quire.interfaces.attention import AttentionSpec, GraphSupport, LatentSpec
 from quire.testing import AttentionBackendTests, check_attention
 from quire.testing.attention_cases import Case, make_inputs, make_spec, make_tables, num_shared
 from quire.testing.attention_run import Subject, run
@@ -101,6 +101,10 @@ def test_each_known_mistake_explains_itself_alone(mistake) -> None:
         case = attrs.evolve(case, spec=attrs.evolve(case.spec, sliding_window=None))
     if mistake.kv_scales != "own":
         case = attrs.evolve(case, spec=attrs.evolve(case.spec, kv_dtype="float8_e4m3fn"))
+    if mistake.without_rotated or mistake.values_at_end:
+        sizes = LatentSpec(kv_lora_rank=12, rope_head_dim=4, nope_head_dim=8, v_head_dim=8)
+        changes = {"num_kv_heads": 1, "head_dim": 16, "value_head_dim": 12, "latent": sizes}
+        case = attrs.evolve(case, spec=attrs.evolve(case.spec, **changes))
     if mistake.without_alibi:
         case = attrs.evolve(case, spec=attrs.evolve(case.spec, alibi=True))
     inputs = make_inputs(case)

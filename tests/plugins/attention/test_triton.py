@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.errors import KernelError
-from quire.interfaces.attention import AttentionSpec, GraphSupport
+from quire.interfaces.attention import AttentionSpec, GraphSupport, LatentSpec
 from quire.interfaces.batch import Batch
 from quire.layers.attention import QKNorm
 from quire.layers.rotary import RotaryTable
@@ -102,6 +102,15 @@ SPECS = {
         **{"kv_dtype": "float8_e5m2", "head_dim": 20, "value_head_dim": 8, "block_size": 2},
         **{"dtype": "float16", "num_heads": 2, "num_kv_heads": 2},
     },
+    "latents": {
+        **{"num_heads": 4, "num_kv_heads": 1, "head_dim": 22, "value_head_dim": 16},
+        "latent": LatentSpec(kv_lora_rank=16, rope_head_dim=6, nope_head_dim=8, v_head_dim=8),
+    },
+    "latents-and-more": {
+        **{"num_heads": 3, "num_kv_heads": 1, "head_dim": 80, "value_head_dim": 64},
+        **{"sinks": True, "sliding_window": 9, "logit_softcap": 3.0, "dtype": "bfloat16"},
+        "latent": LatentSpec(kv_lora_rank=64, rope_head_dim=16, nope_head_dim=8, v_head_dim=8),
+    },
     "fp8-e5m2": {
         **{"kv_dtype": "float8_e5m2", "dtype": "float16", "sliding_window": 20},
         **{"num_heads": 7, "num_kv_heads": 1, "block_size": 32},
@@ -131,6 +140,14 @@ def test_output_is_within_the_bound_and_no_hidden_slot_is_read(
     inputs = make_inputs(case)
 
     check_within_bound(case, inputs, run(backend, case, inputs).out)
+
+
+def test_latents_of_more_heads_than_a_program_has_room_for() -> None:
+    spec = attrs.evolve(spec_named("latents"), num_heads=34)
+    case = Case(spec=spec, lengths=((1, 9), (3, 5)))
+    inputs = make_inputs(case)
+
+    check_within_bound(case, inputs, run(TritonAttention, case, inputs).out)
 
 
 @given(batches(), st.sampled_from([1, 4, 16]), st.integers(0, 999))
@@ -331,8 +348,9 @@ def test_fused_write_is_not_offered_for_values_of_another_width() -> None:
     assert backend.rotate_and_write(Layer(), *[None] * 6) is None
 
 
-def test_buffers_are_counted_in_the_workspace() -> None:
-    spec = make_spec(device=GPU)
+@pytest.mark.parametrize("name", ["plain", "latents"])
+def test_buffers_are_counted_in_the_workspace(name: str) -> None:
+    spec = spec_named(name)
     backend = TritonAttention(spec, LIMITS, {})
     buffers = [x for x in vars(backend).values() if isinstance(x, Tensor)]
 
@@ -349,9 +367,12 @@ def test_attention_without_a_cache_is_refused() -> None:
         backend.attend(Layer(), q, q, q, None, None, q)
 
 
+WIDE = LatentSpec(kv_lora_rank=640, rope_head_dim=64, nope_head_dim=8, v_head_dim=8)
 REFUSED = {
-    "latent attention": {"latent": object()},
-    "ALiBi with latents": {"alibi": True, "latent": object()},
+    "latents beyond 512": {
+        **{"num_kv_heads": 1, "head_dim": 704, "value_head_dim": 640, "latent": WIDE},
+    },
+    "ALiBi with latents": {"alibi": True, "latent": WIDE},
     "bidirectional attention": {"causal": False},
     "KV cache in another dtype": {"kv_dtype": "float16"},
     "heads beyond 256": {"head_dim": 320},

@@ -17,6 +17,7 @@ RESOLVED = {
     "eos_token_id": "eos_token_ids",
     "rope_parameters": "rope",
     "hidden_activation": "hidden_act",
+    "num_mtp_layers": "num_nextn_predict_layers",
 }
 
 # Keys whose default follows from others; the real class resolves them when it is made.

@@ -13,18 +13,41 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from quire.interfaces.batch import Batch
-from quire.interfaces.model import AttentionOptions, Model
+from quire.interfaces.model import AttentionOptions, LatentOptions, Model
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import ModelPlugin
 from quire.layers.attention import Attention
 from quire.layers.build import LayerBuilder
+from quire.layers.latent_attention import LatentAttention
 from quire.layers.places import places
-from quire_models import llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
+from quire_models import (
+    deepseek,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from quire_quant.none.method import NoQuantization
 
 PLUGINS: dict[str, ModelPlugin] = {
     architecture: plugin
-    for family in (llama, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe)
+    for family in (
+        deepseek,
+        gpt_oss,
+        llama,
+        mixtral,
+        olmo2,
+        phi3,
+        qwen2,
+        qwen2_moe,
+        qwen3,
+        qwen3_moe,
+    )
     for plugin in family.quire_models()
     for architecture in plugin.architectures
 }
@@ -45,15 +68,39 @@ class DenseAttention(Attention):
         repeats = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * self.options.scale
-        scores = scores.masked_fill(~self._visible(batch), -torch.inf)
-        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        scores = scores.masked_fill(~_visible(batch, self.options.sliding_window), -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.to(scores.dtype)[:, None, None].expand(-1, len(q), 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., : len(k)]
+        return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
-    def _visible(self, batch: Batch) -> Tensor:
-        sequences = torch.repeat_interleave(torch.tensor(batch.query_lens))
-        distance = batch.positions[:, None] - batch.positions[None, :]
-        window = self.options.sliding_window or len(distance) + 1
-        same = sequences[:, None] == sequences[None, :]
-        return same & (distance >= 0) & (distance < window)
+
+class DenseLatent(LatentAttention):
+    """The plain form over the step's own tokens, with keys and values written out."""
+
+    def forward(self, q: Tensor, kv: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
+        """Return [num_tokens, num_heads * v_head_dim] for whole sequences."""
+        sizes, rotate = self.latent, self.options.rotary.rotate
+        nope, turned = q.unflatten(1, (self.num_heads, -1)).split(
+            (sizes.nope_head_dim, sizes.rope_head_dim), -1
+        )
+        latent, key = kv.split((sizes.kv_lora_rank, sizes.rope_head_dim), -1)
+        latent = _normalised(latent, self.kv_a_layernorm.weight, self.norm_eps)
+        made = functional.linear(latent, self.kv_b_proj.weight).unflatten(1, (self.num_heads, -1))
+        keys, values = made.split((sizes.nope_head_dim, sizes.v_head_dim), -1)
+        scores = torch.einsum("qhd,khd->hqk", nope, keys)
+        turned, key = rotate(turned, batch.positions), rotate(key[:, None], batch.positions)
+        scores = scores + torch.einsum("qhd,kd->hqk", turned, key[:, 0])
+        scores = (scores * self.options.scale).masked_fill(~_visible(batch, None), -torch.inf)
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).flatten(1)
+
+
+def _visible(batch: Batch, window: int | None) -> Tensor:
+    sequences = torch.repeat_interleave(torch.tensor(batch.query_lens))
+    distance = batch.positions[:, None] - batch.positions[None, :]
+    same = sequences[:, None] == sequences[None, :]
+    return same & (distance >= 0) & (distance < (window or len(distance) + 1))
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,6 +113,10 @@ class DenseBuilder(LayerBuilder):
     def attention(self, name: str, options: AttentionOptions) -> nn.Module:
         """Make dense attention."""
         return DenseAttention(options, self.dtype, self.device)
+
+    def latent_attention(self, name: str, options: LatentOptions) -> nn.Module:
+        """Make latent attention in the plain form."""
+        return DenseLatent(options, self.dtype, self.device)
 
 
 def read_config(architecture: str, given: Any) -> ModelConfig:

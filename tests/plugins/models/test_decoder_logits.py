@@ -12,6 +12,8 @@ from config_oracle import saved
 from dense_model import batch_of, build, copy_weights, logits_of, read_config
 from transformers import PreTrainedModel
 
+from quire.layers.places import places
+
 torch.set_num_threads(1)
 
 SIZES = {
@@ -35,6 +37,21 @@ def rope(rope_type: str, **entries: Any) -> dict[str, Any]:
 
 FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 LONGROPE = rope("longrope", attention_factor=1.25, **FACTORS)
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -95,6 +112,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {}),
     "olmo2 with biases and another eps": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 0.1}),
+    "deepseek v2": ("DeepseekV2", {**LATENT, "routed_scaling_factor": 2.0}),
+    "deepseek v2 lite with biases": (
+        "DeepseekV2",
+        {**LATENT, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True},
+    ),
+    "deepseek v2 in the best groups": (
+        "DeepseekV2",
+        {**LATENT, "topk_method": "group_limited_greedy", "first_k_dense_replace": 0},
+    ),
+    "deepseek v3 yarn": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            **rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=8,
+                mscale=1.0,
+                mscale_all_dim=0.7,
+            ),
+        },
+    ),
+    "deepseek v3 not interleaved, not normalised": (
+        "DeepseekV3",
+        {**LATENT, "rope_interleave": False, "norm_topk_prob": False, "attention_bias": True},
+    ),
+    "deepseek v3 without experts": ("DeepseekV3", {**LATENT, "first_k_dense_replace": 3}),
+    "gpt oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "gpt oss with full attention and a low limit": (
+        "GptOss",
+        {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "swiglu_limit": 0.5,
+            "attention_bias": False,
+            **rope("default"),
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "mixtral with a window": ("Mixtral", {"num_local_experts": 3, "sliding_window": 4}),
     "mixtral with one expert a token": (
@@ -158,6 +216,9 @@ def make_oracle(family: str, changes: dict[str, Any]) -> PreTrainedModel:
     model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(0.0, 0.3).add_(1.0 if "norm" in name else 0.0)
+    for name, buffer in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.3)
     return model
 
 
@@ -218,6 +279,21 @@ def test_old_checkpoints_rotary_frequencies_are_ignored(name: str) -> None:
 
     patterns = DecoderForCausalLM.weight_names.ignored
     assert any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def test_modules_of_deepseek_that_predict_further_tokens_are_left_in_the_file() -> None:
+    import re
+
+    def ignored_of(num_layers: int) -> set[str]:
+        config = {**SIZES, **LATENT, "num_hidden_layers": num_layers}
+        architecture = "DeepseekV3ForCausalLM"
+        model = build(architecture, read_config(architecture, config))
+        names = {f"model.layers.{num_layers}.eh_proj.weight", *places(model)}
+        patterns = model.weight_names.ignored
+        return {n for n in names if any(re.fullmatch(pattern, n) for pattern in patterns)}
+
+    assert ignored_of(61) == {"model.layers.61.eh_proj.weight"}
+    assert ignored_of(2) == set()
 
 
 @torch.inference_mode()

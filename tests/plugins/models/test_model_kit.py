@@ -9,9 +9,11 @@ from attrs import evolve
 from quire.testing import ModelTests
 from quire.testing.kit_report import PROFILES
 from quire_models import (
+    deepseek,
     falcon,
     gemma,
     gpt2,
+    gpt_oss,
     llama,
     mixtral,
     olmo2,
@@ -21,9 +23,11 @@ from quire_models import (
     qwen3,
     qwen3_moe,
 )
+from quire_models.deepseek.model import DeepseekV2, DeepseekV3
 from quire_models.falcon.model import Bloom, Falcon
 from quire_models.gemma.model import Gemma2, Gemma3
 from quire_models.gpt2.model import GPT2
+from quire_models.gpt_oss.model import GptOss
 from quire_models.llama.model import Llama, Mistral
 from quire_models.mixtral.model import Mixtral
 from quire_models.olmo2.model import Olmo2
@@ -135,4 +139,25 @@ class TestQwen3Moe(ModelTests):
     model = Qwen3Moe
     config_class = qwen3_moe.Qwen3MoeConfig
     architecture = "Qwen3MoeForCausalLM"
+    profile = FEW
+
+
+class TestDeepseekV2(ModelTests):
+    model = DeepseekV2
+    config_class = deepseek.DeepseekV2Config
+    architecture = "DeepseekV2ForCausalLM"
+    profile = FEW
+
+
+class TestDeepseekV3(ModelTests):
+    model = DeepseekV3
+    config_class = deepseek.DeepseekV3Config
+    architecture = "DeepseekV3ForCausalLM"
+    profile = FEW
+
+
+class TestGptOss(ModelTests):
+    model = GptOss
+    config_class = gpt_oss.GptOssConfig
+    architecture = "GptOssForCausalLM"
     profile = FEW

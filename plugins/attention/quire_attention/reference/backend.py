@@ -14,6 +14,7 @@ from quire.interfaces.attention import (
     AttentionLayer,
     AttentionSpec,
     KVLayout,
+    latent_layout,
 )
 from quire.interfaces.batch import Batch
 from quire.layers.quantized_cache import as_bytes, dequantize, quantize
@@ -30,7 +31,7 @@ class ReferencePlan:
 
 
 class ReferenceAttention(AttentionBackend):
-    """Serve every spec but latent attention; the judge of all other backends.
+    """Serve every spec; the judge of all other backends.
 
     PyTorch's products of a sequence depend on how many queries they have, in the last bit. Where
     batch invariance is asked for each query has products of its own, of a shape that its position
@@ -42,27 +43,33 @@ class ReferenceAttention(AttentionBackend):
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
-        """Serve all but latent attention and caches of unknown numbers."""
-        if spec.latent is not None:
-            return "it has no latent attention"
+        """Serve all but caches of unknown numbers."""
         if spec.kv_dtype not in (*DTYPES, *cls.quantized_kv):
             return f"it has no {spec.kv_dtype} KV cache"
         return None
 
     @classmethod
     def kv_layout(cls, spec: AttentionSpec) -> KVLayout:
-        """Return [block_size, num_kv_heads, head_dim + value_head_dim]: key, then value."""
+        """Return [block_size, num_kv_heads, head_dim + value_head_dim]: key, then value.
+
+        Of latents keys alone are kept.
+        """
+        if spec.latent is not None:
+            return latent_layout(spec)
         width = spec.head_dim + spec.value_head_dim
         shape = (spec.block_size, spec.num_kv_heads, width)
         return KVLayout(name="token-head-kv", block_shape=shape, dtype=spec.kv_dtype)
 
     def plan(self, batch: Batch, group: int) -> ReferencePlan:
-        """Cut the batch into its sequences."""
+        """Cut the batch into its sequences, but those of latents that their layer serves."""
+        latent = self.spec.latent
+        others = set() if latent is None else set(latent.plain_rows(batch))
         tables = batch.groups[group].block_table
         sequences, first = [], 0
         lengths = zip(batch.query_lens, batch.seq_lens_bound, strict=True)
         for row, (query_len, seq_len) in enumerate(lengths):
-            sequences.append((first, query_len, seq_len, tables[row]))
+            if row not in others:
+                sequences.append((first, query_len, seq_len, tables[row]))
             first += query_len
         return ReferencePlan(slots=batch.groups[group].slot_mapping.long(), sequences=sequences)
 
@@ -74,6 +81,9 @@ class ReferenceAttention(AttentionBackend):
             k = quantize(k, layer.k_scale, kv_cache.dtype)
             v = quantize(v, layer.v_scale, kv_cache.dtype)
         flat = kv_cache.view(-1, *kv_cache.shape[2:])
+        if self.spec.latent is not None:
+            flat[plan.slots] = k[:, 0].to(kv_cache.dtype)
+            return
         kv = torch.cat((k.to(kv_cache.dtype), v.to(kv_cache.dtype)), dim=-1)
         as_bytes(flat)[plan.slots] = as_bytes(kv)
 
@@ -127,6 +137,9 @@ class ReferenceAttention(AttentionBackend):
         num_blocks = -(-seq_len // self.spec.block_size)
         found = as_bytes(kv_cache)[blocks[:num_blocks].long()].view(kv_cache.dtype)
         tokens = found.flatten(0, 1)[:seq_len]
+        if self.spec.latent is not None:
+            keys = tokens.unsqueeze(1)
+            return keys, keys[..., : self.spec.value_head_dim]
         keys, values = tokens[..., : self.spec.head_dim], tokens[..., self.spec.head_dim :]
         if layer.k_scale is not None and layer.v_scale is not None:
             keys = dequantize(keys, layer.k_scale, torch.float32)

@@ -19,22 +19,26 @@ from quire.interfaces.attention import (
     BatchLimits,
     GraphSupport,
     KVLayout,
+    latent_layout,
 )
 from quire.interfaces.batch import Batch
-from quire_attention.triton import kernels
-from quire_attention.triton.tiles import TileLists
-from quire_attention.triton.tuning import (
-    Tile,
-    Tuning,
-    fitted,
-    invariant,
-    power_of_two,
-    tuning_for,
+from quire_attention.triton import kernels, latent
+from quire_attention.triton.launch import (
+    fitted_tuning,
+    in_groups,
+    kernel_of,
+    latent_rank,
+    merged_width,
+    tuning_of,
+    widest_head,
 )
+from quire_attention.triton.tiles import TileLists
+from quire_attention.triton.tuning import Tile, Tuning, power_of_two
 from quire_kernels import head_token_kv, overlap
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
+MAX_LATENT = 512
 # Splits whose sums `merge` reads at a time.
 MERGED_AT_ONCE = 16
 # Up to so many sequences all items run at once, and their order does not matter.
@@ -63,7 +67,7 @@ class TritonPlan:
 
 
 class TritonAttention(AttentionBackend):
-    """Serve causal attention with windows, soft caps, sinks and ALiBi, in the model's dtype.
+    """Serve causal attention with windows, soft caps, sinks, ALiBi and latents, in its dtype.
 
     Numbers of a quantized cache are made float16, or float32 as the model's, before they are
     multiplied, which loses nothing; scales are applied to scores and sums.
@@ -80,14 +84,13 @@ class TritonAttention(AttentionBackend):
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
         """Refuse what the kernels cannot express, and a CPU without Triton's interpreter."""
         reasons = {
-            "latent attention": spec.latent is not None,
             "ALiBi with latents": spec.alibi and spec.latent is not None,
             "bidirectional attention": not spec.causal,
             f"{spec.dtype}": spec.dtype not in DTYPES,
             "KV cache in another dtype than the model's": not spec.has_quantized_kv
             and spec.kv_dtype != spec.dtype,
-            f"heads beyond {MAX_HEAD_DIM} dimensions": max(spec.head_dim, spec.value_head_dim)
-            > MAX_HEAD_DIM,
+            f"heads beyond {MAX_HEAD_DIM} dimensions": widest_head(spec) > MAX_HEAD_DIM,
+            f"latents beyond {MAX_LATENT} dimensions": latent_rank(spec) > MAX_LATENT,
             "scale of zero or less": spec.scale <= 0,
             f"block size of {spec.block_size}": spec.block_size & (spec.block_size - 1) != 0,
         }
@@ -108,6 +111,8 @@ class TritonAttention(AttentionBackend):
 
         What a program reads of a block, one head's keys and values, is one contiguous piece.
         """
+        if spec.latent is not None:
+            return latent_layout(spec)
         width = spec.head_dim + spec.value_head_dim
         shape = (spec.num_kv_heads, spec.block_size, width)
         return KVLayout(name=head_token_kv.NAME, block_shape=shape, dtype=spec.kv_dtype)
@@ -115,7 +120,7 @@ class TritonAttention(AttentionBackend):
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec, limits: BatchLimits) -> int:
         """Count the split plan, the partial results and the tile lists."""
-        tuning = _tuning(spec)
+        tuning, spec = tuning_of(spec), in_groups(spec)
         items = limits.max_num_seqs + _extra_items(
             limits.max_num_seqs, tuning.most_per_sm * MAX_SMS, spec
         )
@@ -128,12 +133,12 @@ class TritonAttention(AttentionBackend):
         self, spec: AttentionSpec, limits: BatchLimits, options: Mapping[str, Any]
     ) -> None:
         super().__init__(spec, limits, options)
-        self.group_size = spec.num_heads // spec.num_kv_heads
-        self.set_tuning(_fitted_tuning(spec))
+        self._grouped = in_groups(spec)
+        self.set_tuning(fitted_tuning(spec))
 
     def set_tuning(self, tuning: Tuning) -> None:
         """Take tiles and split limits, and make the buffers that they need."""
-        spec, limits = self.spec, self.limits
+        spec, limits = self._grouped, self.limits
         device = torch.device(spec.device)
         self.tuning = tuning
         num_sms = _num_sms(device)
@@ -154,7 +159,7 @@ class TritonAttention(AttentionBackend):
 
     def max_items(self, num_rows: int) -> int:
         """Return the most items into which so many sequences with one token are cut."""
-        return num_rows + _extra_items(num_rows, self._most_programs, self.spec)
+        return num_rows + _extra_items(num_rows, self._most_programs, self._grouped)
 
     def plan(self, batch: Batch, group: int) -> TritonPlan:
         """Cut the sequences with several tokens into tiles.
@@ -183,7 +188,7 @@ class TritonAttention(AttentionBackend):
             seq_lens=batch.seq_lens,
             starts=batch.cu_seqlens_q,
             num_single=single,
-            tiles=None if cut is None else tiles.uploaded(cut, batch),
+            tiles=tiles.uploaded(cut, batch) if cut is not None and most_tiles else None,
             most_tiles=most_tiles,
             tile=tile,
         )
@@ -201,8 +206,8 @@ class TritonAttention(AttentionBackend):
             self._first_items,
             self._num_items,
             plan.num_single,
-            _extra_items(plan.num_single, self._few_programs, self.spec),
-            _extra_items(plan.num_single, self._most_programs, self.spec),
+            _extra_items(plan.num_single, self._few_programs, self._grouped),
+            _extra_items(plan.num_single, self._most_programs, self._grouped),
             FEW_CHUNK=self.tuning.few_chunk,
             CHUNK=self.tuning.chunk,
             BLOCK_N=self.tuning.single.block_n,
@@ -216,6 +221,9 @@ class TritonAttention(AttentionBackend):
         self, layer: AttentionLayer, k: Tensor, v: Tensor, kv_cache: Tensor, plan: TritonPlan
     ) -> None:
         """Store each token's key and value in its slot."""
+        if self.spec.latent is not None:
+            head_token_kv.write_latents(k, kv_cache, plan.slots, self.spec.value_head_dim)
+            return
         head_token_kv.write(layer, k, v, kv_cache, plan.slots)
 
     def rotate_and_write(
@@ -229,13 +237,29 @@ class TritonAttention(AttentionBackend):
         plan: TritonPlan,
     ) -> Tensor | None:
         """Normalise, rotate and write in one kernel, where values are as wide as keys."""
-        if self.spec.value_head_dim != self.spec.head_dim:
+        if self.spec.value_head_dim != self.spec.head_dim or self.spec.latent is not None:
             return None
         if self.spec.batch_invariant and qk_norm is not None:
             return None  # the kernel sums heads as the number of tokens tells it
         return head_token_kv.rotate_and_write(
             layer, qkv, positions, rotary, qk_norm, kv_cache, plan.slots
         )
+
+    def rotate_and_write_latents(
+        self,
+        layer: AttentionLayer,
+        projected: tuple[Tensor, Tensor],
+        positions: Tensor,
+        rotary: Any,
+        norm: tuple[Tensor, float],
+        kv_cache: Tensor,
+        plan: TritonPlan,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Do it in one kernel, where a sum's order does not matter."""
+        if self.spec.batch_invariant:
+            return None
+        slots = plan.slots
+        return latent.rotate_and_write(*projected, positions, rotary, norm, kv_cache, slots)
 
     def attend(
         self,
@@ -255,10 +279,11 @@ class TritonAttention(AttentionBackend):
                 "choose another with --attention-backend."
             )
         if plan.num_single:
-            grid = (self.spec.num_kv_heads, self.max_items(plan.num_single))
+            grid = (self._grouped.num_kv_heads, self.max_items(plan.num_single))
             self._launch(grid, self._items, layer, q, kv_cache, plan, (out, lse))
-            heads = self._heads_a_merge(plan.num_single)
-            kernels.merge[(self.spec.num_heads // heads, plan.num_single)](
+            heads, width = self._heads_a_merge(plan.num_single), merged_width(self.spec)
+            parts = -(-self.spec.value_head_dim // width)
+            kernels.merge[(self.spec.num_heads // heads, plan.num_single, parts)](
                 self._partial,
                 self._partial_lse,
                 self._first_items,
@@ -268,13 +293,13 @@ class TritonAttention(AttentionBackend):
                 NUM_HEADS=self.spec.num_heads,
                 HEADS=heads,
                 VALUE_DIM=self.spec.value_head_dim,
-                BLOCK_V=power_of_two(self.spec.value_head_dim),
+                BLOCK_V=width,
                 BLOCK_S=MERGED_AT_ONCE,
                 num_warps=2,
                 **overlap.options(),
             )
         if plan.tiles is not None:
-            grid = (self.spec.num_kv_heads, plan.most_tiles)
+            grid = (self._grouped.num_kv_heads, plan.most_tiles)
             self._launch(grid, plan.tiles, layer, q, kv_cache, plan, (out, lse))
 
     def _heads_a_merge(self, num_rows: int) -> int:
@@ -282,7 +307,7 @@ class TritonAttention(AttentionBackend):
         return self.spec.num_heads if self._is_crowd(num_rows) else 1
 
     def _is_crowd(self, num_rows: int) -> bool:
-        return num_rows * self.spec.num_kv_heads >= self._crowd
+        return num_rows * self._grouped.num_kv_heads >= self._crowd
 
     def _tile_of_singles(self, num_rows: int) -> Tile:
         return self.tuning.crowd if self._is_crowd(num_rows) else self.tuning.single
@@ -301,12 +326,13 @@ class TritonAttention(AttentionBackend):
         alibi = {"slopes_ptr": layer.alibi_slopes} if spec.alibi else {}
         is_single = items is self._items
         tile = self._tile_of_singles(plan.num_single) if is_single else plan.tile
-        kernels.attend[grid](
+        attend, scales, sizes = kernel_of(spec, layer)
+        attend[grid](
             q,
             kv_cache,
             out,
             lse,
-            *(layer.sinks, layer.k_scale, layer.v_scale),
+            *(layer.sinks, *scales),
             plan.block_table,
             plan.seq_lens,
             plan.starts,
@@ -323,13 +349,11 @@ class TritonAttention(AttentionBackend):
             SOFTCAP=spec.logit_softcap,
             WINDOW=spec.sliding_window,
             NUM_HEADS=spec.num_heads,
-            GROUP=self.group_size,
-            HEAD_DIM=spec.head_dim,
-            VALUE_DIM=spec.value_head_dim,
+            GROUP=self._grouped.num_heads // self._grouped.num_kv_heads,
             BLOCK_SIZE=spec.block_size,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            **_block_widths(spec),
+            **sizes,
             SINGLE=is_single,
             INVARIANT=spec.batch_invariant,
             num_warps=tile.num_warps,
@@ -337,41 +361,6 @@ class TritonAttention(AttentionBackend):
             **alibi,
             **overlap.options(),
         )
-
-
-def _block_widths(spec: AttentionSpec) -> dict[str, int]:
-    """Return how wide the tiles of keys and of values are.
-
-    Both are the same where numbers have one byte: with values of 8 beside keys of 20 or 64, tiles
-    of 128 rows and widths of their own, Triton 3.6 reads beyond its shared memory on an H200; with
-    one width for both it does not.
-    """
-    block_d, block_v = power_of_two(spec.head_dim), power_of_two(spec.value_head_dim)
-    if spec.has_quantized_kv:
-        block_d = block_v = max(block_d, block_v)
-    return {"BLOCK_D": block_d, "BLOCK_V": block_v}
-
-
-def _tuning(spec: AttentionSpec) -> Tuning:
-    dim = power_of_two(max(spec.head_dim, spec.value_head_dim))
-    itemsize = 4 if spec.dtype == "float32" else 2
-    found = tuning_for(group=spec.num_heads // spec.num_kv_heads, dim=dim, itemsize=itemsize)
-    return invariant(found) if spec.batch_invariant else found
-
-
-def _fitted_tuning(spec: AttentionSpec) -> Tuning:
-    """Return the tuning for the GPU that there is."""
-    tuning = _tuning(spec)
-    if spec.device == "cpu":
-        return tuning
-    found = torch.cuda.get_device_properties(spec.device)
-    return fitted(
-        tuning,
-        dim=power_of_two(max(spec.head_dim, spec.value_head_dim)),
-        itemsize=4 if spec.dtype == "float32" else 2,
-        # Not told by every version of PyTorch; then as on an H100, which Triton will check.
-        shared_bytes=getattr(found, "shared_memory_per_block_optin", 232448),
-    )
 
 
 def _converts_e4m3(device: str) -> bool:

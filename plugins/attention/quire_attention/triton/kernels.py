@@ -281,7 +281,7 @@ def merge(
     NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of a sequence by their sums: grid (NUM_HEADS / HEADS, rows).
+    """Weigh the splits of a sequence by their sums: grid (NUM_HEADS / HEADS, rows, parts of V).
 
     Rows with one split were written by `attend` itself.
     """
@@ -291,7 +291,7 @@ def merge(
     first, last = tl.load(first_items_ptr + row), tl.load(first_items_ptr + row + 1)
     if last - first <= 1:
         return
-    dims = tl.arange(0, BLOCK_V)
+    dims = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     for head in range(first_head, first_head + HEADS):
         acc = tl.zeros([BLOCK_V], dtype=tl.float32)
         peak, total = tl.full([1], LOWEST, dtype=tl.float32), tl.zeros([1], dtype=tl.float32)

@@ -22,6 +22,7 @@ class TileLists:
     def __init__(self, spec: AttentionSpec, tuning: Tuning, limits: BatchLimits) -> None:
         self._group_size = spec.num_heads // spec.num_kv_heads
         self._tuning = tuning
+        self._latent = spec.latent
         device = torch.device(spec.device)
         num_slots, length = limits.max_steps_in_flight + 1, _max_length(spec, tuning, limits)
         self._lists = torch.zeros((num_slots + 1, length, 2), dtype=torch.int32, device=device)
@@ -45,12 +46,14 @@ class TileLists:
         return -(-num_tokens // step) + min(num_seqs, num_tokens // 2)
 
     def cut(self, batch: Batch, tile: Tile) -> np.ndarray:
-        """Return the list of a step."""
+        """Return the list of a step, without sequences of latents that their layer serves."""
         step = tile.block_m // self._group_size
         single = batch.num_single_token_seqs
         query_lens = np.array(batch.query_lens[single:], np.int64)
         seq_lens = np.array(batch.seq_lens_bound[single : len(batch.query_lens)], np.int64)
         counts = -(-query_lens // step)
+        if self._latent is not None:
+            counts[np.array(self._latent.plain_rows(batch), np.int64) - single] = 0
         sequences = np.repeat(np.arange(len(counts)), counts)
         firsts = (np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts)) * step
         num_keys = (seq_lens - query_lens)[sequences] + firsts

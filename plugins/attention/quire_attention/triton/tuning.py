@@ -67,6 +67,19 @@ def tuning_for(*, group: int, dim: int, itemsize: int) -> Tuning:
     return Tuning(single=single, crowd=crowd, few=few, many=many)
 
 
+def latent_tuning(*, group: int, itemsize: int) -> Tuning:
+    """Return the tiles for programs of `group` heads over latents of some hundred numbers."""
+    rows = power_of_two(group)
+    if itemsize == 4:
+        wide = Tile(block_m=rows, block_n=16, num_warps=8, num_stages=1)
+        return Tuning(single=wide, crowd=wide, few=wide, many=wide)
+    many = Tile(block_m=64, block_n=16, num_warps=8, num_stages=3)
+    small = {16: Tile(block_m=16, block_n=32, num_warps=4, num_stages=3)}
+    small[32] = Tile(block_m=32, block_n=32, num_warps=8, num_stages=2)
+    single = small.get(rows, many)
+    return Tuning(single=single, crowd=single, few=single, many=many)
+
+
 # More keys than a sequence has: it is never split.
 UNSPLIT = 1 << 30
 
@@ -77,15 +90,22 @@ def invariant(tuning: Tuning) -> Tuning:
     return evolve(tuning, single=tile, crowd=tile, many=tile, few_chunk=UNSPLIT, chunk=UNSPLIT)
 
 
-def fitted(tuning: Tuning, *, dim: int, itemsize: int, shared_bytes: int) -> Tuning:
-    """Return the tuning with as many stages and keys as a program's shared memory holds."""
+def fitted(
+    tuning: Tuning, *, dim: int, itemsize: int, shared_bytes: int, rows_a_key: int = 2
+) -> Tuning:
+    """Return the tuning with as many stages and keys as a program's shared memory holds.
+
+    `rows_a_key` rows of `dim` are read of each: a key and a value, or a latent that is both.
+    """
     tiles = (tuning.single, tuning.crowd, tuning.few, tuning.many)
-    single, crowd, few, many = (_fitted(tile, dim * itemsize, shared_bytes) for tile in tiles)
+    single, crowd, few, many = (
+        _fitted(tile, dim * itemsize, shared_bytes, rows_a_key) for tile in tiles
+    )
     return evolve(tuning, single=single, crowd=crowd, few=few, many=many)
 
 
-def _fitted(tile: Tile, row_bytes: int, shared_bytes: int) -> Tile:
-    while _shared_bytes(tile, row_bytes) > shared_bytes:
+def _fitted(tile: Tile, row_bytes: int, shared_bytes: int, rows_a_key: int) -> Tile:
+    while _shared_bytes(tile, row_bytes, rows_a_key) > shared_bytes:
         if tile.num_stages > 2:
             tile = evolve(tile, num_stages=tile.num_stages - 1)
         elif tile.block_n > 16:
@@ -97,6 +117,6 @@ def _fitted(tile: Tile, row_bytes: int, shared_bytes: int) -> Tile:
     return tile
 
 
-def _shared_bytes(tile: Tile, row_bytes: int) -> int:
-    """Return at least what a program holds: its queries, and a key and a value a stage."""
-    return row_bytes * (tile.block_m + 2 * tile.block_n * tile.num_stages)
+def _shared_bytes(tile: Tile, row_bytes: int, rows_a_key: int) -> int:
+    """Return at least what a program holds: its queries, and the rows of a tile of keys a stage."""
+    return row_bytes * (tile.block_m + rows_a_key * tile.block_n * tile.num_stages)
