@@ -21,6 +21,7 @@ KV_FORMATS = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "
 KV_SCALES = ("auto", "calibrated", "unit")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
+TASKS = ("auto", "generate", "embed", "classify", "score", "pooling")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 Check = Callable[[Any], bool]
@@ -194,6 +195,17 @@ class ModelOptions:
     )
     chat_template: str | None = text_setting(
         None, "file with a chat template instead of the checkpoint's own", optional=True
+    )
+    task: str = choice_setting(
+        "auto",
+        TASKS,
+        "what the model does; auto: embed or classify where the checkpoint is made for it, else "
+        "generate; pooling: embed or classify, as the architecture is; score: classify",
+    )
+    pooling: str = text_setting(
+        "auto",
+        "how embeddings are made of tokens' vectors: cls, max, mean, mean_sqrt_len, weightedmean, "
+        "lasttoken, or some with commas; auto: as the checkpoint says",
     )
     trust_remote_code: bool = flag_setting(
         False, "allow code that a checkpoint carries; no installed plugin runs any today"

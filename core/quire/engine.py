@@ -65,8 +65,7 @@ class Engine:
         self.runner.grammars.compile = self._grammars.compiled
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]
-        size = self.layout.kv_size.num_blocks
-        groups = [group.to_cache_group(size) for group in self.layout.groups]
+        groups = self.layout.cache_groups()
         cache = prepared.config.cache
         self.block_manager = BlockManager(groups, enable_prefix_caching=cache.enable_prefix_caching)
         self.scheduler = Scheduler(
@@ -86,6 +85,7 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises: RequestError where it can never be served."""
         self._check_alive()
+        assert (request.pooling is None) == (self.prepared.pooling is None), request.request_id
         self._check_extra_args(request.params)
         self._grammars.admit(request)
         self.scheduler.add_request(request)

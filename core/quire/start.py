@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define
@@ -10,11 +10,12 @@ from attrs import define
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
-from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_cache import LayerGroup, cache_groups
 from quire.execution.kv_scales import describe_source, set_scales, source_of_scales
-from quire.execution.kv_sizing import KVSize, size_kv_cache
+from quire.execution.kv_sizing import KVSize, size_kv_cache, size_without_cache
 from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
+from quire.execution.pooler import Pooler
 from quire.execution.processors import ProcessorChain
 from quire.execution.self_check import check_attention, foretell
 from quire.execution.step_graphs import Capture, CudaCapture
@@ -35,11 +36,15 @@ from quire.hooks.selection import (
     select_sampler,
 )
 from quire.interfaces.attention import AttentionSpec, BatchLimits
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, PoolingModel
 from quire.interfaces.plugin import Selection
 from quire.layers.combined_attention import combine
 from quire.layers.weights import WeightStore
+from quire.pooling_setup import CLASSIFY
 from quire.preparation import Prepared, kv_request
+
+if TYPE_CHECKING:
+    from quire.scheduling.output import KVCacheGroup
 
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
 STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
@@ -64,6 +69,15 @@ class Layout:
     self_check: list[str]
     kv_scales: str | None
 
+    def cache_groups(self) -> list[KVCacheGroup]:
+        """Return the groups as the block manager sees them."""
+        return cache_groups(self.groups, self.kv_size.num_blocks, self.kv_size.max_model_len)
+
+    @property
+    def has_kv_cache(self) -> bool:
+        """Whether any layer keeps keys and values: an encoder's do not."""
+        return any(group.has_cache for group in self.groups)
+
     @property
     def kv_scales_in_words(self) -> str | None:
         """Where the scales of the KV cache come from."""
@@ -79,10 +93,15 @@ class Starter:
         with self.phases.timed("device"):
             self.device = setup.pick_device(prepared.config.device.device)
         if prepared.config.scheduler.max_num_batched_tokens is None:
+            least = prepared.least_step
+            tokens, source = _tokens_a_step(self.device), "default"
+            if least > tokens:
+                tokens, source = least, "model"
             prepared.config = prepared.config.with_value(
-                "max_num_batched_tokens", _tokens_a_step(self.device), source="default"
+                "max_num_batched_tokens", tokens, source=source
             )
         self.config = prepared.config
+        self._generates = prepared.pooling is None
         if self.device.type == "cpu":
             setup.set_threads(self.config.device.num_threads)
         self._dtype = self.config.model.dtype
@@ -108,6 +127,9 @@ class Starter:
         model = prepared.model.load_class()
         if not issubclass(model, Model):
             raise QuireError(f"{prepared.model.load} is not a quire.interfaces.model.Model.")
+        scores = prepared.pooling is not None and prepared.pooling.task == CLASSIFY
+        if scores and not issubclass(model, PoolingModel):
+            raise QuireError(f"{prepared.model.load} gives no scores: it is no PoolingModel.")
         return setup.ChosenClasses(
             model=model,
             quantization=quantization(prepared.raw_config.get("quantization_config") or {}),
@@ -193,7 +215,7 @@ class Starter:
 
     def _plan(self, model: Model) -> Layout:
         backends, selections = self._choose_backends(model)
-        groups = setup.group_layers(model, backends)
+        groups = setup.group_layers(model, backends, self._longest())
         limits = self._limits(self._longest())
         measured = self._measure_host(model, groups, limits)
         if self._uses_graphs(groups):
@@ -201,7 +223,7 @@ class Starter:
         size = self._size(groups, self._kv_bytes(measured))
         return Layout(
             groups=groups,
-            selections=[*selections, self._sampler_choice],
+            selections=[*selections, *([self._sampler_choice] if self._generates else [])],
             kv_size=size,
             budget=measured.with_blocks(_kv_bytes(groups, size)),
             limits=self._limits(size.max_model_len),
@@ -221,6 +243,7 @@ class Starter:
             device=device,
             max_model_len=self._longest(),
             batch_invariant=self._is_invariant,
+            generates=self._generates,
         )
         if self._is_invariant:
             self._check_products(model)
@@ -277,7 +300,7 @@ class Starter:
     ) -> setup.Measured:
         """Estimate before weights are loaded; a GPU's memory is measured again after."""
         activations = setup.estimated_activation_bytes(
-            self.prepared.model_config, limits, self._dtype
+            self.prepared.model_config, limits, self._dtype, generates=self._generates
         )
         measured = setup.measure_host(
             weights=setup.weight_bytes(model),
@@ -298,6 +321,8 @@ class Starter:
         return measured.available
 
     def _size(self, groups: list[LayerGroup], available: int) -> KVSize:
+        if not any(group.has_cache for group in groups):
+            return size_without_cache(self.config.scheduler.max_num_seqs, self._longest())
         request = kv_request(
             self.config,
             self.prepared.model_config,
@@ -330,7 +355,13 @@ class Starter:
             sampler=self._classes.sampler(),
             processors=self._processors(limits),
             capture=self._capture(layout),
+            pooler=self._pooler(model),
         )
+
+    def _pooler(self, model: Model) -> Pooler | None:
+        """Return what makes vectors, None where tokens are generated."""
+        pooling = self.prepared.pooling
+        return None if pooling is None else Pooler(model, pooling)
 
     def _capture(self, layout: Layout) -> Capture | None:
         """Return how steps are captured, None where they are not."""
@@ -338,7 +369,7 @@ class Starter:
 
     def _uses_graphs(self, groups: list[LayerGroup]) -> bool:
         eager = self.config.device.enforce_eager
-        return not eager and setup.can_use_graphs(groups, self.device)
+        return not eager and self._generates and setup.can_use_graphs(groups, self.device)
 
     def _processors(self, limits: BatchLimits) -> ProcessorChain:
         vocab_size = self.prepared.model_config.vocab_size

@@ -25,7 +25,11 @@ Answer = TypeVar("Answer")
 
 @define(kw_only=True)
 class LayerGroup:
-    """Layers with one spec, the backend that serves them and the layout that it wants."""
+    """Layers with one spec, the backend that serves them and the layout that it wants.
+
+    Layers that are not causal are an encoder's, and have no cache. A sequence, of up to `longest`
+    tokens, then has one block, which holds nothing.
+    """
 
     spec: AttentionSpec
     layers: list[Attention]
@@ -33,10 +37,23 @@ class LayerGroup:
     backend_class: type[AttentionBackend]
     layout: KVLayout
     options: Mapping[str, Any] = Factory(dict)
+    longest: int = 1
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values are kept."""
+        return self.spec.causal
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of one block."""
+        return self.spec.block_size if self.has_cache else whole_block(self.longest)
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block in all layers of the group."""
+        if not self.has_cache:
+            return 0
         size = torch.empty(0, dtype=getattr(torch, self.layout.dtype)).element_size()
         return len(self.layers) * math.prod(self.layout.block_shape) * size
 
@@ -44,11 +61,26 @@ class LayerGroup:
         """Return the group as the block manager sees it."""
         return KVCacheGroup(
             layers=tuple(layer.index for layer in self.layers),
-            block_size=self.spec.block_size,
+            block_size=self.block_size,
             bytes_per_block=self.bytes_per_block,
             num_blocks=num_blocks,
             window=self.spec.sliding_window,
         )
+
+
+def whole_block(max_model_len: int) -> int:
+    """Return the size of a block that any sequence fits in."""
+    return 1 << (max_model_len - 1).bit_length()
+
+
+def cache_groups(
+    groups: Sequence[LayerGroup], num_blocks: int, max_model_len: int
+) -> list[KVCacheGroup]:
+    """Return the groups as the block manager sees them; there is one also where no layer is."""
+    if groups:
+        return [group.to_cache_group(num_blocks) for group in groups]
+    size = whole_block(max_model_len)
+    return [KVCacheGroup(layers=(), block_size=size, bytes_per_block=0, num_blocks=num_blocks)]
 
 
 def layers_by_spec(
@@ -64,11 +96,14 @@ def layers_by_spec(
 
 
 class KVCache:
-    """One tensor [num_blocks, *block_shape] a layer, bound to it."""
+    """One tensor [num_blocks, *block_shape] a layer, bound to it; none for an encoder's."""
 
     def __init__(self, groups: Sequence[LayerGroup], num_blocks: int, device: torch.device) -> None:
         self.tensors: list[list[Tensor]] = []
         for group in groups:
+            if not group.has_cache:
+                self.tensors.append([])
+                continue
             shape = (num_blocks, *group.layout.block_shape)
             dtype = getattr(torch, group.layout.dtype)
             self.tensors.append([_zeros(shape, dtype, device) for _ in group.layers])
@@ -76,7 +111,8 @@ class KVCache:
     def bind(self, groups: Sequence[LayerGroup], backends: Sequence[AttentionBackend]) -> None:
         """Give every layer its backend and tensor."""
         for number, (group, backend) in enumerate(zip(groups, backends, strict=True)):
-            for layer, tensor in zip(group.layers, self.tensors[number], strict=True):
+            tensors = self.tensors[number] if group.has_cache else [None] * len(group.layers)
+            for layer, tensor in zip(group.layers, tensors, strict=True):
                 layer.bind(backend, tensor, number)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:

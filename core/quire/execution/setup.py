@@ -15,12 +15,15 @@ from quire.execution.kv_cache import (
     KVCache,
     LayerGroup,
     ask,
+    cache_groups,
     layers_by_spec,
     layout_of,
     make_backends,
 )
 from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
 from quire.execution.model_runner import ModelRunner
+from quire.execution.pooler import Pooler
+from quire.execution.pooling_runner import PoolingRunner
 from quire.execution.processors import ProcessorChain
 from quire.execution.step_graphs import Capture, captures_any, decode_sizes, mixed_sizes
 from quire.interfaces.attention import (
@@ -29,7 +32,7 @@ from quire.interfaces.attention import (
     BatchLimits,
     GraphSupport,
 )
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, PoolingModel
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.quantization import QuantizationMethod
 from quire.interfaces.sampling import Sampler
@@ -73,6 +76,7 @@ def build_model(
     device: str,
     max_model_len: int,
     batch_invariant: bool = False,
+    generates: bool = True,
 ) -> Model:
     """Build a model with empty weights; on device `meta` it takes no memory."""
     builder = LayerBuilder(
@@ -82,6 +86,7 @@ def build_model(
         quantization=classes.quantization,
         dense=classes.dense,
         batch_invariant=batch_invariant,
+        generates=generates,
     )
     with torch.inference_mode(False), torch.no_grad():
         return classes.model(config, builder).eval()
@@ -106,8 +111,15 @@ class ChosenBackend:
     options: dict[str, Any]
 
 
-def group_layers(model: Model, chosen: Mapping[AttentionSpec, ChosenBackend]) -> list[LayerGroup]:
-    """Group a model's attention layers by spec, each with its backend."""
+def group_layers(
+    model: Model, chosen: Mapping[AttentionSpec, ChosenBackend], max_model_len: int = 1
+) -> list[LayerGroup]:
+    """Group a model's attention layers by spec, each with its backend.
+
+    Only a model that gives vectors may have none, which attends in its own way.
+    """
+    if not chosen and isinstance(model, PoolingModel):
+        return []
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no attention layer; Quire needs one.")
     spec = next(iter(chosen))
@@ -126,6 +138,7 @@ def group_layers(model: Model, chosen: Mapping[AttentionSpec, ChosenBackend]) ->
             backend_class=chosen[spec].backend_class,
             layout=layout_of(chosen[spec].name, chosen[spec].backend_class, spec),
             options=chosen[spec].options,
+            longest=max_model_len,
         )
         for spec, layers in found.items()
     ]
@@ -143,14 +156,16 @@ def weight_bytes(model: Model) -> int:
     return total
 
 
-def estimated_activation_bytes(config: ModelConfig, limits: BatchLimits, dtype: str) -> int:
+def estimated_activation_bytes(
+    config: ModelConfig, limits: BatchLimits, dtype: str, *, generates: bool = True
+) -> int:
     """Return an estimate: eight hidden states a token, and the logits in float32 thrice.
 
     Used where it is not measured: on a CPU, whose allocator does not tell.
     """
     element = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     hidden = 8 * limits.max_num_batched_tokens * config.hidden_size * element
-    rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    rows = min(limits.max_num_seqs, limits.max_num_batched_tokens) if generates else 0
     return hidden + 3 * rows * config.vocab_size * 4
 
 
@@ -315,7 +330,7 @@ def synthetic_step(
                 token_ids=[0] * length,
                 num_prompt_tokens=length,
                 num_computed_tokens=0,
-                block_tables=[[1] * -(-length // group.spec.block_size) for group in groups],
+                block_tables=[[1] * -(-length // group.block_size) for group in groups] or [[1]],
                 params=params,
                 seed=0,
             )
@@ -334,17 +349,19 @@ def make_runner(
     sampler: Sampler,
     processors: ProcessorChain,
     capture: Capture | None = None,
+    pooler: Pooler | None = None,
 ) -> ModelRunner:
     """Allocate the KV cache, bind it to the layers and return the runner."""
     device = next(model.parameters()).device
     backends = make_backends(groups, limits)
     kv_cache = KVCache(groups, num_blocks, device)
     kv_cache.bind(groups, backends)
-    runner = ModelRunner(
+    runner_class = ModelRunner if pooler is None else partial(PoolingRunner, pooler)
+    runner = runner_class(
         model=model,
         backends=backends,
         kv_cache=kv_cache,
-        groups=[group.to_cache_group(num_blocks) for group in groups],
+        groups=cache_groups(groups, num_blocks, limits.max_model_len),
         limits=limits,
         sampler=sampler,
         processors=processors,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from quire.errors import CheckpointError
@@ -18,7 +19,7 @@ from quire.execution.mapped_files import MappedFiles
 from quire.execution.staged_files import StagedFiles
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
-from quire.layers.embedding import Head
+from quire.layers.embedding import Head, NoHead
 from quire.layers.places import Place, places
 
 
@@ -50,6 +51,7 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     Raises: CheckpointError listing missing, unexpected and wrong-shaped tensors, or naming one
     that is not finite.
     """
+    checkpoint = with_prefix(checkpoint, places(model), model.weight_names.prefix)
     expected = places(model)
     device = next(p.device for p in model.parameters() if not p.is_meta)
     ignored = _ignored_names(model, checkpoint)
@@ -61,6 +63,23 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
         _fill(source, tensors, expected)
         source.check()
     finish_tied_heads(model)
+
+
+def with_prefix(checkpoint: Checkpoint, expected: Iterable[str], prefix: str) -> Checkpoint:
+    """Return the checkpoint with names that have the prefix, or not, as the model's own do.
+
+    A file of the bare model has none, one of a model around it has.
+    """
+    wanted, tensors = set(expected), checkpoint.tensors
+    is_wanted = any(name.startswith(prefix) for name in wanted)
+    if not prefix or is_wanted == any(name.startswith(prefix) for name in tensors):
+        return checkpoint
+    renamed = {}
+    for name, tensor in tensors.items():
+        other = prefix + name if is_wanted else name.removeprefix(prefix)
+        own = other if other not in tensors and (other in wanted or not is_wanted) else name
+        renamed[own] = evolve(tensor, name=own, stored_name=name)
+    return Checkpoint(folder=checkpoint.folder, tensors=renamed)
 
 
 def _largest_first(tensors: list[TensorInfo], expected: dict[str, Place]) -> list[TensorInfo]:
@@ -119,6 +138,9 @@ def _ignored_names(model: Model, checkpoint: Checkpoint) -> set[str]:
     scales = scale_names(m for m in model.modules() if isinstance(m, Attention))
     # A tied head's own tensor, where a file has one, is the embedding again.
     patterns += [re.escape(head.spec.name) + r"\..*" for head in tied]
+    # A model that gives vectors has none at all.
+    absent = [m.name for m in model.modules() if isinstance(m, NoHead)]
+    patterns += [re.escape(name) + r"\..*" for name in absent]
     return {
         name
         for name in checkpoint.tensors

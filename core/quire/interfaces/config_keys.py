@@ -27,7 +27,8 @@ _READ_ELSEWHERE = """
 """
 
 _TRAINING = """
-    attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop embedding_dropout
+    attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout dropout embd_pdrop
+    embedding_dropout
     hidden_dropout hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
     pretraining_tp resid_dropout resid_pdrop rescale_every router_aux_loss_coef
     router_jitter_noise summary_activation

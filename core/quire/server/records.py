@@ -12,6 +12,7 @@ from attrs import define
 if TYPE_CHECKING:
     from quire.server.errors import ApiError
     from quire.server.generation import Generation
+    from quire.server.pooling_job import PoolingJob
     from quire.server.service import Service
 
 log = logging.getLogger("quire.server.requests")
@@ -33,7 +34,7 @@ class Record:
     arrival_s: float
     status: int = 0
     model: str = ""
-    generation: Generation | None = None
+    generation: Generation | PoolingJob | None = None
     error: ApiError | None = None
     client_left: bool = False
     finished_s: float = 0.0
