@@ -158,6 +158,11 @@ class Frontend:
             setup=setup, tokenizer=self.tokenizer, max_model_len=max_model_len, size=size
         )
 
+    def check_generates(self) -> None:
+        """Refuse a model that gives vectors or scores. Raises: RequestError."""
+        if self.prepared.pooling is not None:
+            raise generates_nothing(self.prepared.pooling.task)
+
     def pooling_setup(self, *tasks: str) -> PoolingSetup:
         """Return how vectors or scores are made.
 

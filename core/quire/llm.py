@@ -147,6 +147,7 @@ class LLM(PoolingDoor):
         add_generation_prompt, continue_final_message, tools, chat_template_kwargs.
         Raises: RequestError, ConfigError where the checkpoint has no chat template.
         """
+        self.frontend.check_generates()
         options = _template_options(options)
         conversations = messages if _is_nested(messages) else [messages]
         rendered = [self.frontend.render(conversation, **options) for conversation in conversations]

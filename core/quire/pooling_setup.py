@@ -23,6 +23,7 @@ _LENGTH_FILES = tuple(
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 # In the order in which Sentence-Transformers puts several side by side.
+_ALIASES = {"mean_sqrt_len_tokens": "mean_sqrt_len"}
 KINDS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -34,6 +35,7 @@ _FLAGS = {
 }
 DENSE_ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
 SCORE_ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid", "Softmax": "softmax"}
+_FEATURES = "feature-extraction"
 _COUNTED_LABELS = 2  # as Transformers has it where config.json names none
 _SIMILARITIES = ("cosine", "dot")
 
@@ -129,7 +131,8 @@ def find_setup(
     `served` is what the model plugin says that the architecture is for, `asked` the option.
     Raises: ConfigError for a task that the model does not have, or a folder that cannot be read.
     """
-    asked = {"score": CLASSIFY, "pooling": EMBED if served == GENERATE else served}.get(asked, asked)
+    either = EMBED if served == GENERATE else served
+    asked = {"score": CLASSIFY, "pooling": either}.get(asked, asked)
     has_pooling = (folder / MODULES_FILE).is_file() and served != CLASSIFY
     task, why = asked, "asked for"
     if asked == "auto":
@@ -140,6 +143,8 @@ def find_setup(
     if task == GENERATE:
         return None
     if task == CLASSIFY:
+        if pooled_by != "auto":
+            raise ConfigError("--pooling is for embeddings, and this model gives scores.")
         return _classifier(why, raw_config, folder, "cls" if is_encoder else "lasttoken")
     if has_pooling:
         found = _from_modules(why, folder)
@@ -167,7 +172,7 @@ def _with_kinds(found: PoolingSetup, pooled_by: str) -> PoolingSetup:
             f"--pooling is {shown(pooled_by)}; allowed: auto, or some of {', '.join(KINDS)}, "
             "with commas between them."
         )
-    return evolve(found, kinds=tuple(kind for kind in KINDS if kind in kinds))
+    return evolve(found, kinds=kinds)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -217,6 +222,7 @@ def _from_modules(why: str, folder: Path) -> PoolingSetup:
     modules: list[DenseModule | Normalisation] = []
     for kind, where in rest[1:]:
         if kind == "Normalize":
+            _check_names(read_object(folder / where / "config.json"), folder / where)
             modules.append(Normalisation())
         elif kind == "Dense":
             modules.append(_dense(folder / where))
@@ -243,21 +249,34 @@ def _from_modules(why: str, folder: Path) -> PoolingSetup:
 
 
 def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the kinds, in their order, and whether a prompt's tokens count."""
     given = read_object(path)
     mode = given.get("pooling_mode")
-    asked = {mode} if isinstance(mode, str) else set(mode or ())
-    asked |= {kind for flag, kind in _FLAGS.items() if given.get(flag) is True}
-    unknown = sorted(map(str, asked - set(KINDS)))
-    if unknown or not asked:
+    asked: Any = [mode] if isinstance(mode, str) else mode
+    if not asked:
+        asked = [kind for flag, kind in _FLAGS.items() if given.get(flag) is True] or ["mean"]
+    kinds: list[Any] = [_ALIASES.get(kind, kind) for kind in asked] if isinstance(asked, list) else [asked]
+    if not all(kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
         raise ConfigError(
-            f"{path}: asks for {', '.join(unknown) or 'no pooling'}; allowed: {', '.join(KINDS)}."
+            f"{path}: pooling_mode is {shown(asked)}; allowed: some of {', '.join(KINDS)}."
         )
-    return tuple(kind for kind in KINDS if kind in asked), given.get("include_prompt") is not False
+    return tuple(kinds), given.get("include_prompt") is not False
+
+
+def _check_names(given: Mapping[str, Any], path: Path) -> None:
+    """Refuse a module that reads or writes something else than the embedding."""
+    for name in ("module_input_name", "module_output_name"):
+        value = given.get(name)
+        if value not in (None, "sentence_embedding"):
+            raise ConfigError(f"{path}: {name} is {shown(value)}; allowed: sentence_embedding.")
 
 
 def _dense(folder: Path) -> DenseModule:
     path = folder / "config.json"
     given = read_object(path)
+    _check_names(given, path)
+    if given.get("use_residual"):
+        raise ConfigError(f"{path}: use_residual is true; allowed: false.")
     sizes = [given.get("in_features"), given.get("out_features")]
     if not all(type(size) is int and 0 < size <= 2**17 for size in sizes):
         raise ConfigError(f"{path}: in_features and out_features are {shown(sizes)}; two sizes.")
@@ -278,6 +297,9 @@ def _dense(folder: Path) -> DenseModule:
 
 def _lengths(path: Path) -> dict[str, Any]:
     given = read_object(path)
+    task = given.get("transformer_task", _FEATURES)
+    if task not in (_FEATURES, "sequence-classification"):
+        raise ConfigError(f"{path}: transformer_task is {shown(task)}; allowed: {_FEATURES}.")
     longest = given.get("max_seq_length")
     if longest is not None and (type(longest) is not int or longest < 1):
         raise ConfigError(f"{path}: max_seq_length is {shown(longest)}; whole numbers from 1.")
@@ -301,15 +323,13 @@ def _prompts(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _classifier(why: str, raw: Mapping[str, Any], folder: Path, kind: str) -> PoolingSetup:
     names = _labels(raw, folder / "config.json")
-    modules = folder / MODULES_FILE
-    lengths = _lengths(folder / _LENGTH_FILES[0]) if not modules.is_file() else {}
     return PoolingSetup(
         task=CLASSIFY,
         why=why,
         kinds=(kind,),
         labels=names,
         activation=_score_activation(raw, len(names), folder / "config.json"),
-        **lengths,
+        **_lengths(folder / _LENGTH_FILES[0]),
     )
 
 

@@ -322,7 +322,9 @@ class Starter:
 
     def _size(self, groups: list[LayerGroup], available: int) -> KVSize:
         if not any(group.has_cache for group in groups):
-            return size_without_cache(self.config.scheduler.max_num_seqs, self._longest())
+            source = self.config.source("max_model_len")
+            why = {"user": "as asked", "model": "max_seq_length"}.get(source, "the model's own")
+            return size_without_cache(self.config.scheduler.max_num_seqs, self._longest(), why)
         request = kv_request(
             self.config,
             self.prepared.model_config,

@@ -57,11 +57,9 @@ def size_kv_cache(request: KVRequest) -> KVSize:
     return KVSize(num_blocks=min(blocks, most), max_model_len=length, why=why)
 
 
-def size_without_cache(max_num_seqs: int, longest: int) -> KVSize:
+def size_without_cache(max_num_seqs: int, longest: int, why: str) -> KVSize:
     """Return the size where no layer keeps anything: a block a sequence, which holds nothing."""
-    return KVSize(
-        num_blocks=max_num_seqs + 1, max_model_len=longest, why="there is no KV cache: an encoder"
-    )
+    return KVSize(num_blocks=max_num_seqs + 1, max_model_len=longest, why=why)
 
 
 def _checked_length(request: KVRequest, fits: int) -> int:

@@ -29,6 +29,10 @@ class Pieces:
         """Return the row of each sequence's first token."""
         return (np.cumsum(self.lengths) - self.lengths).tolist()
 
+    def firsts_kept(self) -> list[int]:
+        """Return the row of each sequence's first token that pooling does not leave out."""
+        return [first + out for first, out in zip(self.firsts(), self.skipped, strict=True)]
+
 
 class Pooler:
     """Make vectors, or scores, of a model's hidden states. Works in float32."""
@@ -75,7 +79,7 @@ class Pooler:
 
     def _pooled(self, kind: str, hidden: Tensor, pieces: Pieces) -> Tensor:
         if kind in ("cls", "lasttoken"):
-            rows = pieces.firsts() if kind == "cls" else pieces.lasts()
+            rows = pieces.firsts_kept() if kind == "cls" else pieces.lasts()
             return hidden.index_select(0, torch.tensor(rows, device=hidden.device))
         lengths = torch.tensor(pieces.lengths, device=hidden.device)
         wide = hidden.float()

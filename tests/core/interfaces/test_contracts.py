@@ -17,7 +17,7 @@ import pytest
 import torch
 from attrs import define, evolve
 from fake_attention import FakeAttention
-from fake_model import HEAD_DIM, HIDDEN, KV_HEADS, WINDOW, checkpoint
+from fake_model import HEAD_DIM, KV_HEADS, WINDOW, checkpoint
 from fake_quantization import FakeQuantization, PackedProduct, pack, unpack
 from fake_sampling import FakeSampler, HostProcessor
 from recorder import Field, Recorder

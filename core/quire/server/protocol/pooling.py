@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import attrs
 import msgspec
 from msgspec import Meta
 
@@ -48,7 +49,8 @@ class PoolingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
 
     def pooling_params(self) -> PoolingParams:
         """Return how inputs become vectors or scores. Raises: RequestError."""
-        return PoolingParams(truncate_prompt_tokens=self.truncate_prompt_tokens)
+        names = {a.name for a in attrs.fields(PoolingParams)} & set(self.__struct_fields__)
+        return PoolingParams(**{name: getattr(self, name) for name in names})
 
 
 class InputsBody(PoolingBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -78,32 +80,17 @@ class EmbeddingRequest(InputsBody, kw_only=True, forbid_unknown_fields=True, omi
     normalize: f.Flag | None = None
     prompt_name: f.Name | None = None
 
-    def pooling_params(self) -> PoolingParams:
-        """Return how inputs become embeddings. Raises: RequestError."""
-        return PoolingParams(
-            truncate_prompt_tokens=self.truncate_prompt_tokens,
-            dimensions=self.dimensions,
-            normalize=self.normalize,
-            prompt_name=self.prompt_name,
-        )
-
 
 class ScoresBody(PoolingBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A body that asks for scores."""
 
     use_activation: f.Flag | None = None
 
-    def pooling_params(self) -> PoolingParams:
-        """Return how inputs become scores. Raises: RequestError."""
-        return PoolingParams(
-            truncate_prompt_tokens=self.truncate_prompt_tokens, use_activation=self.use_activation
-        )
 
-
-class ClassifyRequest(
-    InputsBody, ScoresBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
-):
+class ClassifyRequest(InputsBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Inputs whose classes are asked for."""
+
+    use_activation: f.Flag | None = None
 
 
 class ScoreRequest(ScoresBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
