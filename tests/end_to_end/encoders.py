@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 WORDS = 60
 CLS, SEP = 2, 3
 SIZES: dict[str, Any] = {
-    "vocab_size": WORDS + 4,
+    "vocab_size": WORDS + 8,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -41,7 +41,11 @@ def write_tokenizer(folder: Path) -> None:
         special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    named = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
 
 

@@ -28,7 +28,7 @@ from quire.errors import ConfigError, RequestError
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 QUIET: dict[str, Any] = {"use_tqdm": False}
 KINDS = ["cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken"]
-DECODERS = {"num_key_value_heads": 2}
+DECODERS = {"num_key_value_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
