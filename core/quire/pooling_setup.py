@@ -255,10 +255,9 @@ def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
     asked: Any = [mode] if isinstance(mode, str) else mode
     if not asked:
         asked = [kind for flag, kind in _FLAGS.items() if given.get(flag) is True] or ["mean"]
-    kinds: list[Any] = (
-        [_ALIASES.get(kind, kind) for kind in asked] if isinstance(asked, list) else [asked]
-    )
-    if not all(kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
+    named = isinstance(asked, list) and all(isinstance(kind, str) for kind in asked)
+    kinds = [_ALIASES.get(kind, kind) for kind in asked] if named else [""]
+    if not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
         raise ConfigError(
             f"{path}: pooling_mode is {shown(asked)}; allowed: some of {', '.join(KINDS)}."
         )

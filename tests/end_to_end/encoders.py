@@ -55,8 +55,10 @@ def write_model(folder: Path, name: str, **keys: Any) -> Any:
     config = model_class.config_class(**{**SIZES, **keys})
     torch.manual_seed(0)
     model = model_class(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2)
+    for name, parameter in model.named_parameters():
+        is_norm = "norm" in name.lower() and name.endswith("weight")
+        # So far from each other that the vectors of two inputs are.
+        parameter.data.normal_(1.0 if is_norm else 0.0, 0.2)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return model
@@ -107,5 +109,5 @@ def pooled(kind: str, hidden: torch.Tensor) -> torch.Tensor:
 
 def cosine(one: Any, other: Any) -> float:
     """Return the cosine of two vectors."""
-    pair = [torch.as_tensor(x, dtype=torch.float64) for x in (one, other)]
+    pair = [torch.tensor(list(x), dtype=torch.float64) for x in (one, other)]
     return float(torch.cosine_similarity(*pair, dim=0))
