@@ -118,19 +118,19 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def find_setup(
-    asked: str,
+    options: tuple[str, str],
     *,
     served: str,
     folder: Path,
     raw_config: Mapping[str, Any],
     is_encoder: bool,
-    pooled_by: str,
 ) -> PoolingSetup | None:
     """Return how vectors are made, None where tokens are generated.
 
-    `served` is what the model plugin says that the architecture is for, `asked` the option.
+    `options` are --task and --pooling, `served` is what the plugin's architectures are for.
     Raises: ConfigError for a task that the model does not have, or a folder that cannot be read.
     """
+    asked, pooled_by = options
     either = EMBED if served == GENERATE else served
     asked = {"score": CLASSIFY, "pooling": either}.get(asked, asked)
     has_pooling = (folder / MODULES_FILE).is_file() and served != CLASSIFY

@@ -105,13 +105,7 @@ def prepare(config: EngineConfig, phases: Phases | None = None) -> Prepared:
 def _prepare(config: EngineConfig) -> Prepared:
     registry = load_plugins(config.plugins.disable_plugin)
     is_dummy = config.model.load_format == "dummy"
-    root = find_folder(
-        config.model.model,
-        revision=config.model.revision,
-        with_weights=not is_dummy,
-        bundled=registry.names("checkpoint"),
-        open_bundled=registry.checkpoint,
-    )
+    root = _find_root(config, registry, with_weights=not is_dummy)
     folder = transformer_folder(root)
     path = folder / CONFIG_FILE
     raw, quantization_path = find_quantization(read_config(folder), folder)
@@ -126,18 +120,17 @@ def _prepare(config: EngineConfig) -> Prepared:
         quantization, quantization_choice = select_quantization(
             registry, config.plugins.quantization, _quant_method(raw, quantization_path)
         )
-    grammar, grammar_choice, why_no_grammar = select_grammar(
-        registry, config.plugins.grammar_backend
-    )
     # What is drawn at random needs no file.
     checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     pooling = find_setup(
-        config.model.task,
+        (config.model.task, config.model.pooling),
         served=model.task,
         folder=root,
         raw_config=raw,
         is_encoder=model.task != GENERATE and model_config.is_encoder,
-        pooled_by=config.model.pooling,
+    )
+    grammar, grammar_choice, why_no_grammar = select_grammar(
+        registry, config.plugins.grammar_backend
     )
     config = _with_dtype(config, model_config, checkpoint)
     with _naming(quantization_path, "quantization_config"):
@@ -158,6 +151,16 @@ def _prepare(config: EngineConfig) -> Prepared:
         selections=_made(model_choice, quantization_choice, None if pooling else grammar_choice),
         pooling=pooling,
         warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
+    )
+
+
+def _find_root(config: EngineConfig, registry: Registry, *, with_weights: bool) -> Path:
+    return find_folder(
+        config.model.model,
+        revision=config.model.revision,
+        with_weights=with_weights,
+        bundled=registry.names("checkpoint"),
+        open_bundled=registry.checkpoint,
     )
 
 

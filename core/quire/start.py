@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from attrs import define
 
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
-from quire.execution.kv_cache import LayerGroup, cache_groups
-from quire.execution.kv_scales import describe_source, set_scales, source_of_scales
+from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_scales import set_scales, source_of_scales
 from quire.execution.kv_sizing import KVSize, size_kv_cache, size_without_cache
-from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
+from quire.execution.layout import Layout
+from quire.execution.memory import default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
 from quire.execution.pooler import Pooler
 from quire.execution.processors import ProcessorChain
@@ -43,45 +43,8 @@ from quire.layers.weights import WeightStore
 from quire.pooling_setup import CLASSIFY
 from quire.preparation import Prepared, kv_request
 
-if TYPE_CHECKING:
-    from quire.scheduling.output import KVCacheGroup
-
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
 STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
-# A GPU is hardly busy with less; on a CPU larger steps are no faster, and keep others waiting.
-TOKENS_A_STEP = {"cpu": 2048, "cuda": 8192}
-# Steps of 16,384 tokens took 2% less time for 32,000 than those of 8,192, and more memory.
-MANY_TOKENS_A_STEP, LARGE_GPU_BYTES = 16384, 64 << 30
-
-
-@define(kw_only=True)
-class Layout:
-    """How the engine uses its device: what was chosen, and where the memory goes.
-
-    `kv_scales` says where those of a quantized KV cache come from, None where none is.
-    """
-
-    groups: list[LayerGroup]
-    selections: list[Selection]
-    kv_size: KVSize
-    budget: MemoryBudget
-    limits: BatchLimits
-    self_check: list[str]
-    kv_scales: str | None
-
-    def cache_groups(self) -> list[KVCacheGroup]:
-        """Return the groups as the block manager sees them."""
-        return cache_groups(self.groups, self.kv_size.num_blocks, self.kv_size.max_model_len)
-
-    @property
-    def has_kv_cache(self) -> bool:
-        """Whether any layer keeps keys and values: an encoder's do not."""
-        return any(group.has_cache for group in self.groups)
-
-    @property
-    def kv_scales_in_words(self) -> str | None:
-        """Where the scales of the KV cache come from."""
-        return describe_source(self.kv_scales)
 
 
 class Starter:
@@ -94,7 +57,7 @@ class Starter:
             self.device = setup.pick_device(prepared.config.device.device)
         if prepared.config.scheduler.max_num_batched_tokens is None:
             least = prepared.least_step
-            tokens, source = _tokens_a_step(self.device), "default"
+            tokens, source = setup.tokens_a_step(self.device), "default"
             if least > tokens:
                 tokens, source = least, "model"
             prepared.config = prepared.config.with_value(
@@ -215,7 +178,7 @@ class Starter:
 
     def _plan(self, model: Model) -> Layout:
         backends, selections = self._choose_backends(model)
-        groups = setup.group_layers(model, backends, self._longest())
+        groups = setup.group_layers(model, backends)
         limits = self._limits(self._longest())
         measured = self._measure_host(model, groups, limits)
         if self._uses_graphs(groups):
@@ -349,16 +312,19 @@ class Starter:
     def _runner(
         self, model: Model, layout: Layout, num_blocks: int, limits: BatchLimits
     ) -> ModelRunner:
-        return setup.make_runner(
+        runner = setup.make_runner(
             model=model,
             groups=layout.groups,
             num_blocks=num_blocks,
             limits=limits,
             sampler=self._classes.sampler(),
             processors=self._processors(limits),
-            capture=self._capture(layout),
             pooler=self._pooler(model),
         )
+        capture = self._capture(layout)
+        if capture is not None:
+            runner.use_graphs(capture)
+        return runner
 
     def _pooler(self, model: Model) -> Pooler | None:
         """Return what makes vectors, None where tokens are generated."""
@@ -400,10 +366,3 @@ def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> set
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
     return size.num_blocks * sum(group.bytes_per_block for group in groups)
-
-
-def _tokens_a_step(device: torch.device) -> int:
-    """Return how many tokens a step has where the options do not say."""
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[1] >= LARGE_GPU_BYTES:
-        return MANY_TOKENS_A_STEP
-    return TOKENS_A_STEP[device.type]

@@ -25,11 +25,7 @@ Answer = TypeVar("Answer")
 
 @define(kw_only=True)
 class LayerGroup:
-    """Layers with one spec, the backend that serves them and the layout that it wants.
-
-    Layers that are not causal are an encoder's, and have no cache. A sequence, of up to `longest`
-    tokens, then has one block, which holds nothing.
-    """
+    """Layers with one spec, the backend that serves them and the layout that it wants."""
 
     spec: AttentionSpec
     layers: list[Attention]
@@ -37,17 +33,11 @@ class LayerGroup:
     backend_class: type[AttentionBackend]
     layout: KVLayout
     options: Mapping[str, Any] = Factory(dict)
-    longest: int = 1
 
     @property
     def has_cache(self) -> bool:
-        """Whether keys and values are kept."""
+        """Whether keys and values are kept: of an encoder, whose layers are not causal, none."""
         return self.spec.causal
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of one block."""
-        return self.spec.block_size if self.has_cache else whole_block(self.longest)
 
     @property
     def bytes_per_block(self) -> int:
@@ -61,26 +51,25 @@ class LayerGroup:
         """Return the group as the block manager sees it."""
         return KVCacheGroup(
             layers=tuple(layer.index for layer in self.layers),
-            block_size=self.block_size,
+            block_size=self.spec.block_size,
             bytes_per_block=self.bytes_per_block,
             num_blocks=num_blocks,
             window=self.spec.sliding_window,
         )
 
 
-def whole_block(max_model_len: int) -> int:
-    """Return the size of a block that any sequence fits in."""
-    return 1 << (max_model_len - 1).bit_length()
-
-
 def cache_groups(
     groups: Sequence[LayerGroup], num_blocks: int, max_model_len: int
 ) -> list[KVCacheGroup]:
-    """Return the groups as the block manager sees them; there is one also where no layer is."""
-    if groups:
+    """Return the groups as the block manager sees them.
+
+    Where nothing is kept, a sequence of any length has one block, which holds nothing.
+    """
+    if any(group.has_cache for group in groups):
         return [group.to_cache_group(num_blocks) for group in groups]
-    size = whole_block(max_model_len)
-    return [KVCacheGroup(layers=(), block_size=size, bytes_per_block=0, num_blocks=num_blocks)]
+    size = 1 << (max_model_len - 1).bit_length()
+    empty = KVCacheGroup(layers=(), block_size=size, bytes_per_block=0, num_blocks=num_blocks)
+    return [empty] * max(1, len(groups))
 
 
 def layers_by_spec(

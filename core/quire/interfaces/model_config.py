@@ -17,7 +17,7 @@ from attrs import field, frozen
 from quire.errors import ConfigError
 from quire.interfaces.config_keys import HARMLESS_KEYS, MATHS_KEYS
 
-NUM_LABELS = 2  # scores that a head gives where nobody says how many, as in Transformers
+_NUM_LABELS = 2  # scores that a head gives where nobody says how many, as in Transformers
 Parse = Callable[[Mapping[str, Any], str], Any]
 
 
@@ -156,7 +156,7 @@ def _parse_labels(given: Mapping[str, Any], source: str) -> Any:
     names, count = given.get("id2label"), given.get("num_labels")
     if isinstance(names, Mapping) and names:
         return len(names)
-    return count if _is_number_of_labels(count) else NUM_LABELS
+    return count if _is_number_of_labels(count) else _NUM_LABELS
 
 
 @frozen(kw_only=True)
@@ -185,7 +185,7 @@ class ModelConfig:
         parse=_parse_dtype,
     )
     num_labels: int = key(
-        NUM_LABELS,
+        _NUM_LABELS,
         check=_is_number_of_labels,
         allowed="whole numbers from 1",
         names=("num_labels", "id2label"),

@@ -23,7 +23,7 @@ A plugin module declares the version it was written for as `QUIRE_API_VERSION`. 
 number is refused, and so is a newer minor one.
 """
 
-MODEL_TASKS = ("generate", "embed", "classify")
+_MODEL_TASKS = ("generate", "embed", "classify")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _OPTION = re.compile(r"[A-Za-z_]\w*")
@@ -84,8 +84,8 @@ def _check_names(_instance: object, attribute: Any, value: Any) -> None:
 
 
 def _check_task(_instance: object, _attribute: Any, value: Any) -> None:
-    if value not in MODEL_TASKS:
-        raise PluginError(f"task={value!r} is not allowed; use one of {', '.join(MODEL_TASKS)}.")
+    if value not in _MODEL_TASKS:
+        raise PluginError(f"task={value!r} is not allowed; use one of {', '.join(_MODEL_TASKS)}.")
 
 
 def _is_integer(value: object) -> bool:

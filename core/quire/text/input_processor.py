@@ -100,10 +100,10 @@ class InputProcessor:
         `max_tokens` above what the context leaves is lowered to it, as vLLM does; None means all
         that it leaves. Raises: RequestError, naming the parameter.
         """
+        check_request_id(request_id)
+        self._check_priority(priority)
+        own = {"request_id": request_id, "arrival_s": arrival_s, "priority": priority}
         if isinstance(params, PoolingParams):
-            check_request_id(request_id)
-            self._check_priority(priority)
-            own = {"request_id": request_id, "arrival_s": arrival_s, "priority": priority}
             return self._pooled(prompt, params, cache_salt, own)
         if self._pooling is not None:
             raise generates_nothing(self._pooling.setup.task)
@@ -113,11 +113,14 @@ class InputProcessor:
                 f"sampling_params is a {kind}; allowed: SamplingParams.",
                 parameter="sampling_params",
             )
-        params = copy(params)  # the caller may set other values for its next request
+        return self._generating(prompt, copy(params), cache_salt, own)
+
+    def _generating(
+        self, prompt: Any, params: SamplingParams, cache_salt: str | None, own: Mapping[str, Any]
+    ) -> Request:
+        """Return the request for tokens; `params` are its own. Raises: RequestError."""
         parsed = _parse_prompt(prompt)
-        check_request_id(request_id)
         salt = _checked_salt(cache_salt if cache_salt is not None else parsed.cache_salt)
-        self._check_priority(priority)
         self._check_params(params)
         token_ids: Any = self.token_ids_of(prompt, self._longest_prompt(params))
         room = self._limits.max_model_len - len(token_ids)
@@ -128,7 +131,6 @@ class InputProcessor:
         check_tokens_left(params, bad_words, stops, self._limits.vocab_size)
         chooses = params.num_sequences > params.n
         return Request(
-            request_id=request_id,
             prompt_token_ids=token_ids,
             params=_with_all_sequences(params) if chooses else params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -136,11 +138,10 @@ class InputProcessor:
             eos_token_ids=eos,
             stop_token_ids=stops,
             bad_words_token_ids=bad_words,
-            priority=priority,
-            arrival_s=arrival_s,
             cache_salt=salt,
             num_best=params.n if chooses else None,
             hides_logprobs=chooses and params.logprobs is None,
+            **own,
         )
 
     def _pooled(
