@@ -20,7 +20,7 @@ from quire.execution.staged_files import StagedFiles
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.layers.embedding import Head, NoHead
-from quire.layers.places import Place, places
+from quire.layers.places import Place, own_names, places
 
 
 class Source(Protocol):
@@ -66,20 +66,13 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
 
 
 def with_prefix(checkpoint: Checkpoint, expected: Iterable[str], prefix: str) -> Checkpoint:
-    """Return the checkpoint with names that have the prefix, or not, as the model's own do.
-
-    A file of the bare model has none, one of a model around it has.
-    """
-    wanted, tensors = set(expected), checkpoint.tensors
-    is_wanted = any(name.startswith(prefix) for name in wanted)
-    if not prefix or is_wanted == any(name.startswith(prefix) for name in tensors):
-        return checkpoint
-    renamed = {}
-    for name, tensor in tensors.items():
-        other = prefix + name if is_wanted else name.removeprefix(prefix)
-        own = other if other not in tensors and (other in wanted or not is_wanted) else name
-        renamed[own] = evolve(tensor, name=own, stored_name=name)
-    return Checkpoint(folder=checkpoint.folder, tensors=renamed)
+    """Return the checkpoint with names that have the prefix, or not, as the model's own do."""
+    names = own_names(checkpoint.tensors, set(expected), prefix)
+    tensors = {
+        names[name]: evolve(tensor, name=names[name], stored_name=name)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return Checkpoint(folder=checkpoint.folder, tensors=tensors)
 
 
 def _largest_first(tensors: list[TensorInfo], expected: dict[str, Place]) -> list[TensorInfo]:

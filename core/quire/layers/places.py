@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from attrs import frozen
 from torch import Tensor, nn
@@ -122,3 +122,21 @@ def _places_of_experts(layer: Experts) -> Iterator[tuple[str, Place]]:
                         expert=expert,
                     ),
                 )
+
+
+def own_names(given: Iterable[str], expected: set[str], prefix: str) -> dict[str, str]:
+    """Return the model's own name for each of a file's, which may have a prefix more or less.
+
+    A file of the bare body of a model has none, one of a model around it has.
+    """
+    names = list(given)
+    is_wanted = any(name.startswith(prefix) for name in expected)
+    if not prefix or is_wanted == any(name.startswith(prefix) for name in names):
+        return {name: name for name in names}
+    taken = set(names)
+    found = {}
+    for name in names:
+        other = prefix + name if is_wanted else name.removeprefix(prefix)
+        fits = other not in taken and (other in expected or not is_wanted)
+        found[name] = other if fits else name
+    return found

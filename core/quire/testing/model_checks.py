@@ -16,7 +16,13 @@ from quire.layers.attention import Attention
 from quire.layers.places import places
 from quire.testing.bound import bound, first_beyond, same_bits, unit_of
 from quire.testing.kit_report import Failure
-from quire.testing.model_cases import ModelCase, ModelSubject, draw_sequences, variations
+from quire.testing.model_cases import (
+    ModelCase,
+    ModelSubject,
+    draw_sequences,
+    given_by,
+    variations,
+)
 from quire.testing.model_oracle import explain, logits_of, oracle_of, tensors_of, why_missing
 from quire.testing.model_run import (
     Ready,
@@ -66,15 +72,16 @@ def sequences_of(case: ModelCase, found: Ready) -> list[list[int]]:
     return draw_sequences(case, found.vocab_size)
 
 
-def _in_words(case: ModelCase, wrong: str) -> str:
-    """Turn `token 7` of all tokens into a sequence and its position."""
-    row = int(wrong.split(",")[0].split()[1])
+def _in_words(case: ModelCase, wrong: str, *, scored: bool = False) -> str:
+    """Turn `token 7` of all tokens into a sequence and its position; scores have no position."""
+    row, of_token = int(wrong.split(",")[0].split()[1]), wrong.partition(", ")[2]
+    if scored:
+        return f"sequence {row}, {of_token}"
     sequence = 0
     while row >= case.lengths[sequence]:
         row -= case.lengths[sequence]
         sequence += 1
-    rest = wrong.partition(", ")[2]
-    return f"sequence {sequence}, position {row}, {rest}"
+    return f"sequence {sequence}, position {row}, {of_token}"
 
 
 def check_tensors(subject: ModelSubject, case: ModelCase) -> Failure | None:
@@ -120,6 +127,8 @@ def _judge_names(
             return Failure(what=f"{found[0]} {words}".rstrip(), case=case)
     real = oracle_of(subject, case.variation, case.weights)
     patterns, tied = model.weight_names.ignored, tied_names(model)
+    if given_by(subject) == "vectors":
+        return None  # the real class has a pooler that nobody reads
     computed = {*dict(real.named_parameters()), *tensors} - set(dict(real.named_buffers()))
     for name in sorted(computed - tied):
         if any(re.fullmatch(p, name) for p in patterns):
@@ -167,7 +176,8 @@ def check_logits(subject: ModelSubject, case: ModelCase) -> Failure | None:
         if bool(((out.double() - exact).abs() <= allowed).all()):
             return Failure(what=_in_words(case, wrong.words), case=case, guess=CUT)
     guess = explain(subject, case.variation, seed, sequences, out)
-    return Failure(what=_in_words(case, wrong.words), case=case, guess=guess)
+    words = _in_words(case, wrong.words, scored=found.gives == "scores")
+    return Failure(what=words, case=case, guess=guess)
 
 
 def _of_dtype(subject: ModelSubject, case: ModelCase, dtype: torch.dtype) -> tuple:
@@ -237,7 +247,8 @@ def _compared(
     wrong = first_beyond(out, whole, _near(subject, case, whole), ("token", "logit"))
     if wrong is None:
         return None
-    return Failure(what=_in_words(case, wrong.words), case=case, guess=guess)
+    scored = len(out) == len(case.lengths) < sum(case.lengths)
+    return Failure(what=_in_words(case, wrong.words, scored=scored), case=case, guess=guess)
 
 
 def why_not_wide(subject: ModelSubject) -> str | None:
@@ -302,9 +313,10 @@ def check_rows_apart(subject: ModelSubject, case: ModelCase) -> Failure | None:
     with torch.inference_mode():
         hidden = model.embed(batch.token_ids).clone()
         first = sum(batch.query_lens[:bad])
-        hidden[first : first + batch.query_lens[bad]] = float("nan")
-        reached = model.logits(model(hidden, batch)).isnan().any(1).tolist()
-    own = range(first, first + batch.query_lens[bad])
+        own = range(first, first + batch.query_lens[bad])
+        hidden[own.start : own.stop] = float("nan")
+        reached = found.outputs(model(hidden, batch), batch).isnan().any(1).tolist()
+    own = range(bad, bad + 1) if found.gives == "scores" else own
     others = [token for token, is_nan in enumerate(reached) if is_nan and token not in own]
     if not others:
         return None
@@ -322,6 +334,8 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     found, model_dtype = ready_of(subject, case), getattr(torch, case.dtype)
     sequences = sequences_of(case, found)
     batch = found.step([(i, 0, n) for i, n in _in_order(case)], sequences)
+    if found.gives != "logits":
+        return _check_pooling_stages(case, found, batch)
     num_tokens, size = len(batch.token_ids), found.model.config.hidden_size
     everything = found.forward(batch)
     wanted = torch.tensor(sorted({0, num_tokens - 1, num_tokens // 2}), dtype=torch.int32)
@@ -353,6 +367,30 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     if wide is not None:
         guess = "rows_to_keep is not in the order of logit_rows"
         return Failure(what=f"wanted rows alone: {wide.words}", case=case, guess=guess)
+    if not same_bits(found.forward(batch), found.forward(batch)):
+        return Failure(what="the same step twice gives other bits", case=case)
+    return None
+
+
+def _check_pooling_stages(case: ModelCase, found: Ready, batch: Batch) -> Failure | None:
+    """The stages of a model that gives vectors or scores."""
+    model, dtype = found.model, getattr(torch, case.dtype)
+    num_tokens, size = len(batch.token_ids), model.config.hidden_size
+    kept = {name: tensor.clone() for name, tensor in _fields(batch).items()}
+    with torch.inference_mode():
+        hidden = model.embed(batch.token_ids)
+        last = model(hidden.clone(), batch)
+        out = found.outputs(last, batch)
+    shapes = {"embed": (hidden, [num_tokens, size]), "forward": (last, [num_tokens, size])}
+    if found.gives == "scores":
+        shapes["scores"] = (out, [len(case.lengths), model.config.num_labels])
+    for name, (tensor, shape) in shapes.items():
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            return Failure(what=f"{name} gives {got} instead of {dtype} {shape}", case=case)
+    changed = [name for name, tensor in _fields(batch).items() if not same_bits(kept[name], tensor)]
+    if changed:
+        return Failure(what=f"batch.{changed[0]} was changed; nobody may", case=case)
     if not same_bits(found.forward(batch), found.forward(batch)):
         return Failure(what="the same step twice gives other bits", case=case)
     return None
