@@ -176,6 +176,10 @@ def _with_pooling(
         if config.model.pooling != AUTO:
             raise ConfigError("--pooling needs a model that embeds; add --task embed.")
         return config
+    if config.device.deterministic and pooling.modules:
+        raise ConfigError(
+            "--deterministic: modules after pooling do not keep their bits; leave it out."
+        )
     if config.plugins.logits_processors:
         raise ConfigError("--logits-processors: this model gives no tokens; leave them out.")
     if pooling.needs_whole:

@@ -30,6 +30,12 @@ def steps_of(spec: AttentionSpec, limits: BatchLimits) -> list[list[Span]]:
     return _allowed([first, second, third], limits)
 
 
+def whole_steps_of(limits: BatchLimits) -> list[list[Span]]:
+    """Return whole sequences, for an encoder."""
+    lengths = sorted({min(n, limits.max_model_len) for n in (1, 2, 16, 19, 67)})
+    return _allowed([[Span(i, 0, n) for i, n in enumerate(lengths)]], limits)
+
+
 def fused_steps_of(limits: BatchLimits) -> list[list[Span]]:
     """Return prompts, and some tokens more of each, for the fused norm, rotation and write."""
     first = [Span(0, 0, 1), Span(1, 0, 19), Span(2, 0, 24)]

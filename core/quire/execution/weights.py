@@ -17,7 +17,7 @@ from quire.execution.checkpoint import Checkpoint, TensorInfo, listed, wrong_kin
 from quire.execution.kv_scales import scale_names
 from quire.execution.mapped_files import MappedFiles
 from quire.execution.staged_files import StagedFiles
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, WeightNames
 from quire.layers.attention import Attention
 from quire.layers.embedding import Head, NoHead
 from quire.layers.places import Place, own_names, places
@@ -51,8 +51,8 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     Raises: CheckpointError listing missing, unexpected and wrong-shaped tensors, or naming one
     that is not finite.
     """
-    checkpoint = with_prefix(checkpoint, places(model), model.weight_names.prefix)
     expected = places(model)
+    checkpoint = with_own_names(checkpoint, expected, model.weight_names)
     device = next(p.device for p in model.parameters() if not p.is_meta)
     ignored = _ignored_names(model, checkpoint)
     _check_names(expected, checkpoint, ignored)
@@ -65,9 +65,11 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     finish_tied_heads(model)
 
 
-def with_prefix(checkpoint: Checkpoint, expected: Iterable[str], prefix: str) -> Checkpoint:
-    """Return the checkpoint with names that have the prefix, or not, as the model's own do."""
-    names = own_names(checkpoint.tensors, set(expected), prefix)
+def with_own_names(
+    checkpoint: Checkpoint, expected: Iterable[str], rules: WeightNames
+) -> Checkpoint:
+    """Return the checkpoint with the model's own names."""
+    names = own_names(checkpoint.tensors, set(expected), rules)
     tensors = {
         names[name]: evolve(tensor, name=names[name], stored_name=name)
         for name, tensor in checkpoint.tensors.items()

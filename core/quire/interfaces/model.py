@@ -22,12 +22,14 @@ class WeightNames:
     regular expressions of tensors that hold nothing to load.
 
     Files of a model and of its bare body differ in `prefix` before the body's names. Either kind
-    is read, whether the model's own names have it or not.
+    is read, whether the model's own names have it or not. `aliases` are regular expressions that
+    turn a file's older name into today's.
     """
 
     renamed: Mapping[str, str] = {}
     ignored: Sequence[str] = ()
     prefix: str = "model."
+    aliases: Mapping[str, str] = {}
 
 
 class BuildContext(Protocol):

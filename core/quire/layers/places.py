@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from quire.errors import PluginError
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, WeightNames
 from quire.layers.experts import Experts
 from quire.layers.weights import WeightStore
 
@@ -124,19 +124,19 @@ def _places_of_experts(layer: Experts) -> Iterator[tuple[str, Place]]:
                 )
 
 
-def own_names(given: Iterable[str], expected: set[str], prefix: str) -> dict[str, str]:
-    """Return the model's own name for each of a file's, which may have a prefix more or less.
+def own_names(given: Iterable[str], expected: set[str], rules: WeightNames) -> dict[str, str]:
+    """Return the model's own name for each of a file's.
 
-    A file of the bare body of a model has none, one of a model around it has.
+    A file of the bare body of a model has no prefix, one of a model around it has.
     """
-    names = list(given)
+    prefix = rules.prefix
+    names = {name: _renamed(name, rules.aliases) for name in given}
     is_wanted = any(name.startswith(prefix) for name in expected)
-    if not prefix or is_wanted == any(name.startswith(prefix) for name in names):
-        return {name: name for name in names}
-    taken = set(names)
-    found = {}
-    for name in names:
-        other = prefix + name if is_wanted else name.removeprefix(prefix)
-        fits = other not in taken and (other in expected or not is_wanted)
-        found[name] = other if fits else name
-    return found
+    if not prefix or is_wanted == any(name.startswith(prefix) for name in names.values()):
+        return names
+    taken = set(names.values())
+    for name, own in names.items():
+        other = prefix + own if is_wanted else own.removeprefix(prefix)
+        if other not in taken and (other in expected or not is_wanted):
+            names[name] = other
+    return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,8 @@ class PoolingJob:
     async def _submit(self) -> None:
         """Fill the window, as far as the queue has room for more."""
         while self._next < len(self.vectors) and len(self._open) < self._window:
+            if self._open:
+                await asyncio.sleep(0)  # many short ones together take long
             try:
                 stream = await self._engine.submit(
                     self._asked.inputs[self._next],

@@ -63,7 +63,7 @@ def load(model: Model, tensors: Mapping[str, Tensor]) -> Names:
     tied = [m.spec.name for m in model.modules() if isinstance(m, Head) and m.is_tied]
     patterns = [*model.weight_names.ignored, *(re.escape(name) + r"\..*" for name in tied)]
     ignored = {n for n in tensors if any(re.fullmatch(p, n) for p in patterns)}
-    own = own_names(tensors, set(wanted), model.weight_names.prefix)
+    own = own_names(tensors, set(wanted), model.weight_names)
     given = {own[name]: tensor for name, tensor in tensors.items() if name not in ignored}
     wrong = []
     for name in sorted(set(given) & set(wanted)):

@@ -208,6 +208,8 @@ def weight_names(prefix: str, names: LayerNames) -> WeightNames:
     layer = r"^encoder\.(\d+)\."
     return WeightNames(
         prefix=prefix,
+        # As the first files, which came from TensorFlow, have them.
+        aliases={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
         renamed={
             layer + r"attention_norm\.": rf"encoder.layer.\1.{names.attention_norm}.",
             layer + r"norm\.": rf"encoder.layer.\1.{names.norm}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ class TestQwen3Classifier(ModelTests):
     model = Qwen3Classifier
     config_class = Qwen3Config
     architecture = "Qwen3ForSequenceClassification"
-    config = {"pad_token_id": 0}
+    config: ClassVar = {"pad_token_id": 0}
     profile = FEW
 
 
