@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import Factory, define
 
-from quire.config import KV_FORMATS, EngineConfig
+from quire.config import KV_FORMATS, EngineConfig, option_name
 from quire.errors import ConfigError
 from quire.execution.checkpoint import Checkpoint
 from quire.execution.kv_format import is_scale, kv_format_of
@@ -120,7 +120,6 @@ def _prepare(config: EngineConfig) -> Prepared:
         quantization, quantization_choice = select_quantization(
             registry, config.plugins.quantization, _quant_method(raw, quantization_path)
         )
-    # What is drawn at random needs no file.
     checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     pooling = find_setup(
         (config.model.task, config.model.pooling),
@@ -136,7 +135,8 @@ def _prepare(config: EngineConfig) -> Prepared:
     with _naming(quantization_path, "quantization_config"):
         config = _with_kv_format(config, raw)
     config = _with_pooling(config, model_config, pooling)
-    _check_lengths(config, model_config, has_cache=pooling is None or not model_config.is_encoder)
+    has_cache = pooling is None or not model_config.is_encoder
+    _check_lengths(config, model_config, has_cache=has_cache)
     return Prepared(
         config=config,
         folder=folder,
@@ -150,7 +150,7 @@ def _prepare(config: EngineConfig) -> Prepared:
         why_no_grammar=why_no_grammar,
         selections=_made(model_choice, quantization_choice, None if pooling else grammar_choice),
         pooling=pooling,
-        warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
+        warnings=[*model_config.warnings, *_warnings(config, checkpoint, has_cache=has_cache)],
     )
 
 
@@ -182,8 +182,13 @@ def _with_pooling(
         )
     if config.plugins.logits_processors:
         raise ConfigError("--logits-processors: this model gives no tokens; leave them out.")
-    if pooling.needs_whole:
+    if pooling.needs_whole and config.source("enable_prefix_caching") == "default":
         config = config.with_value("enable_prefix_caching", False, source="model")
+    if pooling.needs_whole and config.cache.enable_prefix_caching and not model_config.is_encoder:
+        raise ConfigError(
+            "--enable-prefix-caching: vectors of all tokens are asked for, so that none may come "
+            "from a cache; leave it out, or take --pooling lasttoken."
+        )
     if config.model.max_model_len in (None, AUTO) and pooling.max_seq_len is not None:
         longest = min(pooling.max_seq_len, model_config.max_model_len)
         config = config.with_value("max_model_len", longest, source="model")
@@ -282,6 +287,17 @@ def _warnings_of_scales(config: EngineConfig, checkpoint: Checkpoint) -> list[st
         "--kv-cache-scales unit: keys and values beyond the range of an fp8 number are clipped, "
         "and small ones lose precision; auto takes scales that fit."
     ]
+
+
+def _warnings(config: EngineConfig, checkpoint: Checkpoint, *, has_cache: bool) -> list[str]:
+    """Return what the user should know of the KV cache, also of one that an encoder has not."""
+    if has_cache:
+        return _warnings_of_scales(config, checkpoint)
+    names = ("block_size", "enable_prefix_caching", "kv_cache_dtype", "kv_cache_memory_bytes")
+    idle = [option_name(name) for name in names if config.source(name) == "user"]
+    if not idle:
+        return []
+    return [f"{', '.join(idle)}: an encoder keeps no keys and values, so that it changes nothing."]
 
 
 def _check_lengths(config: EngineConfig, model_config: ModelConfig, *, has_cache: bool) -> None:

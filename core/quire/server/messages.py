@@ -102,7 +102,8 @@ class StepStats(msgspec.Struct, array_like=True):
 class Ready(msgspec.Struct, tag=True, array_like=True):
     """The model is loaded. `phases_s` says how long each part of the start took.
 
-    `identity` is all that decides what numbers come out, a line each.
+    `identity` is all that decides what numbers come out, a line each. A step has at most
+    `max_step_tokens`.
     """
 
     max_model_len: int
@@ -110,6 +111,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
     block_size: int
     phases_s: dict[str, float]
     identity: list[str]
+    max_step_tokens: int = 0
 
 
 class Stepped(msgspec.Struct, tag=True, array_like=True):

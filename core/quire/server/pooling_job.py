@@ -16,9 +16,9 @@ from quire.server.generation import Usage
 from quire.server.stream import News, Stream
 from quire.text.input_processor import ContextLengthError
 
-# So many times the sequences that run at once are in the engine for one HTTP request: enough
-# that a step never lacks any, and not the whole queue.
-WINDOWS = 2
+# For one HTTP request there are so many steps' inputs in the engine: enough that none lacks any,
+# and so few that another request is served soon.
+STEPS = 2
 
 
 @frozen(kw_only=True)
@@ -37,7 +37,7 @@ class PoolingJob:
     `vectors` are the engine's numbers, by input. An input that fails ends the others.
     """
 
-    def __init__(self, engine: AsyncEngine, asked: PoolingAsked) -> None:
+    def __init__(self, engine: AsyncEngine, asked: PoolingAsked, max_step_tokens: int) -> None:
         self.news = News()
         self.vectors: list[bytes | None] = [None] * len(asked.inputs)
         self.usage = Usage()
@@ -46,14 +46,18 @@ class PoolingJob:
         self._asked = asked
         self._open: dict[int, Stream] = {}
         self._next = 0
-        self._window = WINDOWS * engine.frontend.config.scheduler.max_num_seqs
+        self._most_inputs = STEPS * engine.frontend.config.scheduler.max_num_seqs
+        self._most_tokens = STEPS * max_step_tokens
+        self._open_tokens = 0
         self._first_s: float | None = None
         self._scheduled_s: float | None = None
 
     @classmethod
-    async def begin(cls, engine: AsyncEngine, asked: PoolingAsked) -> PoolingJob:
+    async def begin(
+        cls, engine: AsyncEngine, asked: PoolingAsked, *, max_step_tokens: int
+    ) -> PoolingJob:
         """Queue the first inputs. Raises: RequestError, OverloadedError."""
-        job = cls(engine, asked)
+        job = cls(engine, asked, max_step_tokens)
         try:
             await job._submit()
         except BaseException:
@@ -65,6 +69,12 @@ class PoolingJob:
     def is_finished(self) -> bool:
         """Whether every input has its vector."""
         return self._next == len(self.vectors) and not self._open
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the engine has enough inputs of this request."""
+        many = len(self._open) >= self._most_inputs or self._open_tokens >= self._most_tokens
+        return bool(self._open) and many
 
     async def wait(self) -> None:
         """Wait for news of any input, and queue more. Raises: as `begin`; SequenceFailed."""
@@ -92,7 +102,7 @@ class PoolingJob:
 
     async def _submit(self) -> None:
         """Fill the window, as far as the queue has room for more."""
-        while self._next < len(self.vectors) and len(self._open) < self._window:
+        while self._next < len(self.vectors) and not self._is_full:
             if self._open:
                 await asyncio.sleep(0)  # many short ones together take long
             try:
@@ -112,6 +122,7 @@ class PoolingJob:
             self._open[self._next] = stream
             self._next += 1
             self.usage.prompt_tokens += stream.num_prompt_tokens
+            self._open_tokens += stream.num_prompt_tokens
 
     def _named(self, error: RequestError) -> RequestError:
         """Return the error with the input's number, where there are several."""
@@ -126,6 +137,7 @@ class PoolingJob:
         for number in ended:
             stream = self._open.pop(number)
             self.vectors[number] = stream.pooled
+            self._open_tokens -= stream.num_prompt_tokens
             self.usage.cached_tokens += stream.num_cached_tokens
             self._first_s = self._first_s or stream.first_token_s
             self._scheduled_s = self._scheduled_s or stream.scheduled_s

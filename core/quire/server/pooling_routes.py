@@ -134,7 +134,8 @@ class PoolingRoutes:
             priority=body.priority or 0,
             cache_salt=combined_salt(scope["state"].get("quire_key"), body.cache_salt) or None,
         )
-        job = await PoolingJob.begin(self._service.engine, asked)
+        most = self._service.max_step_tokens
+        job = await PoolingJob.begin(self._service.engine, asked, max_step_tokens=most)
         record_of(scope).generation = job
         if self._service.options.log_prompts:
             for one in inputs:

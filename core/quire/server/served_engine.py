@@ -33,6 +33,7 @@ class ServedEngine:
             block_size=engine.config.cache.block_size,
             phases_s=phases_s,
             identity=_identity(engine),
+            max_step_tokens=engine.config.scheduler.max_num_batched_tokens or 0,
         )
 
     def stats(self) -> StepStats:

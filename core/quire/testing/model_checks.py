@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import re
 
-import attrs
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from quire.interfaces.batch import Batch
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.layers.places import places
@@ -34,6 +32,7 @@ from quire.testing.model_run import (
     ready,
     tied_names,
 )
+from quire.testing.pooling_stages import check_pooling_stages, fields_of
 
 CUT = "positions, or what is kept of earlier tokens, depend on how a step is cut"
 
@@ -335,12 +334,12 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     sequences = sequences_of(case, found)
     batch = found.step([(i, 0, n) for i, n in _in_order(case)], sequences)
     if found.gives != "logits":
-        return _check_pooling_stages(case, found, batch)
+        return check_pooling_stages(case, found, batch)
     num_tokens, size = len(batch.token_ids), found.model.config.hidden_size
     everything = found.forward(batch)
     wanted = torch.tensor(sorted({0, num_tokens - 1, num_tokens // 2}), dtype=torch.int32)
     batch.logit_rows = wanted.to(subject.device)
-    kept = {name: tensor.clone() for name, tensor in _fields(batch).items()}
+    kept = {name: tensor.clone() for name, tensor in fields_of(batch).items()}
     with torch.inference_mode():
         hidden = found.model.embed(batch.token_ids)
         last = found.model(hidden.clone(), batch)
@@ -355,7 +354,9 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
         if list(tensor.shape) != shape or tensor.dtype != model_dtype:
             got = f"{tensor.dtype} {list(tensor.shape)}"
             return Failure(what=f"{name} gives {got} instead of {model_dtype} {shape}", case=case)
-    changed = [name for name, tensor in _fields(batch).items() if not same_bits(kept[name], tensor)]
+    changed = [
+        name for name, tensor in fields_of(batch).items() if not same_bits(kept[name], tensor)
+    ]
     if changed:
         return Failure(what=f"batch.{changed[0]} was changed; nobody may", case=case)
     wide = first_beyond(
@@ -370,32 +371,3 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     if not same_bits(found.forward(batch), found.forward(batch)):
         return Failure(what="the same step twice gives other bits", case=case)
     return None
-
-
-def _check_pooling_stages(case: ModelCase, found: Ready, batch: Batch) -> Failure | None:
-    """The stages of a model that gives vectors or scores."""
-    model, dtype = found.model, getattr(torch, case.dtype)
-    num_tokens, size = len(batch.token_ids), model.config.hidden_size
-    kept = {name: tensor.clone() for name, tensor in _fields(batch).items()}
-    with torch.inference_mode():
-        hidden = model.embed(batch.token_ids)
-        last = model(hidden.clone(), batch)
-        out = found.outputs(last, batch)
-    shapes = {"embed": (hidden, [num_tokens, size]), "forward": (last, [num_tokens, size])}
-    if found.gives == "scores":
-        shapes["scores"] = (out, [len(case.lengths), model.config.num_labels])
-    for name, (tensor, shape) in shapes.items():
-        if list(tensor.shape) != shape or tensor.dtype != dtype:
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            return Failure(what=f"{name} gives {got} instead of {dtype} {shape}", case=case)
-    changed = [name for name, tensor in _fields(batch).items() if not same_bits(kept[name], tensor)]
-    if changed:
-        return Failure(what=f"batch.{changed[0]} was changed; nobody may", case=case)
-    if not same_bits(found.forward(batch), found.forward(batch)):
-        return Failure(what="the same step twice gives other bits", case=case)
-    return None
-
-
-def _fields(batch: Batch) -> dict[str, Tensor]:
-    given = {field.name: getattr(batch, field.name) for field in attrs.fields(Batch)}
-    return {name: value for name, value in given.items() if isinstance(value, Tensor)}

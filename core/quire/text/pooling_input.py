@@ -172,7 +172,8 @@ def pair_up(first: Any, second: Any) -> list[tuple[str, str]]:
 
 
 def _texts(given: Any, name: str) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given)
+    is_list = isinstance(given, (list, tuple))
+    texts = list(given) if is_list else [given]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise RequestError(f"{name} is not a text, or a list of texts.", parameter=name)
     return texts
