@@ -25,6 +25,7 @@ FAMILIES = {
     "Roberta": {"pad_token_id": 1},
     "XLMRoberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "MPNet": {"pad_token_id": 1},
+    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40},
 }
 OPTIONS: dict[str, Any] = {"num_threads": 1}
 

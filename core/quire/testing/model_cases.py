@@ -31,6 +31,10 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
+    "dim": 32,
+    "hidden_dim": 40,
+    "n_heads": 4,
+    "n_layers": 2,
 }
 ROPE = "rope_parameters"
 # The size of weights: small enough that rounding does not grow from layer to layer.

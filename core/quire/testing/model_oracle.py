@@ -283,7 +283,7 @@ def explain(
         return None
     for words, put in MISTAKES:
         wrong = copy.deepcopy(right).double()
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
             if put(wrong) and _is_near(wrong, sequences, out):
                 return words
     return None

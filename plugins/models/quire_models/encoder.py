@@ -20,6 +20,7 @@ APPROXIMATE = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 class LayerNames:
     """What a family calls the parts of a layer in its files."""
 
+    layer: str = "encoder.layer"
     attention: str = "attention.self"
     parts: tuple[str, str, str] = ("query", "key", "value")
     output: str = "attention.output.dense"
@@ -139,7 +140,7 @@ class Encoder(PoolingModel):
         super().__init__(config, build)
         self.embeddings = Embeddings(config, build, has_types=self.has_types)
         self.encoder = nn.ModuleList(
-            self._layer(f"encoder.layer.{index}", index, config, build)
+            self._layer(f"{self.names.layer}.{index}", index, config, build)
             for index in range(config.num_hidden_layers)
         )
 
@@ -211,9 +212,9 @@ def weight_names(prefix: str, names: LayerNames) -> WeightNames:
         # As the first files, which came from TensorFlow, have them.
         aliases={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
         renamed={
-            layer + r"attention_norm\.": rf"encoder.layer.\1.{names.attention_norm}.",
-            layer + r"norm\.": rf"encoder.layer.\1.{names.norm}.",
+            layer + r"attention_norm\.": rf"{names.layer}.\1.{names.attention_norm}.",
+            layer + r"norm\.": rf"{names.layer}.\1.{names.norm}.",
         },
         # Of heads that nobody asks for, and numbers that are counted here.
-        ignored=(r"(.*\.)?pooler\..*", r".*\.position_ids", r"cls\..*", r"lm_head\..*"),
+        ignored=(r"(.*\.)?pooler\..*", r".*\.position_ids", r"(cls|lm_head|vocab_\w+)\..*"),
     )
