@@ -21,14 +21,14 @@ class WeightNames:
     regular expressions that turn a name in the module tree into the checkpoint's. `ignored` are
     regular expressions of tensors that hold nothing to load.
 
-    Files of a model and of its bare body differ in `prefix` before the body's names. Either kind
-    is read, whether the model's own names have it or not. `aliases` are regular expressions that
-    turn a file's older name into today's.
+    `base` is what names may begin with, or, in files of the model without its head, do not: either
+    kind is read, whether the model's own names have it or not. `aliases` are regular expressions
+    that turn a file's older name into today's.
     """
 
     renamed: Mapping[str, str] = {}
     ignored: Sequence[str] = ()
-    prefix: str = "model."
+    base: str = "model."
     aliases: Mapping[str, str] = {}
 
 

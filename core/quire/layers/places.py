@@ -127,16 +127,16 @@ def _places_of_experts(layer: Experts) -> Iterator[tuple[str, Place]]:
 def own_names(given: Iterable[str], expected: set[str], rules: WeightNames) -> dict[str, str]:
     """Return the model's own name for each of a file's.
 
-    A file of the bare body of a model has no prefix, one of a model around it has.
+    A file of the bare body of a model has no base, one of a model around it has.
     """
-    prefix = rules.prefix
+    base = rules.base
     names = {name: _renamed(name, rules.aliases) for name in given}
-    is_wanted = any(name.startswith(prefix) for name in expected)
-    if not prefix or is_wanted == any(name.startswith(prefix) for name in names.values()):
+    is_wanted = any(name.startswith(base) for name in expected)
+    if not base or is_wanted == any(name.startswith(base) for name in names.values()):
         return names
     taken = set(names.values())
     for name, own in names.items():
-        other = prefix + own if is_wanted else own.removeprefix(prefix)
+        other = base + own if is_wanted else own.removeprefix(base)
         if other not in taken and (other in expected or not is_wanted):
             names[name] = other
     return names

@@ -47,7 +47,7 @@ def _is_idle(subject: ModelSubject, case: ModelCase, name: str, sequences: list[
     """Answer whether the real class does not depend on a weight, either: a bias of keys may not."""
     real = oracle_of(subject, case.variation, case.weights)
     named = {} if real is None else dict(real.named_parameters())
-    weight = named.get(name, named.get(subject.model.weight_names.prefix + name))
+    weight = named.get(name, named.get(subject.model.weight_names.base + name))
     if weight is None:
         return False
     before, kept = logits_of(real, sequences), weight.data.clone()

@@ -204,11 +204,11 @@ class PaddedPositions(Encoder):
         return (((total - before) * counts) + padding).int()
 
 
-def weight_names(prefix: str, names: LayerNames) -> WeightNames:
+def weight_names(base: str, names: LayerNames) -> WeightNames:
     """Return how the files of a family spell what lies in the module tree."""
     layer = r"^encoder\.(\d+)\."
     return WeightNames(
-        prefix=prefix,
+        base=base,
         # As the first files, which came from TensorFlow, have them.
         aliases={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
         renamed={
