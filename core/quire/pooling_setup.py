@@ -117,6 +117,14 @@ def transformer_folder(folder: Path) -> Path:
     return folder / modules[0][1]
 
 
+def module_files(folder: Path) -> list[Path]:
+    """Return the files of those modules that lie in folders of their own."""
+    if not (folder / MODULES_FILE).is_file():
+        return []
+    folders = [folder / where for _, where in _modules(folder) if where]
+    return [file for one in folders for file in sorted(one.glob("*")) if file.is_file()]
+
+
 def find_setup(
     options: tuple[str, str],
     *,
@@ -248,9 +256,15 @@ def _from_modules(why: str, folder: Path) -> PoolingSetup:
     )
 
 
+def _module_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; {MODULES_FILE} names its folder.")
+    return read_object(path)
+
+
 def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
     """Return the kinds, in their order, and whether a prompt's tokens count."""
-    given = read_object(path)
+    given = _module_config(path)
     mode = given.get("pooling_mode")
     asked: Any = [mode] if isinstance(mode, str) else mode
     if not asked:
@@ -274,7 +288,7 @@ def _check_names(given: Mapping[str, Any], path: Path) -> None:
 
 def _dense(folder: Path) -> DenseModule:
     path = folder / "config.json"
-    given = read_object(path)
+    given = _module_config(path)
     _check_names(given, path)
     if given.get("use_residual"):
         raise ConfigError(f"{path}: use_residual is true; allowed: false.")

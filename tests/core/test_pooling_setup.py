@@ -26,6 +26,8 @@ NORMALIZE = {"path": "2_Normalize", "type": "sentence_transformers.models.Normal
 
 
 def write(folder: Path, **files: Any) -> Path:
+    if MODULES[1] in files.get("modules", ()):
+        files.setdefault("1_Pooling__config", {})
     for name, content in files.items():
         path = folder / name.replace("__", "/")
         path = path.with_name(path.name + ".json")
@@ -140,6 +142,13 @@ def test_wrong_file_is_named_with_its_key(
         setup_of(write(tmp_path, **files))
     assert words in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_module_without_its_config_is_refused(tmp_path: Path) -> None:
+    (write(tmp_path, modules=MODULES) / "1_Pooling/config.json").unlink()
+
+    with pytest.raises(ConfigError, match="1_Pooling/config.json: no such file"):
+        setup_of(tmp_path)
 
 
 def test_model_may_lie_in_a_folder_of_its_own(tmp_path: Path) -> None:

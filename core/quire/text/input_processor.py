@@ -20,6 +20,7 @@ from quire.pooling_setup import CLASSIFY
 from quire.request import Request, SamplingParams
 from quire.text.beam_checks import check_beam_search
 from quire.text.json_files import shorten
+from quire.text.pooling_input import ContextLengthError as ContextLengthError
 from quire.text.pooling_input import PoolingInputs, TextPair
 from quire.text.token_bans import bad_words_token_ids, check_tokens_left
 from quire.text.tokenizer import Tokenizer
@@ -31,10 +32,6 @@ SEED_BITS_DRAWN = 63
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _NO_SAMPLING = SamplingParams(max_tokens=1, detokenize=False)
 PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
-
-
-class ContextLengthError(RequestError):
-    """Refuse a prompt that leaves no room for an answer (`context_length_exceeded`)."""
 
 
 @frozen
@@ -162,7 +159,7 @@ class InputProcessor:
         if not token_ids:
             raise RequestError("input has no tokens; give another text.", parameter="input")
         if not fits:
-            raise ContextLengthError(self._pooling.too_long(len(token_ids)), parameter="input")
+            raise self._pooling.too_long(f"{len(token_ids)} tokens")
         _check_token_ids(token_ids, self._limits.vocab_size, "input")
         return Request(
             prompt_token_ids=token_ids,

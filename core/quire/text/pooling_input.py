@@ -18,6 +18,10 @@ from quire.text.tokenizer import Tokenizer
 MOST_CHARS = 64
 
 
+class ContextLengthError(RequestError):
+    """Refuse a prompt that leaves no room for an answer (`context_length_exceeded`)."""
+
+
 @frozen
 class TextPair:
     """Two texts that are read together: a query and a document."""
@@ -123,18 +127,16 @@ class PoolingInputs:
             longest = MOST_CHARS * max_chars
             text, second = text[:longest], None if second is None else second[:longest]
         elif len(text) + len(second or "") > max_chars:
-            raise RequestError(self._too_long(f"{len(text)} characters"), parameter="input")
+            raise self.too_long(f"{len(text) + len(second or '')} characters")
         return self.tokenizer.encode_texts(text, second, kept)
 
-    def _too_long(self, size: str) -> str:
-        return (
+    def too_long(self, size: str) -> ContextLengthError:
+        """Return the error for an input of a size that does not fit."""
+        return ContextLengthError(
             f"input has {size}, but the model takes {self.max_model_len} tokens; shorten it, or "
-            "set truncate_prompt_tokens to -1."
+            "set truncate_prompt_tokens to -1.",
+            parameter="input",
         )
-
-    def too_long(self, num_tokens: int) -> str:
-        """Return the error for an input that does not fit."""
-        return self._too_long(f"{num_tokens} tokens")
 
     def _prompt_length(self, prefix: str) -> int:
         """Return how many tokens a prompt has alone, but for a special one at its end."""
