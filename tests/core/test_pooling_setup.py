@@ -26,7 +26,7 @@ NORMALIZE = {"path": "2_Normalize", "type": "sentence_transformers.models.Normal
 
 
 def write(folder: Path, **files: Any) -> Path:
-    if MODULES[1] in files.get("modules", ()):
+    if MODULES[1] in list(files.get("modules", ())):
         files.setdefault("1_Pooling__config", {})
     for name, content in files.items():
         path = folder / name.replace("__", "/")
@@ -130,7 +130,10 @@ def test_task_that_the_model_does_not_have_is_refused(
             'default_prompt_name is "q"; prompts has: none',
         ),
         (
-            {"modules": [*MODULES, {"path": "2_Dense", "type": "x.Dense"}]},
+            {
+                "modules": [*MODULES, {"path": "2_Dense", "type": "x.Dense"}],
+                "2_Dense__config": {},
+            },
             "in_features and out_features",
         ),
     ],
