@@ -65,12 +65,14 @@ class Engine:
         self.runner.grammars.compile = self._grammars.compiled
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]
-        groups = self.layout.cache_groups()
-        cache = prepared.config.cache
-        self.block_manager = BlockManager(groups, enable_prefix_caching=cache.enable_prefix_caching)
-        self.scheduler = Scheduler(
-            prepared.config.scheduler, self.block_manager, self.max_model_len, clock
+        options = prepared.config.scheduler
+        assert options.max_num_batched_tokens is not None, "the start knows how many pay"
+        self.block_manager = BlockManager(
+            self.layout.cache_groups(),
+            enable_prefix_caching=prepared.config.cache.enable_prefix_caching,
+            max_step_tokens=options.max_num_batched_tokens,
         )
+        self.scheduler = Scheduler(options, self.block_manager, self.max_model_len, clock)
         self._depth = self.layout.limits.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, InFlight]] = deque()
         self._failure: Exception | None = None

@@ -136,7 +136,7 @@ def _prepare(config: EngineConfig) -> Prepared:
         config = _with_kv_format(config, raw)
     config = _with_pooling(config, model_config, pooling)
     has_cache = pooling is None or not model_config.is_encoder
-    _check_lengths(config, model_config, has_cache=has_cache)
+    _check_lengths(config, model_config, raw, has_cache=has_cache)
     return Prepared(
         config=config,
         folder=folder,
@@ -300,7 +300,9 @@ def _warnings(config: EngineConfig, checkpoint: Checkpoint, *, has_cache: bool) 
     return [f"{', '.join(idle)}: an encoder keeps no keys and values, so that it changes nothing."]
 
 
-def _check_lengths(config: EngineConfig, model_config: ModelConfig, *, has_cache: bool) -> None:
+def _check_lengths(
+    config: EngineConfig, model_config: ModelConfig, raw: dict[str, Any], *, has_cache: bool
+) -> None:
     wanted = config.model.max_model_len
     if isinstance(wanted, int) and wanted > model_config.longest_model_len:
         raise ConfigError(
@@ -308,8 +310,8 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig, *, has_cache
             "(max_position_embeddings and RoPE scaling in config.json)."
         )
     given = config.cache.kv_cache_memory_bytes
-    if given is None or not has_cache:
-        return
+    if given is None or not has_cache or _may_have_windows(raw):
+        return  # with windows it depends on the layers, which are not built yet
     # The layout is the backend's business; this is the least that any of them needs.
     element = DTYPE_BYTES[config.kv_dtype]
     size_kv_cache(
@@ -320,6 +322,15 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig, *, has_cache
             bytes_per_block=config.cache.block_size * model_config.kv_elements_per_token * element,
         )
     )
+
+
+def _may_have_windows(raw: dict[str, Any]) -> bool:
+    """Whether config.json, or its part for text, names a window that layers may use."""
+    text = raw.get("text_config")
+    given = {**raw, **text} if isinstance(text, dict) else raw
+    if given.get("use_sliding_window") is False:
+        return False
+    return any(value and "window" in key for key, value in given.items())
 
 
 def kv_request(
@@ -337,4 +348,5 @@ def kv_request(
         max_num_seqs=config.scheduler.max_num_seqs,
         wanted_len=config.model.max_model_len,
         model_len=model_config.max_model_len,
+        max_step_tokens=config.scheduler.max_num_batched_tokens or 1,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from attrs import evolve
 
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
-from quire.execution.kv_cache import LayerGroup
+from quire.execution.kv_cache import LayerGroup, bytes_per_slab, cache_groups
 from quire.execution.kv_scales import set_scales, source_of_scales
 from quire.execution.kv_sizing import KVSize, size_kv_cache, size_without_cache
 from quire.execution.layout import Layout
@@ -292,9 +293,9 @@ class Starter:
             self.config,
             self.prepared.model_config,
             available_bytes=available,
-            bytes_per_block=sum(group.bytes_per_block for group in groups),
+            bytes_per_block=bytes_per_slab(groups),
         )
-        return size_kv_cache(request)
+        return size_kv_cache(evolve(request, groups=tuple(cache_groups(groups, 2))))
 
     def _measure_on_gpu(self, model: Model, layout: Layout) -> None:
         runner = self._runner(model, layout, 2, layout.limits)
@@ -365,4 +366,4 @@ def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> set
 
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
-    return size.num_blocks * sum(group.bytes_per_block for group in groups)
+    return size.num_blocks * bytes_per_slab(groups)

@@ -17,6 +17,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "disable_custom_all_reduce": (True, False),
     "enable_chunked_prefill": (None, True),
     "enable_lora": (False,),
+    "disable_hybrid_kv_cache_manager": (None, False),
+    "disable_sliding_window": (False,),
     "cpu_offload_gb": (0,),
     "swap_space": (0, 4),
     "tokenizer_mode": ("auto", "hf"),

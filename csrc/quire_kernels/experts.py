@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire_kernels import costs, few_experts, routing
+from quire_kernels import costs, few_experts, fp8_experts, routing
 from quire_kernels.activation import silu
 from quire_kernels.experts_plans import Cut, cuts_of
+from quire_kernels.mixtures import ExpertScales
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
 from quire_kernels.rounding import INTERPRETED, rounded
 
@@ -154,23 +155,33 @@ def product(
 
 
 def experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """Return `ops.experts` of rows whose values are neighbours; the weights are contiguous."""
     num_tokens, top_k = expert_ids.shape
     weights, expert_ids = weights.contiguous(), expert_ids.contiguous()
     if 0 < num_tokens <= few_experts.MAX_TOKENS:
-        return few_experts.experts(x, gate_up, down, weights, expert_ids)
+        return few_experts.experts(x, gate_up, down, weights, expert_ids, scales=scales)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not num_tokens:
         return out
     flat, (num_experts, hidden_size, size) = expert_ids.flatten(), down.shape
-    first, second = cuts_of(x.device, x.dtype, len(flat), (num_experts, top_k, hidden_size, size))
+    shape = (num_experts, top_k, hidden_size, size)
+    first, second = cuts_of(x.device, gate_up.dtype, len(flat), shape)
     tiles = routing.plan(flat, num_experts, first.rows)
-    hidden = torch.empty((len(flat), size), dtype=x.dtype, device=x.device)
-    made = torch.empty((len(flat), hidden_size), dtype=x.dtype, device=x.device)
-    product(x, gate_up, hidden, tiles, top_k=top_k, gated=True, cut=first)
-    product(hidden, down, made, tiles, top_k=1, gated=False, cut=second)
+    if scales is None:
+        hidden = torch.empty((len(flat), size), dtype=x.dtype, device=x.device)
+        made = torch.empty((len(flat), hidden_size), dtype=x.dtype, device=x.device)
+        product(x, gate_up, hidden, tiles, top_k=top_k, gated=True, cut=first)
+        product(hidden, down, made, tiles, top_k=1, gated=False, cut=second)
+    else:
+        made = fp8_experts.products(x, (gate_up, down), scales, tiles, top_k, (first, second))
     block = min(1024, triton.next_power_of_2(hidden_size))
     _weigh_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
         made, weights, out, SIZE=hidden_size, TOP_K=top_k, BLOCK=block, **options()

@@ -17,8 +17,9 @@ from torch import Tensor
 from quire_kernels import costs
 from quire_kernels.activation import silu
 from quire_kernels.gemv import _weights
+from quire_kernels.mixtures import ExpertScales
 from quire_kernels.overlap import let_next_begin, options, wait_for_previous
-from quire_kernels.rounding import rounded
+from quire_kernels.rounding import rounded, widened
 
 # More tokens share experts, of which a tile reads the weight once.
 MAX_TOKENS = 4
@@ -30,10 +31,30 @@ def _summed(products, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return tl.sum(tl.reshape(products, (ROWS, BLOCK // 8, 8)), axis=2)
 
 
+@triton.jit
+def _scaled(
+    sums,
+    scales_ptr,
+    rows,
+    are_inside,
+    start,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return sums over neighbours times the scales of their blocks of WIDTH inputs."""
+    blocks: tl.constexpr = (SIZE + WIDTH - 1) // WIDTH
+    columns = start + tl.arange(0, BLOCK // 8) * 8
+    at = scales_ptr + rows[:, None] * blocks + (columns // WIDTH)[None, :]
+    inside = are_inside[:, None] & (columns < SIZE)[None, :]
+    return sums * tl.load(at, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_pairs"], launch_metadata=costs.of_experts)
 def _gate_up_kernel(
     x_ptr,
     weight_ptr,
+    scales_ptr,
     out_ptr,
     ids_ptr,
     x_stride,
@@ -43,9 +64,14 @@ def _gate_up_kernel(
     TOP_K: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Make OUTPUTS numbers of a pair; rows of gate and up lie beside one another."""
+    """Make OUTPUTS numbers of a pair; rows of gate and up lie beside one another.
+
+    HEIGHT outputs and WIDTH inputs, with 0 all of them, share a scale; HEIGHT 0: there is none.
+    """
     let_next_begin(OVERLAPS)
     pair = tl.program_id(0)
     first = tl.program_id(1) * OUTPUTS
@@ -55,6 +81,10 @@ def _gate_up_kernel(
     wait_for_previous(OVERLAPS)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     rows = expert * (2 * NUM_OUT) + first + places // 2 + places % 2 * NUM_OUT
+    if HEIGHT > 0:
+        heights: tl.constexpr = (NUM_OUT + HEIGHT - 1) // HEIGHT
+        scale_rows = (first + places // 2) // HEIGHT + places % 2 * heights
+        scale_rows += expert * (2 * heights)
     x_ptr += (pair // TOP_K).to(tl.int64) * x_stride
     weights = _weights(weight_ptr, rows, are_inside, columns, SIZE, SIZE)
     sums = tl.zeros((OUTPUTS * 2, BLOCK // 8), tl.float32)
@@ -63,11 +93,17 @@ def _gate_up_kernel(
         if start + BLOCK < SIZE:
             later = _weights(weight_ptr, rows, are_inside, at + BLOCK, SIZE, SIZE)
         x = tl.load(x_ptr + at, mask=at < SIZE, other=0.0)
-        products = weights.to(tl.float32) * x.to(tl.float32)[None, :]
-        sums += _summed(products, OUTPUTS * 2, BLOCK)
+        products = widened(weights, tl.float32) * x.to(tl.float32)[None, :]
+        part = _summed(products, OUTPUTS * 2, BLOCK)
+        if HEIGHT > 0 and WIDTH > 0:
+            part = _scaled(part, scales_ptr, scale_rows, are_inside, start, SIZE, WIDTH, BLOCK)
+        sums += part
         if start + BLOCK < SIZE:
             weights = later
-    gate, up = tl.split(tl.reshape(tl.sum(sums, axis=1), (OUTPUTS, 2)))
+    out = tl.sum(sums, axis=1)
+    if HEIGHT > 0 and WIDTH == 0:
+        out *= tl.load(scales_ptr + scale_rows, mask=are_inside, other=0.0)
+    gate, up = tl.split(tl.reshape(out, (OUTPUTS, 2)))
     outputs = first + tl.arange(0, OUTPUTS)
     out = rounded(silu(gate) * up, out_ptr.dtype.element_ty)
     tl.store(out_ptr + pair.to(tl.int64) * NUM_OUT + outputs, out, mask=outputs < NUM_OUT)
@@ -77,6 +113,7 @@ def _gate_up_kernel(
 def _down_kernel(
     x_ptr,
     weight_ptr,
+    scales_ptr,
     out_ptr,
     ids_ptr,
     shares_ptr,
@@ -87,6 +124,8 @@ def _down_kernel(
     SLOTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Make OUTPUTS numbers of a token: a row is one of them of one of the token's experts."""
@@ -100,6 +139,9 @@ def _down_kernel(
     pairs = token * TOP_K + slots
     experts = tl.load(ids_ptr + pairs, mask=slots < TOP_K, other=0)
     rows = experts * NUM_OUT + outputs
+    if HEIGHT > 0:
+        heights: tl.constexpr = (NUM_OUT + HEIGHT - 1) // HEIGHT
+        scale_rows = experts * heights + outputs // HEIGHT
     weights = _weights(weight_ptr, rows, are_inside, columns, SIZE, SIZE)
     shares = tl.load(shares_ptr + pairs, mask=slots < TOP_K, other=0.0).to(tl.float32)
     sums = tl.zeros((SLOTS * OUTPUTS, BLOCK // 8), tl.float32)
@@ -109,10 +151,16 @@ def _down_kernel(
             later = _weights(weight_ptr, rows, are_inside, at + BLOCK, SIZE, SIZE)
         inside = are_inside[:, None] & (at < SIZE)[None, :]
         x = tl.load(x_ptr + pairs[:, None] * SIZE + at[None, :], mask=inside, other=0.0)
-        sums += _summed(weights.to(tl.float32) * x.to(tl.float32), SLOTS * OUTPUTS, BLOCK)
+        part = _summed(widened(weights, tl.float32) * x.to(tl.float32), SLOTS * OUTPUTS, BLOCK)
+        if HEIGHT > 0 and WIDTH > 0:
+            part = _scaled(part, scales_ptr, scale_rows, are_inside, start, SIZE, WIDTH, BLOCK)
+        sums += part
         if start + BLOCK < SIZE:
             weights = later
-    made = tl.where(are_inside, tl.sum(sums, axis=1) * shares, 0.0)
+    made = tl.sum(sums, axis=1)
+    if HEIGHT > 0 and WIDTH == 0:
+        made *= tl.load(scales_ptr + scale_rows, mask=are_inside, other=0.0)
+    made = tl.where(are_inside, made * shares, 0.0)
     out = tl.sum(tl.reshape(made, (SLOTS, OUTPUTS)), axis=0)
     at = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -128,44 +176,50 @@ def _block(size: int, most: int) -> int:
 
 
 def experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """Return `ops.experts` of a few tokens whose values are neighbours."""
     num_tokens, top_k = expert_ids.shape
     size, hidden_size = gate_up.shape[1] // 2, down.shape[1]
     hidden = torch.empty((num_tokens * top_k, size), dtype=x.dtype, device=x.device)
     out = torch.empty((num_tokens, hidden_size), dtype=x.dtype, device=x.device)
+    height, width = (0, 0) if scales is None else scales.block
+    shared = {"TOP_K": top_k, "HEIGHT": height, "WIDTH": width, "num_warps": 4, **options()}
     outputs, slots = 4, triton.next_power_of_2(top_k)
     _gate_up_kernel[(len(hidden), triton.cdiv(size, outputs))](
         x,
         gate_up,
+        None if scales is None else scales.gate_up,
         hidden,
         expert_ids,
         x.stride(0),
         len(hidden),
         SIZE=x.shape[1],
         NUM_OUT=size,
-        TOP_K=top_k,
         OUTPUTS=outputs,
         BLOCK=_block(x.shape[1], 1024),
-        num_warps=4,
-        **options(),
+        **shared,
     )
     outputs = max(1, 16 // slots)
     _down_kernel[(num_tokens, triton.cdiv(hidden_size, outputs))](
         hidden,
         down,
+        None if scales is None else scales.down,
         out,
         expert_ids,
         weights,
         len(hidden),
         SIZE=size,
         NUM_OUT=hidden_size,
-        TOP_K=top_k,
         SLOTS=slots,
         OUTPUTS=outputs,
         BLOCK=_block(size, 256 if size <= 2048 else 512),
-        num_warps=4,
-        **options(),
+        **shared,
     )
     return out

@@ -5,9 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as functional
+from attrs import frozen
 from torch import Tensor
 
 from quire_kernels.with_triton import kernels
+
+
+@frozen
+class ExpertScales:
+    """Scales of experts' weights in e4m3.
+
+    `gate_up` and `down` float32 [num_experts, outputs, inputs in blocks], those of gates before
+    those of ups. `block`: outputs and inputs that share a scale, inputs a power of two from 16 on
+    or 0: all of them. `rounds_inputs`: what is multiplied may be rounded to e4m3 too, with a scale
+    for a row's inputs of a block.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    block: tuple[int, int]
+    rounds_inputs: bool = False
+
+
+def scaled_up(values: Tensor, scales: Tensor, block: tuple[int, int], parts: int = 1) -> Tensor:
+    """Return `values` [outputs, inputs] times `scales`, float32; `parts` have blocks of their own.
+
+    `scales` as one expert has them in `ExpertScales`.
+    """
+    num_out, num_in = values.shape[0] // parts, values.shape[1]
+    wide = scales.repeat_interleave(block[1] or num_in, 1)[:, :num_in]
+    tall = [own.repeat_interleave(block[0], 0)[:num_out] for own in wide.chunk(parts)]
+    return values.float() * torch.cat(tall)
 
 
 def route(logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -50,6 +79,25 @@ def sum_over_experts(
         if len(own):
             total.index_add_(0, own, expert(x[own], number) * scale)
     return total.to(x.dtype)
+
+
+def scaled_experts(
+    x: Tensor,
+    given: tuple[Tensor, Tensor],
+    weights: Tensor,
+    expert_ids: Tensor,
+    scales: ExpertScales,
+) -> Tensor:
+    """Return `ops.experts` of weights in e4m3, `given` gate_up and down, in PyTorch."""
+
+    def one(rows: Tensor, expert: int) -> Tensor:
+        gate_up = scaled_up(given[0][expert], scales.gate_up[expert], scales.block, 2)
+        gate, up = functional.linear(rows.float(), gate_up).to(x.dtype).float().chunk(2, -1)
+        hidden = (functional.silu(gate) * up).to(x.dtype)
+        down = scaled_up(given[1][expert], scales.down[expert], scales.block)
+        return functional.linear(hidden.float(), down).to(x.dtype)
+
+    return sum_over_experts(x, weights, expert_ids, len(given[0]), one)
 
 
 def why_no_experts(device: str) -> str | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from quire_kernels import fixed_rows, mixtures, philox
+from quire_kernels.mixtures import ExpertScales as ExpertScales
 from quire_kernels.with_triton import kernels as _kernels
 
 philox_4x32 = philox.philox_4x32
@@ -180,17 +181,27 @@ def add_rms_norm_linear_silu_mul(
 
 
 def experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """Return the weighted sums of what the chosen experts make of each token.
 
     Expert e makes down[e] @ silu_mul(gate_up[e] @ x). `x` [num_tokens, hidden_size], `gate_up`
     [num_experts, 2 * size, hidden_size] gates first, `down` [num_experts, hidden_size, size];
-    `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them.
+    `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them. `scales`: of weights in
+    e4m3, which are multiplied in x's dtype.
     """
     if x.is_cuda:
-        out: Tensor = _kernels("experts").experts(x, gate_up, down, weights, expert_ids)
+        given = (x, gate_up, down, weights, expert_ids)
+        out: Tensor = _kernels("experts").experts(*given, scales=scales)
         return out
+    if scales is not None:
+        return mixtures.scaled_experts(x, (gate_up, down), weights, expert_ids, scales)
 
     def one(rows: Tensor, expert: int) -> Tensor:
         return functional.linear(silu_mul(functional.linear(rows, gate_up[expert])), down[expert])

@@ -21,7 +21,7 @@ from quire.engine import Engine
 from quire.execution.step_graphs import decode_sizes
 from quire.interfaces.attention import GraphSupport
 from quire.interfaces.batch import Batch
-from quire.start import Starter
+from quire.start import STEPS_IN_FLIGHT, Starter
 from quire_attention.reference.backend import ReferenceAttention
 from quire_models.decoder import DecoderStack
 from quire_sampling.reference.sampler import ReferenceSampler
@@ -92,6 +92,35 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(
 
     assert found == wanted
     assert capture.num_replays > 0
+    assert has_all_blocks(engine)
+
+
+@pytest.mark.parametrize(("depth", "kv_cache_dtype"), [(2, "auto"), (3, "fp8")])
+def test_windows_leave_blocks_behind_replayed_steps(
+    tmp_path: Path,
+    capture: ReplayingCapture,
+    monkeypatch: pytest.MonkeyPatch,
+    depth: int,
+    kv_cache_dtype: str,
+) -> None:
+    """Slabs change hands between layers while steps are in flight."""
+    windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    folder = tiny_llama.write_folder(
+        tmp_path, architectures=["Qwen2ForCausalLM"], num_hidden_layers=3, **windows
+    )
+    asked = [request(i, prompt(i, n), max_tokens=20, n=2) for i, n in enumerate((60, 5, 33, 47))]
+    options = {"max_num_batched_tokens": 12, "max_model_len": 96, "kv_cache_dtype": kv_cache_dtype}
+    wanted, _ = run_all(eager_engine(folder, monkeypatch, **options), asked)
+    monkeypatch.setitem(STEPS_IN_FLIGHT, "cpu", depth)
+    tight = 31 * (1024 if kv_cache_dtype == "auto" else 256)  # slabs of two layers' blocks
+    engine = graph_engine(folder, capture, kv_cache_memory_bytes=tight, **options)
+    assert engine.block_manager.slabs is not None
+
+    found = [run_all(engine, asked)[0] for _ in range(2)]
+
+    assert found == [wanted] * 2
+    assert capture.num_replays > 0
+    assert engine.scheduler.num_preemptions > 0
     assert has_all_blocks(engine)
 
 

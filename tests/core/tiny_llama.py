@@ -58,6 +58,8 @@ def write_folder(folder: Path, *, seed: int = 0, **keys: Any) -> Path:
         name = f"model.layers.{i}"
         for part, rows in (("q", hidden), ("k", kv_size), ("v", kv_size), ("o", hidden)):
             tensors[f"{name}.self_attn.{part}_proj.weight"] = draw(rows, hidden)
+            if config["architectures"] == ["Qwen2ForCausalLM"] and part != "o":
+                tensors[f"{name}.self_attn.{part}_proj.bias"] = torch.zeros(rows)
         for part in ("gate", "up"):
             tensors[f"{name}.mlp.{part}_proj.weight"] = draw(size, hidden)
         tensors[f"{name}.mlp.down_proj.weight"] = draw(hidden, size)

@@ -61,6 +61,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "kv_bytes_per_token": sum(group.bytes_per_block for group in layout.groups)
             // frontend.config.cache.block_size,
             "kv_scales": layout.kv_scales_in_words,
+            "windows": layout.windows,
         },
         "warnings": frontend.warnings,
         "phases_s": phases.seconds,
@@ -122,12 +123,28 @@ def _as_text(found: dict[str, Any]) -> str:
 
 
 def _kv_lines(memory: dict[str, Any]) -> list[str]:
-    blocks, size = memory["num_kv_blocks"], memory["block_size"]
+    blocks, size, windows = memory["num_kv_blocks"], memory["block_size"], memory["windows"]
     if not blocks:
         return ["  no KV cache: an encoder sees all tokens of an input at once"]
+    slabs = "" if windows is None or windows["layers_a_slab"] is None else "slabs of "
     kinds, a_token = ", ".join(memory["kv_dtypes"]), memory["kv_bytes_per_token"]
     scales = f"; scales: {memory['kv_scales']}" if memory["kv_scales"] else ""
     return [
-        f"  {blocks} KV blocks of {size} tokens, block 0 for padding",
+        f"  {blocks} {slabs}KV blocks of {size} tokens, block 0 for padding",
         f"  KV cache of {kinds}, {a_token:,} bytes a token{scales}",
+        *(_windows_in_words(windows) if windows else []),
     ]
+
+
+def _windows_in_words(windows: dict[str, Any]) -> list[str]:
+    kinds = [
+        f"{count} layers keep {'all' if window is None else f'a window of {window:,}'}"
+        for count, window in windows["layers"]
+    ]
+    lines = [f"  {', '.join(kinds)}"]
+    rows = windows["layers_a_slab"]
+    lines += [] if rows is None else [f"  a slab is blocks of {rows} layers, for any of them"]
+    held = describe_bytes(windows["sequence_bytes"])
+    whole = describe_bytes(windows["sequence_bytes_without_windows"])
+    tokens = windows["sequence_tokens"]
+    return [*lines, f"  a sequence of {tokens:,} tokens holds {held}; without windows {whole}"]

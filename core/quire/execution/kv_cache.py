@@ -1,4 +1,16 @@
-"""The memory of the KV blocks: layers with equal needs form a group, each layer has one tensor."""
+"""The memory of the KV blocks: layers with equal needs form a group, each layer has one tensor.
+
+Where some groups have a window and others have not, or another one, they share slabs, so that the
+blocks that windows free serve every group. Memory is rows of blocks of one layer, and slab s is
+column s; here slabs of three rows, a group of 3 layers (a, b, c) and one of 1 (x):
+
+    slab     0 1 2 3 4 5 ...           block of the 1st      block of the 2nd
+    row 0  | a . x a x . |             s: all rows           s, s + n, s + 2 n: a row each,
+    row 1  | b . x b x . |                                   where there are n slabs
+    row 2  | c . x c . . |
+
+A layer's tensor begins at its row and goes on to the last row, so that a block's id is its place.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +30,15 @@ from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.layers.quantized_cache import as_bytes
 from quire.patience import telling
+from quire.scheduling.footprint import slab_rows
 from quire.scheduling.output import KVCacheGroup
 
+ANY_LENGTH = 1 << 20  # tokens, more than a sequence may have
+
 Answer = TypeVar("Answer")
+
+# What the address of a layer's tensor is a multiple of, in bytes.
+ALIGNMENT = 256
 
 
 @define(kw_only=True)
@@ -40,36 +58,70 @@ class LayerGroup:
         return self.spec.causal
 
     @property
-    def bytes_per_block(self) -> int:
-        """Bytes of one block in all layers of the group."""
+    def layer_bytes_per_block(self) -> int:
+        """Bytes of one block in one layer."""
         if not self.has_cache:
             return 0
         size = torch.empty(0, dtype=getattr(torch, self.layout.dtype)).element_size()
-        return len(self.layers) * math.prod(self.layout.block_shape) * size
+        return math.prod(self.layout.block_shape) * size
 
-    def to_cache_group(self, num_blocks: int) -> KVCacheGroup:
-        """Return the group as the block manager sees it."""
-        return KVCacheGroup(
-            layers=tuple(layer.index for layer in self.layers),
-            block_size=self.spec.block_size,
-            bytes_per_block=self.bytes_per_block,
-            num_blocks=num_blocks,
-            window=self.spec.sliding_window,
-        )
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block in all layers of the group."""
+        return len(self.layers) * self.layer_bytes_per_block
 
 
-def cache_groups(
-    groups: Sequence[LayerGroup], num_blocks: int, max_model_len: int
-) -> list[KVCacheGroup]:
-    """Return the groups as the block manager sees them.
+def rows_of_slabs(groups: Sequence[LayerGroup]) -> int | None:
+    """Return how many layers' blocks a slab holds, None where groups share none.
 
-    Where nothing is kept, a sequence of any length has one block, which holds nothing.
+    They do not where all have the same window, and so need equally many blocks, nor where a
+    layer's block has not the same bytes in all of them.
     """
-    if any(group.has_cache for group in groups):
-        return [group.to_cache_group(num_blocks) for group in groups]
-    size = 1 << (max_model_len - 1).bit_length()
-    empty = KVCacheGroup(layers=(), block_size=size, bytes_per_block=0, num_blocks=num_blocks)
-    return [empty] * max(1, len(groups))
+    if not any(group.has_cache for group in groups):
+        return None
+    windows = {group.spec.sliding_window for group in groups}
+    sizes = {group.layer_bytes_per_block for group in groups}
+    if len(windows) == 1 or len(sizes) > 1:
+        return None
+    return slab_rows(len(group.layers) for group in groups)
+
+
+def cache_groups(groups: Sequence[LayerGroup], num_blocks: int) -> list[KVCacheGroup]:
+    """Return the groups as the block manager sees them, with so many blocks or slabs."""
+    if not any(group.has_cache for group in groups):
+        return [_empty_group(num_blocks)] * max(1, len(groups))
+    rows = rows_of_slabs(groups)
+    return [
+        KVCacheGroup(
+            layers=tuple(layer.index for layer in group.layers),
+            block_size=group.spec.block_size,
+            bytes_per_block=group.bytes_per_block,
+            num_blocks=num_blocks,
+            window=group.spec.sliding_window,
+            blocks_per_slab=None if rows is None else rows // len(group.layers),
+            block_stride=len(group.layers) * _row_length(group, num_blocks),
+        )
+        for group in groups
+    ]
+
+
+def _empty_group(num_blocks: int) -> KVCacheGroup:
+    """Return the group of an encoder: a sequence of any length has one block, of nothing."""
+    return KVCacheGroup(layers=(), block_size=ANY_LENGTH, bytes_per_block=0, num_blocks=num_blocks)
+
+
+def _row_length(group: LayerGroup, num_slabs: int) -> int:
+    """Return how many blocks of one layer a row has, so that the next one begins aligned."""
+    multiple = ALIGNMENT // math.gcd(group.layer_bytes_per_block, ALIGNMENT)
+    return -(-num_slabs // multiple) * multiple
+
+
+def bytes_per_slab(groups: Sequence[LayerGroup]) -> int:
+    """Return the bytes of a slab, or of one block of each group where they share none."""
+    rows = rows_of_slabs(groups)
+    if rows is None:
+        return sum(group.bytes_per_block for group in groups)
+    return rows * groups[0].layer_bytes_per_block
 
 
 def layers_by_spec(
@@ -85,17 +137,37 @@ def layers_by_spec(
 
 
 class KVCache:
-    """One tensor [num_blocks, *block_shape] a layer, bound to it; none for an encoder's."""
+    """One tensor [num_blocks, *block_shape] a layer, bound to it; none for an encoder's.
 
-    def __init__(self, groups: Sequence[LayerGroup], num_blocks: int, device: torch.device) -> None:
+    With `rows` they are parts of one memory of `num_blocks` slabs of so many rows.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[LayerGroup],
+        num_blocks: int,
+        device: torch.device,
+        *,
+        rows: int | None = None,
+    ) -> None:
         self.tensors: list[list[Tensor]] = []
+        shared = None
+        if rows is not None:
+            length, a_block = _row_length(groups[0], num_blocks), groups[0].layer_bytes_per_block
+            shared = _zeros((rows, length, a_block), torch.uint8, device)
         for group in groups:
             if not group.has_cache:
                 self.tensors.append([])
                 continue
-            shape = (num_blocks, *group.layout.block_shape)
-            dtype = getattr(torch, group.layout.dtype)
-            self.tensors.append([_zeros(shape, dtype, device) for _ in group.layers])
+            dtype, shape = getattr(torch, group.layout.dtype), group.layout.block_shape
+            self.tensors.append(
+                [
+                    _zeros((num_blocks, *shape), dtype, device)
+                    if shared is None
+                    else shared[row:].view(dtype).view(-1, *shape)
+                    for row, _ in enumerate(group.layers)
+                ]
+            )
 
     def bind(self, groups: Sequence[LayerGroup], backends: Sequence[AttentionBackend]) -> None:
         """Give every layer its backend and tensor."""
@@ -105,14 +177,18 @@ class KVCache:
                 layer.bind(backend, tensor, number)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copy whole blocks: (group, source, destination)."""
+        """Copy whole blocks at once: (group, source, destination)."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
         for number, tensors in enumerate(self.tensors):
             pairs = [(src, dst) for group, src, dst in copies if group == number]
             if not pairs:
                 continue
             index = torch.tensor(pairs, dtype=torch.int64).T.to(tensors[0].device)
             for tensor in map(as_bytes, tensors):
-                tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
+                found.append((tensor, index[1], tensor.index_select(0, index[0])))
+        # A group's destination may be a slab that another group's source has just left.
+        for tensor, places, blocks in found:
+            tensor.index_copy_(0, places, blocks)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from quire.execution.kv_cache import (
     layers_by_spec,
     layout_of,
     make_backends,
+    rows_of_slabs,
 )
 from quire.execution.memory import MemoryBudget, describe_bytes, host_memory_left
 from quire.execution.model_runner import ModelRunner
@@ -362,14 +363,14 @@ def make_runner(
     """Allocate the KV cache, bind it to the layers and return the runner."""
     device = next(model.parameters()).device
     backends = make_backends(groups, limits)
-    kv_cache = KVCache(groups, num_blocks, device)
+    kv_cache = KVCache(groups, num_blocks, device, rows=rows_of_slabs(groups))
     kv_cache.bind(groups, backends)
     runner_class = ModelRunner if pooler is None else partial(PoolingRunner, pooler)
     runner = runner_class(
         model=model,
         backends=backends,
         kv_cache=kv_cache,
-        groups=cache_groups(groups, num_blocks, limits.max_model_len),
+        groups=cache_groups(groups, num_blocks),
         limits=limits,
         sampler=sampler,
         processors=processors,

@@ -46,7 +46,7 @@ def work_of(model: Model, groups: Sequence[LayerGroup], weight_bytes: int) -> Mo
     """Count the work of a model; `weight_bytes` are those of all its parameters."""
     layers = list(model.modules())
     linears = [layer.spec for layer in layers if isinstance(layer, Linear)]
-    experts = [layer.spec for layer in layers if isinstance(layer, Experts)]
+    experts = [layer for layer in layers if isinstance(layer, Experts)]
     heads = [layer for layer in layers if isinstance(layer, Head)]
     reads_embedding = any(h.is_tied and h.method.loaded_bytes(h) is None for h in heads)
     # An embedding is looked up in, not read, unless the head uses it too, and no copy of it.
@@ -55,11 +55,11 @@ def work_of(model: Model, groups: Sequence[LayerGroup], weight_bytes: int) -> Mo
     )
     return ModelWork(
         linear_flops=sum(2 * s.in_features * s.out_features for s in linears)
-        + sum(2 * s.top_k * _expert_elements(s) for s in experts),
+        + sum(2 * e.spec.top_k * _expert_elements(e.spec) for e in experts),
         head_flops=sum(2 * h.spec.num_embeddings * h.spec.embedding_dim for h in heads),
         weight_bytes=weight_bytes
         - sum(s.num_embeddings * s.embedding_dim * _size(s.dtype) for s in looked_up)
-        - sum((s.num_experts - s.top_k) * _expert_elements(s) * _size(s.dtype) for s in experts),
+        - sum(_unread_bytes(layer) for layer in experts),
         attention=tuple(_attention_of(group) for group in groups),
     )
 
@@ -67,6 +67,14 @@ def work_of(model: Model, groups: Sequence[LayerGroup], weight_bytes: int) -> Mo
 def _expert_elements(spec: ExpertsSpec) -> int:
     """Return the weights of one expert: gate, up and down."""
     return 3 * spec.hidden_size * spec.intermediate_size
+
+
+def _unread_bytes(layer: Experts) -> int:
+    """Return the bytes of the experts that do not serve a token."""
+    spec, held = layer.spec, layer.method.loaded_bytes(layer)
+    if held is None:
+        held = spec.num_experts * _expert_elements(spec) * _size(spec.dtype)
+    return held * (spec.num_experts - spec.top_k) // spec.num_experts
 
 
 def _attention_of(group: LayerGroup) -> AttentionWork:

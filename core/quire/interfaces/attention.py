@@ -91,6 +91,7 @@ class BatchLimits:
 class KVLayout:
     """How one KV block lies in memory: the cache is `[num_blocks, *block_shape]` of `dtype`.
 
+    Contiguous, and 256 bytes aligned; ids that no table names may be other layers' blocks.
     Two backends share a cache if name, shape and dtype agree. The core copies whole blocks.
     """
 

@@ -17,7 +17,8 @@ class GroupBatch:
     """The part of a batch that belongs to one KV-cache group.
 
     `block_table` [num_seqs, max_blocks], contiguous: block ids of each sequence; those beyond its
-    length are 0 or of blocks that are not its own. It may be wider than any sequence needs.
+    length, and those that lie before the window of all its tokens, are 0 or of blocks that are not
+    its own. It may be wider than any sequence needs.
     `slot_mapping` [num_tokens]: block_id * block_size + offset of each token's slot.
     """
 

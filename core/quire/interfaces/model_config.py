@@ -246,6 +246,7 @@ class ModelConfig:
     def kv_elements_per_token(self) -> int:
         """Elements of keys and values that one token adds to the KV cache, of all layers.
 
+        Where config.json has no key with "window" in its name, that is what a long sequence needs.
         0: an encoder, which sees all tokens of a sequence at once.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say its KV cache's size")

@@ -110,11 +110,16 @@ class Beams:
         return sequence.beams is not None and sequence.beams.has_result(sequence)
 
     def in_the_way(self, running: SequenceList) -> Sequence | None:
-        """Return the worst standing that runs beside the request of the first one that waits."""
+        """Return the worst standing that runs beside the request of the first one that waits.
+
+        Where there is none, the worst of its own beams that waits for it: behind windows a beam
+        cannot always share what the others have, and needs blocks of its own.
+        """
         needy = self._waiting.first()
         if needy is None:
             return None
         others = [sequence for sequence in running if sequence.request is not needy.request]
+        others = others or [sequence for sequence in running if self.waits(sequence)]
         return others[-1] if others else None
 
     def parks(self, sequence: Sequence) -> bool:
@@ -137,6 +142,8 @@ class Beams:
                 continue
             num_computed = other.num_computed_tokens - step.num_scheduled_tokens(other)
             shared = min(_num_shared(other, sequence), num_computed, sequence.num_tokens - 1)
+            if not self._blocks.can_fork(other, shared):
+                continue  # its window has left behind what they share
             if best is None or shared > best[1]:
                 best = other, shared
         return best

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from quire.scheduling.prefix_cache import PrefixCache
 
+BlockTables = list[list[int]]
+"""One list of block ids a group: entry i holds positions i * block_size and on; 0 is no block."""
+
 
 class BlockPool:
     """Hands out block ids from 1; block 0 is never allocated, padding rows write there.
@@ -23,7 +26,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.num_tables = [0] * num_blocks  # by block id
+        self.num_tables: list[int] | dict[int, int] = [0] * num_blocks  # by block id
         self.cache = PrefixCache()
         self._free = list(range(num_blocks - 1, 0, -1))  # a stack: low ids first
 
@@ -41,8 +44,19 @@ class BlockPool:
         """Whether one table alone names the block and nobody can find it."""
         return self.num_tables[block_id] == 1 and not self.cache.holds(block_id)
 
-    def take(self, count: int) -> list[int]:
-        """Hand out `count` blocks with one table each; there must be as many free."""
+    def num_unused(self, block_ids: Iterable[int]) -> int:
+        """Return how many of some cached blocks no table names."""
+        return sum(map(self.cache.is_idle, block_ids))
+
+    def slabs_missing(self, count: int, hits: Iterable[int]) -> int:
+        """Return how many slabs must be free for sharing `hits` and taking `count` more blocks."""
+        raise NotImplementedError(f"{type(self).__name__} has no slabs")
+
+    def take(self, count: int, *, others_need: int = 0) -> list[int]:
+        """Hand out `count` blocks with one table each; there must be as many free.
+
+        `others_need` slabs stay free, where the pool shares them.
+        """
         block_ids = []
         for _ in range(count):
             block_id = self._free.pop() if self._free else self.cache.evict()
@@ -51,19 +65,21 @@ class BlockPool:
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """Count one more table for each block; idle ones come back into use."""
-        for block_id in block_ids:
+        """Count one more table for each block; idle ones come back into use. Block 0 is none."""
+        for block_id in filter(None, block_ids):
             if self.num_tables[block_id] == 0:
                 self.cache.revive(block_id)
             self.num_tables[block_id] += 1
 
     def give_back(self, block_ids: list[int]) -> None:
-        """Count one table less for each block of one table.
+        """Count one table less for each block of one table; block 0 stands for none.
 
         Last block first: the tail of a prompt is least likely to be shared, so it should be
         evicted before the common prefix.
         """
         for block_id in reversed(block_ids):
+            if block_id == 0:
+                return  # the blocks before were left behind, too
             left = self.num_tables[block_id] - 1
             assert left >= 0, f"block {block_id} is given back twice"
             self.num_tables[block_id] = left

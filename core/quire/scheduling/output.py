@@ -14,6 +14,8 @@ class KVCacheGroup:
 
     `num_blocks` counts block 0, which is never allocated: padding rows write there.
     `window` is the number of latest tokens that the layers read, None for all.
+    With `blocks_per_slab` the group's blocks are cut from slabs that all groups share: there are
+    `num_blocks` slabs, and the blocks of slab s are s, s + `block_stride`, and so on.
     """
 
     layers: tuple[int, ...]
@@ -21,13 +23,16 @@ class KVCacheGroup:
     bytes_per_block: int
     num_blocks: int
     window: int | None = None
+    blocks_per_slab: int | None = None
+    block_stride: int = 0
 
 
 @frozen(kw_only=True)
 class AddedSequence:
     """A sequence that takes a row: new, or resumed after a preemption.
 
-    `block_tables` holds one list of block ids a group. `token_ids` are all that the host knows.
+    `block_tables` holds one list of block ids a group; 0 stands for a block that its window has
+    left behind. `token_ids` are all that the host knows.
     A beam gives so many of its most likely tokens as `num_candidates`; 0: it is none.
     With `pooling` it gives a vector.
     """

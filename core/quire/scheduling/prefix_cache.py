@@ -89,6 +89,12 @@ class PrefixCache:
         del self._block_ids[self._digests.pop(block_id)]
         return block_id
 
+    def forget(self, block_id: int) -> None:
+        """Make a block that is not idle unfindable; nothing changes where it is that already."""
+        digest = self._digests.pop(block_id, None)
+        if digest is not None:
+            del self._block_ids[digest]
+
     def reset(self) -> list[int]:
         """Forget everything and return the idle blocks, which are free now."""
         idle = list(self._idle)

@@ -30,6 +30,17 @@ class SequenceList:
         """Insert by standing; a new arrival usually goes to the end, at no cost."""
         insort(self.items, sequence, key=_standing)
 
+    def victim_for(self, needy: Sequence) -> Sequence:
+        """Return the worst standing that may be preempted for `needy`: that one or a later one.
+
+        A sequence that was resumed keeps its blocks until it has a token, so that no sequence
+        goes round preemption and resumption without getting on.
+        """
+        for sequence in reversed(self.items):
+            if sequence is needy or not sequence.owes_a_token:
+                return sequence
+        raise AssertionError(f"{needy} is not running")
+
     def remove(self, sequence: Sequence) -> None:
         """Take out one sequence, which must be in the list."""
         place = bisect_left(self.items, sequence.standing, key=_standing)
@@ -69,6 +80,7 @@ class WaitingQueue:
             sibling.status = SequenceStatus.WAITING_TO_FORK
             sibling.parent = first
         if siblings:
+            first.num_to_fork = len(siblings)
             self._siblings[first.sequence_id] = siblings
 
     def has_siblings_of(self, first: Sequence) -> bool:
@@ -83,6 +95,8 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take out one sequence, queued or held back."""
+        if sequence.parent is not None:
+            sequence.parent.num_to_fork -= 1
         if sequence.status is not SequenceStatus.WAITING_TO_FORK:
             self._queue.remove(sequence)
             return

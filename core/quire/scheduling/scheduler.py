@@ -21,6 +21,7 @@ from quire.scheduling.queues import SequenceList, WaitingQueue
 from quire.scheduling.sequence import Sequence, SequenceStatus
 from quire.scheduling.step import Step
 from quire.scheduling.updates import end_of, failed_update, last_update
+from quire.scheduling.windows import Windows
 
 FINISHED = SequenceStatus.FINISHED
 PARKED = SequenceStatus.PARKED
@@ -54,6 +55,7 @@ class Scheduler:
         self._finished_ids: list[int] = []  # gave their rows back since the last output
         self._preempted_ids: list[int] = []
         self._in_flight: deque[Step] = deque()
+        self._windows = Windows(block_manager, self._in_flight)
         self._next_sequence_id = 0
         self._next_step_id = 1
         self._beams = Beams(
@@ -207,11 +209,14 @@ class Scheduler:
         """Get a running sequence blocks up to `end`, preempting the worst standing if it must."""
         if not step.admits:
             return False  # a better standing goes without a block in this step
+        self._windows.leave(sequence, step)
         while (reservation := self._blocks.reserve(sequence, end)) is None:
+            if self._windows.make_room(sequence, self._running, step):
+                continue
             step.admits = False
-            if self._blocks_are_coming_back():
+            if self._windows.frees_later(sequence) or self._blocks_are_coming_back():
                 return False
-            victim = self._choose_victim(sequence)
+            victim = self._running.victim_for(sequence)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -223,17 +228,6 @@ class Scheduler:
         return any(step.releases for step in self._in_flight) or any(
             sequence.is_drained and not self._beams.waits(sequence) for sequence in self._running
         )
-
-    def _choose_victim(self, needy: Sequence) -> Sequence:
-        """Return the worst standing that has no token in this step yet: `needy` or a later one.
-
-        A sequence that was resumed keeps its blocks until it has a token, so that no sequence
-        goes round preemption and resumption without getting on.
-        """
-        for sequence in reversed(self._running.items):
-            if sequence is needy or not sequence.owes_a_token:
-                return sequence
-        raise AssertionError(f"{needy} is not running")
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
@@ -272,6 +266,8 @@ class Scheduler:
 
     def _admit_waiting(self, step: Step) -> None:
         """Give rows and blocks to waiting sequences; nobody overtakes the one that stands best."""
+        if self._waiting.first() is not None:
+            self._windows.leave_all(self._running, step)
         while step.num_spare_tokens > 0 and self._free_rows:
             sequence = self._waiting.first()
             if sequence is None or step.is_short_for(sequence):
@@ -305,9 +301,13 @@ class Scheduler:
         return bool(self._in_flight) and self._in_flight[0].step_id <= preempted.preempted_in_step
 
     def _has_prompt(self, parent: Sequence, step: Step) -> bool:
-        """Whether earlier steps compute the parent's prompt: this one's copies come before it."""
-        num_computed = parent.num_computed_tokens - step.num_scheduled_tokens(parent)
-        return parent.status is RUNNING and num_computed >= parent.num_prompt_tokens
+        """Whether earlier steps compute the parent's prompt: this one's copies come before it.
+
+        A parent that is far ahead may have left behind what a token after the prompt reads.
+        """
+        num_prompt, num_computed = parent.num_prompt_tokens, parent.num_computed_tokens
+        has_it = num_computed - step.num_scheduled_tokens(parent) >= num_prompt
+        return parent.status is RUNNING and has_it and self._blocks.can_fork(parent, num_prompt - 1)
 
     def _fork(self, parent: Sequence, child: Sequence, step: Step) -> bool:
         """Share the parent's prompt; its last token is computed again to get logits of its own."""

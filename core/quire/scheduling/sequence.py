@@ -45,11 +45,14 @@ class Sequence:
         "max_num_tokens",
         "missing_blocks",
         "next_commit_at",
+        "next_leave_at",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
+        "num_left_blocks",
         "num_prompt_tokens",
         "num_reserved_tokens",
+        "num_to_fork",
         "num_tokens",
         "num_tokens_at_resume",
         "parent",
@@ -77,6 +80,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.beams: BeamGroup | None = None  # its request's, in a beam search
         self.parent: Sequence | None = None  # whose blocks it may share; forgotten once admitted
+        self.num_to_fork = 0  # siblings that may still share its prompt
 
         self.token_ids: list[int] = []  # prompt and collected tokens; filled when first admitted
         self.num_prompt_tokens = len(request.prompt_token_ids)
@@ -95,14 +99,16 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] = []  # collected until its first token comes
 
         # Kept by the block manager.
-        self.block_tables: list[list[int]] = []  # one list of block ids a group
+        self.block_tables: list[list[int]] = []  # one list of block ids a group; 0: left behind
+        self.num_left_blocks: list[int] = []  # a group: how many its window has left behind
+        self.next_leave_at = NEVER  # computed tokens at which a window leaves another block
         self.num_reserved_tokens = 0  # positions that every group has a block for
         self.digests: list[list[bytes]] = []  # one chain a block size, each block hashed once
         self.num_committed_blocks: list[int] = []  # a group: blocks already offered to the cache
         self.next_commit_at = NEVER  # computed tokens at which another block is full
         self.cache_epoch = 0
-        # Why it was not admitted: group, blocks needed there, blocks found in the cache.
-        self.missing_blocks: tuple[int, int, int] | None = None
+        # Why it was not admitted: blocks needed in each group, tokens found in the cache.
+        self.missing_blocks: tuple[list[int], int] | None = None
 
     def __repr__(self) -> str:
         return (

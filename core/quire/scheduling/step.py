@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quire.scheduling.beam_search import num_candidates
-from quire.scheduling.block_manager import BlockTables, Reservation
+from quire.scheduling.block_manager import Reservation
+from quire.scheduling.block_pool import BlockTables
 from quire.scheduling.output import AddedSequence, SchedulerOutput
 from quire.scheduling.sequence import Sequence
 

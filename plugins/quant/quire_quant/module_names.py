@@ -11,11 +11,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quire.errors import ConfigError
-from quire.interfaces.quantization import EmbeddingSpec, LinearSpec
+from quire.interfaces.quantization import EmbeddingSpec, ExpertsSpec, LinearSpec
 
 
-def part_names(spec: LinearSpec | EmbeddingSpec) -> tuple[str, ...]:
-    """Return the checkpoint's names of the projections that a layer fuses; else the layer's."""
+def part_names(spec: LinearSpec | EmbeddingSpec | ExpertsSpec) -> tuple[str, ...]:
+    """Return the checkpoint's names of the projections that a layer fuses; else the layer's.
+
+    Of experts, whose projections are all kept alike, those of the first and the last.
+    """
+    if isinstance(spec, ExpertsSpec):
+        ends = (0, spec.num_experts - 1)
+        return tuple(f"{spec.name}.{expert}.{part}" for expert in ends for part in spec.parts)
     if isinstance(spec, EmbeddingSpec) or len(spec.parts) < 2:
         return (spec.name,)
     prefix = spec.name.rpartition(".")[0]

@@ -40,8 +40,8 @@ from quire_quant import on_cpu, tiled
 
 # Weights that are wide at one time in a product: 16 MiB in float32.
 SLICE_WEIGHTS = 1 << 22
-# The same while a layer is repacked, beside a model that is all there but for it.
-PIECE_WEIGHTS = 1 << 19
+# While a layer is repacked, beside a model that is all there but for it; and pieces of a small one.
+PIECE_WEIGHTS, PIECES = 1 << 19, 16
 # Slices of outputs begin at whole words of every format.
 SLICE_STEP = 32
 
@@ -135,7 +135,8 @@ class PackedForm:
 
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[slice]:
         """Yield parts of the outputs whose weights may be wide at one time while they load."""
-        return self._cut(first, self.out_features if end is None else end, PIECE_WEIGHTS)
+        most = min(PIECE_WEIGHTS, self.out_features * self.in_features // PIECES)
+        return self._cut(first, self.out_features if end is None else end, most)
 
     def _cut(self, first: int, end: int, most: int) -> Iterator[slice]:
         step = max(1, most // self.in_features // SLICE_STEP) * SLICE_STEP
@@ -387,8 +388,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     """
     groups, top = weight.unflatten(1, (-1, group_size)), 2**bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    tiny = torch.finfo(torch.float16).smallest_normal
-    scales = ((high - low) / top).clamp(min=tiny).to(torch.float16)
+    scales = ((high - low) / top).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
     wide = scales.float()
     zeros = (-low / wide).round().clamp(0, top)
     codes = (groups / wide[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)

@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from attrs import evolve
 from gather_attention import GatherAttention
 
 from quire.errors import BuildError, PluginError
-from quire.execution.kv_cache import LayerGroup, layout_of, make_backends
+from quire.execution.kv_cache import (
+    ALIGNMENT,
+    KVCache,
+    LayerGroup,
+    bytes_per_slab,
+    cache_groups,
+    layout_of,
+    make_backends,
+    rows_of_slabs,
+)
 from quire.execution.setup import workspace_bytes
 from quire.interfaces.attention import AttentionBackend, BatchLimits
 from quire.testing.attention_cases import make_spec
@@ -118,3 +128,82 @@ def test_constructor_that_exits_is_named() -> None:
 
     with pytest.raises(PluginError, match=r"raises SystemExit in __init__\(\): 0"):
         make_backends([group_of(Broken)], LIMITS)
+
+
+class Layer:
+    """A layer that notes what it is bound to."""
+
+    index = 0
+
+    def bind(self, backend: Any, kv_cache: torch.Tensor, group: int) -> None:
+        self.kv_cache = kv_cache
+
+
+def windowed_groups(*kinds: tuple[int, int | None]) -> list[LayerGroup]:
+    """Return groups of so many layers with these windows."""
+    return [
+        evolve(
+            group_of(GatherAttention),
+            layers=[Layer() for _ in range(count)],
+            spec=evolve(SPEC, sliding_window=window),
+        )
+        for count, window in kinds
+    ]
+
+
+@pytest.mark.parametrize(
+    "kinds", [((1, None), (1, 4)), ((5, None), (2, 4)), ((2, None), (7, 4), (3, 8))]
+)
+@pytest.mark.parametrize("block_shape", [(16, 2, 8), (3,)])
+def test_no_two_blocks_of_slabs_lie_in_the_same_place(
+    kinds: tuple[tuple[int, int], ...], block_shape: tuple[int, ...]
+) -> None:
+    groups, num_slabs = windowed_groups(*kinds), 7
+    for group in groups:
+        group.layout = evolve(group.layout, block_shape=block_shape)
+    cache = KVCache(groups, num_slabs, torch.device("cpu"), rows=rows_of_slabs(groups))
+    cache.bind(groups, [None] * len(groups))  # type: ignore[list-item]
+    first = groups[0].layers[0].kv_cache.data_ptr()
+    written = {}
+    for number, group in enumerate(cache_groups(groups, num_slabs)):
+        slabs = [slab for slab in range(num_slabs) if slab % len(groups) == number]
+        blocks = [s + n * group.block_stride for s in slabs for n in range(group.blocks_per_slab)]
+        for layer in groups[number].layers:
+            for block in blocks:
+                written[layer, block] = len(written) + 1.0
+                layer.kv_cache[block] = written[layer, block]
+
+    assert all((layer.kv_cache[block] == x).all() for (layer, block), x in written.items())
+    assert all(layer.kv_cache.is_contiguous() for layer, _ in written)
+    assert all(layer.kv_cache.data_ptr() % ALIGNMENT == first % ALIGNMENT for layer, _ in written)
+    storages = {layer.kv_cache.untyped_storage().data_ptr() for layer, _ in written}
+    assert len(storages) == 1
+    nbytes = groups[0].layers[0].kv_cache.untyped_storage().nbytes()
+    # Rows end at multiples of the alignment, a block of 3 numbers included.
+    assert 0 <= nbytes - num_slabs * bytes_per_slab(groups) <= rows_of_slabs(groups) * 3 * 256
+
+
+def test_copies_of_all_groups_read_before_any_is_written() -> None:
+    groups = windowed_groups((1, None), (1, 4))
+    cache = KVCache(groups, 4, torch.device("cpu"), rows=rows_of_slabs(groups))
+    first, second = cache.tensors[0][0], cache.tensors[1][0]
+    first[1], second[2] = 1.0, 2.0
+
+    cache.copy_blocks([(0, 1, 2), (1, 2, 3)])  # slab 2 goes from one group to the other
+
+    assert (first[2] == 1.0).all()
+    assert (second[3] == 2.0).all()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes"),
+    [([(4, None)], {}), ([(2, 4), (3, 4)], {}), ([(2, 4), (3, None)], {"dtype": "float64"})],
+    ids=["one kind", "one window", "blocks of other sizes"],
+)
+def test_groups_that_gain_nothing_keep_memory_of_their_own(kinds: Any, changes: Any) -> None:
+    groups = windowed_groups(*kinds)
+    groups[0].layout = evolve(groups[0].layout, **changes)
+
+    assert rows_of_slabs(groups) is None
+    assert {group.blocks_per_slab for group in cache_groups(groups, 5)} == {None}
+    assert bytes_per_slab(groups) == sum(group.bytes_per_block for group in groups)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from quire.errors import ConfigError
 from quire.execution.kv_sizing import KVRequest, size_kv_cache
+from quire.preparation import _may_have_windows
+from quire.scheduling.output import KVCacheGroup
 
 
 @st.composite
@@ -119,3 +121,55 @@ def test_memory_for_less_than_two_blocks_is_refused_with_the_remedy(available: i
 
     with pytest.raises(ConfigError, match=r"no KV block fits.*--kv-cache-memory-bytes"):
         size_kv_cache(request)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"hidden_size": 8}, False),
+        ({"sliding_window": 4096}, True),
+        ({"sliding_window": None}, False),
+        ({"sliding_window": 4096, "max_window_layers": 9, "use_sliding_window": False}, False),
+        ({"text_config": {"sliding_window": 512}}, True),
+        ({"text_config": 3}, False),
+    ],
+)
+def test_length_is_refused_early_only_where_no_layer_may_have_a_window(
+    raw: dict[str, object], expected: bool
+) -> None:
+    assert _may_have_windows(raw) is expected
+
+
+@given(st.integers(2, 400), st.integers(1, 64), st.integers(1, 40), st.integers(1, 30))
+def test_longest_length_with_windows_is_the_longest_that_fits(
+    slabs: int, window: int, step: int, layers: int
+) -> None:
+    groups = tuple(
+        KVCacheGroup(
+            layers=(0,),
+            block_size=4,
+            bytes_per_block=1,
+            num_blocks=2,
+            window=own,
+            blocks_per_slab=count,
+        )
+        for own, count in ((None, 1 + layers % 5), (window, 1))
+    )
+    request = KVRequest(
+        available_bytes=slabs * 10,
+        bytes_per_block=10,
+        block_size=4,
+        max_num_seqs=3,
+        wanted_len="auto",
+        model_len=1000,
+        groups=groups,
+        max_step_tokens=step,
+    )
+    size = size_or_none(request)
+    if size is None:
+        assert request.blocks_for(1) > slabs - 1
+        return
+
+    assert size.a_sequence == request.blocks_for(size.max_model_len) <= slabs - 1
+    longer = size.max_model_len + 1
+    assert longer > 1000 or request.blocks_for(longer) > slabs - 1

@@ -27,6 +27,7 @@ from quire.cli.main import main
 from quire.config import EngineConfig
 from quire.engine import Engine
 from quire.errors import ConfigError, RequestError
+from quire.execution.kv_cache import cache_groups
 from quire.hooks import loading, validation
 from quire.hooks.registry import Registry
 from quire.hooks.selection import parse_attention_options, select_quantization
@@ -71,9 +72,6 @@ WITHIN_THE_CORE = (
 # Nothing in Quire reads these in this story; the fakes above write them.
 NOT_READ_YET: dict[Field, str] = {
     ("AddedSequence", "pooling"): "read where vectors are asked for, and the story asks for tokens",
-    ("KVCacheGroup", "bytes_per_block"): "issue 3: KV bytes used, in the metrics",
-    ("KVCacheGroup", "layers"): "issue 4: profiles name the layers of a group",
-    ("KVCacheGroup", "window"): "issue 8: blocks that leave the window are freed",
     ("KVLayout", "name"): "read where two backends are asked for, of which the story has one",
     ("QuantizationPlugin", "quantizer"): "read by `quire quantize`, which is no part of the story",
     ("SampledTokens", "logprobs"): "issue 7: logprobs of what was drawn from",
@@ -231,7 +229,7 @@ def test_layers_with_a_window_and_layers_without_form_two_groups(story: Story) -
     assert [group.spec.sliding_window for group in groups] == [None, WINDOW]
     assert [group.spec.sinks for group in groups] == [True, False]
     assert [group.spec.logit_softcap for group in groups] == [20.0, None]
-    assert [group.to_cache_group(9).window for group in groups] == [None, WINDOW]
+    assert [group.window for group in cache_groups(groups, 9)] == [None, WINDOW]
     assert [group.layout.name for group in groups] == ["fake-heads-first"] * 2
 
 
@@ -262,7 +260,7 @@ def test_packed_weights_are_loaded_part_by_part_and_excluded_layers_stay(story: 
 def test_sequences_were_preempted_copied_and_chunked(story: Story) -> None:
     assert story.engine.scheduler.num_preemptions > 0
     assert set(story.tokens) == {("r1", 0), ("r1", 1), ("r2", 0), ("r3", 0)}
-    assert any(seen.child_index.tolist() == [0, 1] for seen in FakeSampler.seen)
+    assert any(seen.child_index.tolist()[:2] == [0, 1] for seen in FakeSampler.seen)
 
 
 def test_fused_write_gives_the_tokens_of_the_separate_steps(story: Story, tmp_path: Path) -> None:

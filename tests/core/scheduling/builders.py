@@ -90,10 +90,11 @@ def make_harness(
     block_size: int = 4,
     max_model_len: int = 64,
     caching: bool = True,
+    manager: BlockManager | None = None,
     **options: object,
 ) -> Harness:
-    """Make a scheduler over one group of blocks; further arguments are SchedulerOptions."""
-    manager = make_manager((num_usable, block_size), caching=caching)
+    """Make a scheduler over one group of blocks, or `manager`; the rest are SchedulerOptions."""
+    manager = manager or make_manager((num_usable, block_size), caching=caching)
     harness: Harness
     scheduler = Scheduler(
         SchedulerOptions(**{"max_num_batched_tokens": 2048, **options}),

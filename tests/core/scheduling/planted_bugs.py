@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
-from quire.scheduling import prefix_cache
+from quire.scheduling import block_manager, footprint, prefix_cache
 from quire.scheduling.admission import Admission
-from quire.scheduling.block_manager import BlockManager, BlockTables
-from quire.scheduling.block_pool import BlockPool
+from quire.scheduling.block_manager import BlockManager
+from quire.scheduling.block_pool import BlockPool, BlockTables
 from quire.scheduling.prefix_cache import PrefixCache
+from quire.scheduling.prefix_search import PrefixSearch
 from quire.scheduling.queues import WaitingQueue
 from quire.scheduling.scheduler import PREEMPTED, Scheduler
 from quire.scheduling.sequence import Sequence
+from quire.scheduling.slab_pool import SlabPool
+from quire.scheduling.windows import Windows
 
 Patch = pytest.MonkeyPatch
 
@@ -96,13 +99,13 @@ def block_is_cached_when_reserved(patch: Patch) -> None:
 
 
 def groups_disagree_on_a_hit(patch: Patch) -> None:
-    def find(self: BlockManager, sequence: Sequence) -> BlockTables:
+    def find(self: PrefixSearch, sequence: Sequence, num_tokens: int) -> BlockTables:
         return [
-            self._find_blocks(sequence, group, (sequence.num_tokens - 1) // size)
-            for group, size in enumerate(self._block_sizes)
+            self._find_all(sequence, number, num_tokens // group.block_size)
+            for number, group in enumerate(self._groups)
         ]
 
-    patch.setattr(BlockManager, "_find_prefix", find)
+    patch.setattr(PrefixSearch, "find", find)
 
 
 def second_copy_replaces_the_first(patch: Patch) -> None:
@@ -121,7 +124,7 @@ def failed_reservation_keeps_its_copy(patch: Patch) -> None:
             place = sequence.num_computed_tokens // self._block_sizes[group]
             table = sequence.block_tables[group]
             if place < len(table) and not pool.is_writable(table[place]) and pool.num_free:
-                self._replace_by_copy(sequence, group)
+                self._replace_by_copy(sequence, group, pool.take(1)[0])
         return reserve(self, sequence, num_tokens)
 
     patch.setattr(BlockManager, "reserve", copy_first)
@@ -293,6 +296,55 @@ def chunk_exceeds_the_budget(patch: Patch) -> None:
     patch.setattr(Scheduler, "_schedule_one", schedule_more)
 
 
+# In groups with windows and slabs: the machine sees them
+
+
+def window_is_a_block_short(patch: Patch) -> None:
+    first = footprint.first_kept_block
+
+    def later(position: int, window: int, block_size: int) -> int:
+        return first(position + block_size, window, block_size)
+
+    patch.setattr(block_manager, "first_kept_block", later)
+
+
+def steps_in_flight_are_forgotten(patch: Patch) -> None:
+    patch.setattr(Windows, "_num_in_flight", lambda self, sequence: 0)
+
+
+def hit_needs_no_window(patch: Patch) -> None:
+    patch.setattr(PrefixSearch, "_served_by_windows", lambda self, sequence, num_tokens: num_tokens)
+
+
+def parent_far_ahead_is_forked(patch: Patch) -> None:
+    patch.setattr(BlockManager, "can_fork", lambda self, parent, num_computed_tokens: True)
+
+
+def others_slabs_are_not_counted(patch: Patch) -> None:
+    missing = SlabPool.slabs_missing
+
+    def most(self: SlabPool, count: int, hits: Iterable[int]) -> int:
+        return 0 if self._blocks_per_slab == 1 else missing(self, count, hits)
+
+    patch.setattr(SlabPool, "slabs_missing", most)
+
+
+def slab_is_given_back_too_early(patch: Patch) -> None:
+    aside = SlabPool._lay_aside
+
+    def twice(self: SlabPool, block_id: int) -> None:
+        slab = block_id % self._stride
+        aside(self, block_id)
+        if self._num_in_use.get(slab) == 1:
+            self._slabs.free.append(slab)
+
+    patch.setattr(SlabPool, "_lay_aside", twice)
+
+
+def taken_slab_keeps_its_keys(patch: Patch) -> None:
+    patch.setattr(SlabPool, "forget", lambda self, slab: None)
+
+
 Bug = Callable[[Patch], None]
 
 BLOCK_BUGS: list[Bug] = [
@@ -315,6 +367,11 @@ MACHINE_BUGS: list[Bug] = [
     hit_covers_the_last_token,
     sharing_is_not_counted,
     last_block_is_not_given_back,
+    window_is_a_block_short,
+    hit_needs_no_window,
+    others_slabs_are_not_counted,
+    slab_is_given_back_too_early,
+    taken_slab_keeps_its_keys,
 ]
 SCHEDULER_BUGS: list[Bug] = [
     block_is_cached_before_its_step_is_collected,
@@ -334,4 +391,6 @@ SCHEDULER_BUGS: list[Bug] = [
     too_long_requests_are_taken,
     row_is_given_back_twice,
     chunk_exceeds_the_budget,
+    steps_in_flight_are_forgotten,
+    parent_far_ahead_is_forked,
 ]

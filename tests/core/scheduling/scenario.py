@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from attrs import evolve, frozen
 from fake_runner import VOCAB_SIZE
 
+from quire.scheduling.output import KVCacheGroup
+
 EVENTS = ("abort_at", "preempt_at", "stop_string_at", "fails_at")
 
 
@@ -44,6 +46,8 @@ class Scenario:
     arrivals: tuple[Arrival, ...]
     block_sizes: tuple[int, ...]  # one a group
     num_usable_blocks: tuple[int, ...]
+    windows: tuple[int | None, ...] = (None,)
+    blocks_per_slab: tuple[int, ...] | None = None  # the first usable number counts slabs then
     steps_in_flight: int = 1
     max_num_seqs: int = 4
     max_num_batched_tokens: int = 8
@@ -52,6 +56,36 @@ class Scenario:
     policy: str = "fcfs"
     aging_s: float = 1.0
     reset_cache_at: int | None = None
+
+    def groups(self) -> list[KVCacheGroup]:
+        """Return the groups of layers."""
+        slabs = self.blocks_per_slab
+        return [
+            KVCacheGroup(
+                layers=(g,),
+                block_size=size,
+                bytes_per_block=1,
+                num_blocks=self.num_usable_blocks[0 if slabs else g] + 1,
+                window=self.windows[g],
+                blocks_per_slab=slabs[g] if slabs else None,
+                block_stride=3 * self.num_usable_blocks[0] + 5,
+            )
+            for g, size in enumerate(self.block_sizes)
+        ]
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of this length fits when all is free, in the windows it needs."""
+        held = []
+        for size, window in zip(self.block_sizes, self.windows, strict=True):
+            read = num_tokens if window is None else window - 1 + self.max_num_batched_tokens
+            most = max(
+                last // size - max(0, last - read + 1) // size + 1 for last in range(num_tokens)
+            )
+            held.append(most)
+        if self.blocks_per_slab is None:
+            return all(most <= n for most, n in zip(held, self.num_usable_blocks, strict=True))
+        slabs = [-(-most // k) for most, k in zip(held, self.blocks_per_slab, strict=True)]
+        return sum(slabs) <= self.num_usable_blocks[0]
 
     def lines(self) -> list[str]:
         """Return the story as readable lines."""
@@ -78,8 +112,13 @@ class Scenario:
 def draw_scenario(seed: int) -> Scenario:
     """Draw a story from a seed: small pools and small alphabets, so that things collide."""
     rng = random.Random(seed)
-    num_groups = 2 if rng.random() < 0.2 else 1
+    num_groups = 2 if rng.random() < 0.25 else 1
     block_sizes = tuple(rng.choice((1, 2, 4, 4, 8)) for _ in range(num_groups))
+    kinds = random.Random(-seed - 1)  # of its own: windows change nothing else
+    has_windows = kinds.random() < 0.4
+    windows = tuple(_draw_window(kinds) if has_windows else None for _ in block_sizes)
+    slabs = tuple(kinds.choice((1, 1, 2, 3)) for _ in block_sizes)
+    shares = num_groups > 1 and kinds.random() < 0.7
     max_model_len = rng.choice((12, 20, 28))
     tight = rng.random() < 0.6
     spare = rng.choice((0, 0, 1, 2, 4)) if tight else rng.choice((8, 20))
@@ -93,9 +132,10 @@ def draw_scenario(seed: int) -> Scenario:
         seed=seed,
         arrivals=arrivals,
         block_sizes=block_sizes,
-        num_usable_blocks=tuple(
-            max(1, -(-longest // size) + spare - shorter * rng.randint(1, 2))
-            for size in block_sizes
+        windows=windows,
+        blocks_per_slab=slabs if shares else None,
+        num_usable_blocks=_usable(
+            block_sizes, slabs if shares else None, longest, spare - shorter * rng.randint(1, 2)
         ),
         steps_in_flight=rng.choice((1, 1, 2, 2, 3)),
         max_num_seqs=rng.choice((1, 2, 3, 4, 8)),
@@ -106,6 +146,21 @@ def draw_scenario(seed: int) -> Scenario:
         aging_s=rng.choice((0.25, 1.0, 4.0)),
         reset_cache_at=rng.randrange(30) if rng.random() < 0.1 else None,
     )
+
+
+def _draw_window(rng: random.Random) -> int | None:
+    return rng.choice((None, None, 1, 2, 3, 5, 8))
+
+
+def _usable(
+    block_sizes: tuple[int, ...], slabs: tuple[int, ...] | None, longest: int, spare: int
+) -> tuple[int, ...]:
+    """Return blocks of each group, or slabs, for the longest sequence without its windows."""
+    blocks = [-(-longest // size) for size in block_sizes]
+    if slabs is not None:
+        counted = sum(-(-count // k) for count, k in zip(blocks, slabs, strict=True))
+        return (max(1, counted + spare),) * len(block_sizes)
+    return tuple(max(1, count + spare) for count in blocks)
 
 
 def _draw_arrival(rng: random.Random, number: int, max_model_len: int) -> Arrival:
@@ -158,7 +213,12 @@ def _simpler(scenario: Scenario) -> Iterator[Scenario]:
                 scenario,
                 arrivals=(*scenario.arrivals[:i], simpler, *scenario.arrivals[i + 1 :]),
             )
-    plain = {"reset_cache_at": None, "policy": "fcfs", "prefix_caching": False}
+    plain = {
+        "reset_cache_at": None,
+        "policy": "fcfs",
+        "prefix_caching": False,
+        "windows": (None,) * len(scenario.windows),
+    }
     for name, value in plain.items():
         if getattr(scenario, name) != value:
             yield evolve(scenario, **{name: value})
@@ -169,6 +229,8 @@ def _simpler(scenario: Scenario) -> Iterator[Scenario]:
             scenario,
             block_sizes=scenario.block_sizes[:1],
             num_usable_blocks=scenario.num_usable_blocks[:1],
+            windows=scenario.windows[:1],
+            blocks_per_slab=None,
         )
 
 

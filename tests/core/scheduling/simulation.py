@@ -28,7 +28,7 @@ from quire.config import SchedulerOptions
 from quire.errors import RequestError
 from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from quire.scheduling.block_manager import BlockManager
-from quire.scheduling.output import AddedSequence, KVCacheGroup, SchedulerOutput
+from quire.scheduling.output import AddedSequence, SchedulerOutput
 from quire.scheduling.scheduler import Scheduler
 from quire.scheduling.sequence import Sequence
 
@@ -52,19 +52,18 @@ class Simulation:
         self.tokens_at_resume: dict[int, int] = {}
         self.idle_turns = 0
         self.rng = random.Random(scenario.seed)
-        groups = [
-            KVCacheGroup(layers=(g,), block_size=size, bytes_per_block=1, num_blocks=usable + 1)
-            for g, (size, usable) in enumerate(
-                zip(scenario.block_sizes, scenario.num_usable_blocks, strict=True)
-            )
-        ]
+        groups = scenario.groups()
         options = SchedulerOptions(
             max_num_seqs=scenario.max_num_seqs,
             max_num_batched_tokens=scenario.max_num_batched_tokens,
             scheduling_policy=scenario.policy,
             priority_aging_s=scenario.aging_s,
         )
-        manager = BlockManager(groups, enable_prefix_caching=scenario.prefix_caching)
+        manager = BlockManager(
+            groups,
+            enable_prefix_caching=scenario.prefix_caching,
+            max_step_tokens=scenario.max_num_batched_tokens,
+        )
         self.scheduler = Scheduler(options, manager, scenario.max_model_len, lambda: self.now_s)
         self.runner = FakeRunner(
             groups, self.requests, max_num_seqs=scenario.max_num_seqs, fails=self._why_row_fails
@@ -102,10 +101,7 @@ class Simulation:
             cache_salt=arrival.salt,
         )
         longest = min(len(arrival.prompt) + arrival.max_tokens, scenario.max_model_len)
-        fits = len(arrival.prompt) < scenario.max_model_len and all(
-            longest <= size * usable
-            for size, usable in zip(scenario.block_sizes, scenario.num_usable_blocks, strict=True)
-        )
+        fits = len(arrival.prompt) < scenario.max_model_len and scenario.fits(longest)
         try:
             self.scheduler.add_request(request)
         except RequestError:
@@ -234,7 +230,8 @@ class Simulation:
 
     def _check_answer(self, key: Key) -> None:
         request = self.requests[key[0]]
-        alone, reason = generate_alone(request, key[1], self.scenario.max_model_len)
+        scenario = self.scenario
+        alone, reason = generate_alone(request, key[1], scenario.max_model_len, scenario.windows)
         got, ended = self.tokens[key], self.ended[key]
         assert got == alone[: len(got)], f"P1: {key} got {got}, alone {alone}"
         arrival = self.arrivals[key[0]]

@@ -13,8 +13,11 @@ from fake_runner import (
     VOCAB_SIZE,
     FakeRunner,
     FakeStep,
+    RowState,
+    contents_of,
     generate_alone,
     next_content,
+    reads_of,
     root_content,
 )
 from hypothesis import given, settings
@@ -32,20 +35,21 @@ MAX_MODEL_LEN = 40
 Found = list[tuple[list[int], FinishReason]]
 
 
-def logprobs_of(contents: Items[int]) -> list[float]:
-    """Return numbers that depend on all tokens before, no two the same."""
+def logprobs_of(reads: Items[Items[int]]) -> list[float]:
+    """Return numbers that depend on all that is read, no two the same."""
+    contents = dict.fromkeys(map(tuple, reads))
     return [-(hash((*contents, t)) % (10**9 + 7)) / 10**8 for t in range(VOCAB_SIZE)]
 
 
-def contents_of(request: Request, generated: Items[int]) -> list[int]:
-    before, contents = root_content(request.cache_salt), []
-    for position, token_id in enumerate((*request.prompt_token_ids, *generated)):
-        before = next_content(before, token_id, position)
-        contents.append(before)
-    return contents
+def reads_after(
+    request: Request, generated: Items[int], windows: Items[int | None]
+) -> list[Items[int]]:
+    """Return what each kind of layers reads for the last of these tokens."""
+    token_ids = (*request.prompt_token_ids, *generated)
+    return reads_of(contents_of(request.cache_salt, token_ids), windows)
 
 
-def search_alone(request: Request) -> Found:
+def search_alone(request: Request, windows: Items[int | None]) -> Found:
     """Search as `generate(num_beams=...)` does, over lists and the whole vocabulary."""
     options = request.params.beam_search
     assert options is not None
@@ -57,7 +61,7 @@ def search_alone(request: Request) -> Found:
         found = [
             (so_far + more, [*tokens, token_id])
             for so_far, tokens in beams
-            for token_id, more in enumerate(logprobs_of(contents_of(request, tokens)))
+            for token_id, more in enumerate(logprobs_of(reads_after(request, tokens, windows)))
             if length >= request.params.min_tokens or token_id not in request.stop_token_ids
         ]
         found.sort(reverse=True)
@@ -89,13 +93,31 @@ class BeamRunner(FakeRunner):
             self.rows[sequence_id].token_ids[-1] = token_id
         ends = [(group, copy) for group, _, copy in output.block_copies]
         assert len(set(ends)) == len(ends), "a block is copied to twice"
-        sources = {(group, source) for group, source, _ in output.block_copies}
-        assert not sources.intersection(ends), "a copy is copied before it is there"
+        # A source may be a destination, too, where its owner was preempted in the same step: all
+        # are read before any is written, so that a copy of a copy would read what was before.
 
     def _copy_blocks(self, output: SchedulerOutput, step: FakeStep) -> None:
         super()._copy_blocks(output, step)
         # Copies come before all else of a step: who gets a source later writes to it later.
         step.blocks -= {(group, source) for group, source, _ in output.block_copies}
+
+    def _contents(self, state: RowState, end: int) -> list[int]:
+        if not state.added.num_candidates:
+            return super()._contents(state, end)
+        # The tokens that a beam took over are known only by what lies in its slots.
+        start, salt = state.num_computed_tokens, self._requests[state.added.request_id].cache_salt
+        known: dict[int, int] = {}
+        for g, group in enumerate(self.groups):
+            for position in range(self._first_read(g, start), start):
+                block = self._memory[g][state.tables[g][position // group.block_size]]
+                content = block[position % group.block_size]
+                assert known.setdefault(position, content) == content, "groups disagree"
+        contents = [known.get(position, 0) for position in range(start)]
+        before = contents[-1] if start else root_content(salt)
+        for position in range(start, end):
+            before = next_content(before, state.token_ids[position], position)
+            contents.append(before)
+        return contents
 
     def _check_beginning(self, added: AddedSequence) -> None:
         if not added.num_candidates:  # a beam shares what is in flight
@@ -105,8 +127,7 @@ class BeamRunner(FakeRunner):
         super()._sample(sequence_id, is_sampled, step)
         state = self.rows[sequence_id]
         if is_sampled and state.added.num_candidates:
-            found = {tuple(logprobs_of(self._read(state, g))) for g in self._groups()}
-            (logprobs,) = found
+            logprobs = logprobs_of([self._read(state, g) for g in self._groups()])
             best = sorted(range(VOCAB_SIZE), key=lambda t: -logprobs[t])
             best = best[: state.added.num_candidates]
             step.result.logprobs[sequence_id] = TokenLogprobs(
@@ -151,6 +172,7 @@ class Run:
     ended_early: set[str] = field(factory=set)
     fails: set[str] = field(factory=set)
     requests: dict[str, Request] = field(factory=dict)
+    windows: list[int | None] = field(factory=list)
 
     def run(self) -> None:
         """Serve everybody, while beams are preempted and requests are aborted."""
@@ -179,10 +201,21 @@ class Run:
 
     def _start(self) -> tuple[Scheduler, BeamRunner, int]:
         rng = self.rng
-        sizes = rng.choice([(4,), (2,), (1,), (4, 2)])
+        sizes = rng.choice([(4,), (2,), (1,), (4, 2), (2, 2)])
         usable = rng.randint(22, 60)
+        self.windows = [rng.choice([None, None, 2, 3, 6]) for _ in sizes]
+        slabs = [rng.choice([1, 2]) for _ in sizes]
+        shares = len(sizes) > 1 and rng.random() < 0.5
         groups = [
-            KVCacheGroup(layers=(g,), block_size=s, bytes_per_block=1, num_blocks=usable // s + 1)
+            KVCacheGroup(
+                layers=(g,),
+                block_size=s,
+                bytes_per_block=1,
+                num_blocks=usable // min(sizes) * 2 + 1 if shares else usable // s + 1,
+                window=self.windows[g],
+                blocks_per_slab=slabs[g] if shares else None,
+                block_stride=200,
+            )
             for g, s in enumerate(sizes)
         ]
         max_num_seqs = rng.randint(4, 9)
@@ -191,7 +224,11 @@ class Run:
             max_num_batched_tokens=rng.choice([4, 5, 9, 64]),
             scheduling_policy=rng.choice(["fcfs", "priority"]),
         )
-        manager = BlockManager(groups, enable_prefix_caching=rng.random() < 0.7)
+        manager = BlockManager(
+            groups,
+            enable_prefix_caching=rng.random() < 0.7,
+            max_step_tokens=options.max_num_batched_tokens,
+        )
         scheduler = Scheduler(options, manager, MAX_MODEL_LEN, lambda: 0.0)
         runner = BeamRunner(
             groups, self.requests, max_num_seqs=max_num_seqs, fails=self._why_row_fails
@@ -234,9 +271,9 @@ class Run:
             return
         found = [self.found[request.request_id][i] for i in range(request.params.n)]
         if request.params.beam_search is not None:
-            assert found == search_alone(request), request
+            assert found == search_alone(request, self.windows), request
         else:
-            assert found == [generate_alone(request, 0, MAX_MODEL_LEN)], request
+            assert found == [generate_alone(request, 0, MAX_MODEL_LEN, self.windows)], request
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, database=None)

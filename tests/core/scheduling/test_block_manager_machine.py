@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import hypothesis.strategies as st
-from attrs import define
+from attrs import define, frozen
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,10 +19,11 @@ from hypothesis.stateful import (
 from invariants import check_pools
 
 from quire.request import Request, SamplingParams
-from quire.scheduling.block_manager import BlockManager, BlockTables
-from quire.scheduling.block_pool import BlockPool
+from quire.scheduling.block_manager import BlockManager
+from quire.scheduling.block_pool import BlockPool, BlockTables
 from quire.scheduling.output import KVCacheGroup
 from quire.scheduling.sequence import Sequence
+from quire.scheduling.slab_pool import SlabPool, Slabs
 
 Slot = tuple[int, int, int]  # group, block id, offset
 PARAMS = SamplingParams()
@@ -43,6 +44,67 @@ class FlakyPool(BlockPool):
     @property
     def num_free(self) -> int:
         return 0 if FlakyPool.empty else super().num_free
+
+
+class FlakySlabPool(SlabPool):
+    """The same, of a group that shares slabs."""
+
+    __slots__ = ()
+
+    @property
+    def num_spare(self) -> int:
+        return 0 if FlakyPool.empty else super().num_spare
+
+
+class FlakySlabs(Slabs):
+    """Slabs that none may be had of."""
+
+    __slots__ = ()
+
+    @property
+    def num_free(self) -> int:
+        return 0 if FlakyPool.empty else super().num_free
+
+
+@frozen
+class Kind:
+    """Groups of layers: block sizes, windows, and blocks a slab where they share slabs."""
+
+    sizes: tuple[int, ...]
+    windows: tuple[int | None, ...] = ()
+    blocks_per_slab: tuple[int | None, ...] = ()
+
+    def groups(self, num_blocks: int) -> list[KVCacheGroup]:
+        """Return the groups, each with so many blocks, or all with so many slabs."""
+        none = (None,) * len(self.sizes)
+        columns = (self.sizes, self.windows or none, self.blocks_per_slab or none)
+        return [
+            KVCacheGroup(
+                layers=(g,),
+                block_size=size,
+                bytes_per_block=1,
+                num_blocks=num_blocks,
+                window=window,
+                blocks_per_slab=blocks_per_slab,
+                block_stride=20 + g,
+            )
+            for g, (size, window, blocks_per_slab) in enumerate(zip(*columns, strict=True))
+        ]
+
+
+KINDS = [
+    Kind((2,)),
+    Kind((2, 2), (None, 3), (1, 1)),
+    Kind((2,), (3,)),
+    Kind((2, 1), (4, None), (1, 2)),
+    Kind((2, 4), (None, 3)),
+    Kind((2, 2, 2), (None, 1, 5), (3, 1, 1)),
+    Kind((4,)),
+    Kind((1,)),
+    Kind((4, 1), (6, 2)),
+    Kind((2, 2)),
+]
+MAX_STEP_TOKENS = 6
 
 
 @define(eq=False)
@@ -76,19 +138,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.next_id = 0
 
     @initialize(
-        sizes=st.sampled_from([(2,), (4,), (1,), (2, 4), (4, 1), (2, 2)]),
+        kind=st.sampled_from(KINDS),
         num_blocks=st.integers(5, 18),
         caching=st.sampled_from([True, True, True, False]),
     )
-    def start(self, sizes: tuple[int, ...], num_blocks: int, caching: bool) -> None:
+    def start(self, kind: Kind, num_blocks: int, caching: bool) -> None:
         """Draw the groups."""
-        groups = [
-            KVCacheGroup(layers=(g,), block_size=size, bytes_per_block=1, num_blocks=num_blocks)
-            for g, size in enumerate(sizes)
-        ]
-        self.manager = BlockManager(groups, enable_prefix_caching=caching)
+        self.manager = BlockManager(
+            kind.groups(num_blocks), enable_prefix_caching=caching, max_step_tokens=MAX_STEP_TOKENS
+        )
         for pool in self.manager.pools:
-            pool.__class__ = FlakyPool
+            pool.__class__ = FlakySlabPool if isinstance(pool, SlabPool) else FlakyPool
+        if self.manager.slabs is not None:
+            self.manager.slabs.__class__ = FlakySlabs
 
     # Few rules with choices inside: Hypothesis leaves out some rules in each example.
 
@@ -123,12 +185,30 @@ class BlockManagerMachine(RuleBasedStateMachine):
             live.sequence.num_tokens += 1
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), back=st.integers(0, 2))
+    def leave_behind(self, data: st.DataObject, back: int) -> None:
+        """Free what a sequence does not read any more; steps of `back` tokens are in flight."""
+        sequence = data.draw(st.sampled_from(self.live)).sequence
+        position = max(0, sequence.num_computed_tokens - back)
+        self.manager.leave_behind(sequence, position)
+        for group, window in self.manager.windows:
+            table, size = sequence.block_tables[group], self.manager.groups[group].block_size
+            kept = [n for n, block in enumerate(table) if block]
+            first = max(0, position - window + 1) // size
+            assert kept == list(range(max(first, kept[0] if kept else first), len(table)))
+            if back == 0:
+                most = -(-(window - 2 + MAX_STEP_TOKENS) // size) + 1
+                assert len(kept) <= most, f"{sequence} holds more than {most}"
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data(), extra=st.integers(0, 3))
     def fork(self, data: st.DataObject, extra: int) -> None:
         """Let a new sequence share some of what another has computed."""
         parent = data.draw(st.sampled_from(self.live))
         shared = data.draw(st.integers(0, parent.sequence.num_computed_tokens))
         tokens = parent.sequence.token_ids[:shared] + [extra % 2] * (1 + extra)
+        if not self.manager.can_fork(parent.sequence, shared):
+            return
         child = self._sequence(tokens, parent.sequence.request.cache_salt)
         self.manager.fork(parent.sequence, child, num_computed_tokens=shared)
         self.live.append(Live(child, parent.root))
@@ -192,6 +272,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for pool in self.manager.pools:
             pool.give_back(pool.take(pool.num_free))
             assert pool.cache.num_idle == 0
+        assert self.manager.slabs is None or not self.manager.slabs.idle
 
     def _fail_next_allocation(self, prompt: list[int]) -> None:
         FlakyPool.empty = True
@@ -224,14 +305,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
         cached = sequence.num_computed_tokens
         assert cached < sequence.num_tokens, "a hit covers the last token"
         assert all(pool.num_free >= headroom for pool in self.manager.pools)
-        for position in range(cached):
-            for slot in self._slots(sequence, position):
-                assert self.is_collected[slot], f"{slot} is hit before its step is collected"
+        for slot, _ in self._reads(sequence):
+            assert self.is_collected[slot], f"{slot} is hit before its step is collected"
         self.live.append(Live(sequence, root))
         return True
 
     def _compute(self, live: Live, num_tokens: int) -> None:
         sequence = live.sequence
+        num_tokens = min(num_tokens, MAX_STEP_TOKENS)
         end = min(sequence.num_tokens, sequence.num_computed_tokens + num_tokens)
         before, tables = self._snapshot(), [list(table) for table in sequence.block_tables]
         reservation = self.manager.reserve(sequence, end)
@@ -242,8 +323,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for group, source, destination in reservation.copies:
             for offset in range(self.manager.groups[group].block_size):
                 content = self.memory.get((group, source, offset), 0)
-                self.memory[group, destination, offset] = content
-                self.is_collected[group, destination, offset] = False
+                self._store((group, destination, offset), content)
         start, sequence.num_computed_tokens = sequence.num_computed_tokens, end
         contents = live.contents()
         for position in range(start, end):
@@ -256,6 +336,18 @@ class BlockManagerMachine(RuleBasedStateMachine):
             shares = other.sequence is not writer and block in other.sequence.block_tables[group]
             assert not shares, f"{slot} is written and {other.sequence} reads it"
         assert not self.manager.pools[group].cache.holds(block), f"{slot} is written and cached"
+        self._store(slot, content)
+
+    def _store(self, slot: Slot, content: int) -> None:
+        """Write a slot; what other groups have in its slab is lost."""
+        group, block, _ = slot
+        assert block > 0, f"{slot} is nobody's and written"
+        if self.manager.slabs is not None:
+            strides = [g.block_stride for g in self.manager.groups]
+            slab = block % strides[group]
+            for other in [s for s in self.memory if s[0] != group]:
+                if other[1] % strides[other[0]] == slab:
+                    del self.memory[other]
         self.memory[slot] = content
         self.is_collected[slot] = False
 
@@ -278,9 +370,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def every_read_is_right(self) -> None:
         """What a sequence reads through its tables is what it would have computed alone."""
         for live in self.live:
-            for position, content in enumerate(live.contents()):
-                for slot in self._slots(live.sequence, position):
-                    assert self.memory[slot] == content, f"{live.sequence} reads {slot} stale"
+            contents = live.contents()
+            for slot, position in self._reads(live.sequence):
+                found = self.memory.get(slot)
+                assert found == contents[position], f"{live.sequence} reads {slot} stale"
 
     def teardown(self) -> None:
         """End everything: no block is left in use."""
@@ -296,11 +389,27 @@ class BlockManagerMachine(RuleBasedStateMachine):
             for g, group in enumerate(self.manager.groups)
         ]
 
+    def _reads(self, sequence: Sequence) -> list[tuple[Slot, int]]:
+        """Return the slots that the next token reads, with their positions."""
+        end = sequence.num_computed_tokens
+        found = []
+        for g, group in enumerate(self.manager.groups):
+            first = 0 if group.window is None else max(0, end - group.window + 1)
+            found += [(self._slots(sequence, p)[g], p) for p in range(first, end)]
+        return found
+
     def _snapshot(self) -> Any:
-        return [
-            (list(p.num_tables), list(p._free), list(p.cache._idle), dict(p.cache._block_ids))
+        slabs = self.manager.slabs
+        pools = [
+            (
+                dict(p.num_tables) if isinstance(p, SlabPool) else list(p.num_tables),
+                list(p._spare if isinstance(p, SlabPool) else p._free),
+                list(p.cache._idle),
+                dict(p.cache._block_ids),
+            )
             for p in self.manager.pools
         ]
+        return pools, slabs and (list(slabs.free), list(slabs.idle))
 
 
 def run_machine(max_examples: int, phases: Iterable[Phase] = tuple(Phase)) -> None:

@@ -72,7 +72,7 @@ def test_resumed_sequence_is_not_preempted_before_it_has_a_token() -> None:
     harness.step()
     assert second.owes_a_token
 
-    victim = harness.scheduler._choose_victim(harness.scheduler._running.items[0])
+    victim = harness.scheduler._running.victim_for(harness.scheduler._running.items[0])
 
     assert victim.request_id == "first"
 

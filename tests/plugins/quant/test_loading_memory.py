@@ -91,6 +91,19 @@ def test_rounding_on_the_fly_takes_at_most_3_percent_more(
     assert found["peak"] <= 1.03 * found["foretold"], found
 
 
+def test_pieces_are_small_beside_the_layer_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-0.6B's proportions: the last layers are a hundredth of the model."""
+    monkeypatch.setattr(packed, "PIECE_WEIGHTS", 1 << 19)
+    sizes = {**SIZES, "num_hidden_layers": 28, "hidden_size": 512, "intermediate_size": 1536}
+    folder = tiny_llama.write_folder(tmp_path, **sizes)
+
+    found = measure(monkeypatch, "load_weights", folder, quantization="int4")
+
+    assert found["peak"] <= 1.03 * found["foretold"], found
+
+
 @pytest.mark.parametrize("stored", STORED)
 def test_repacking_takes_at_most_3_percent_more(
     stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

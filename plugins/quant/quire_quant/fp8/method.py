@@ -12,6 +12,8 @@ from torch import Tensor
 from quire.errors import CheckpointError
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -21,6 +23,7 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_kernels import fp8, ops
+from quire_quant.fp8.experts import Fp8Experts, Fp8ExpertsOnTheFly, why_not_experts
 from quire_quant.fp8.formats import ON_THE_FLY, Scheme, read_config
 from quire_quant.fp8.numbers import (
     E4M3,
@@ -282,31 +285,51 @@ class Fp8(QuantizationMethod):
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Refuse other devices, and fused layers whose projections are kept in different ways."""
-        if not isinstance(spec, LinearSpec | EmbeddingSpec):
+        if not isinstance(spec, LinearSpec | EmbeddingSpec | ExpertsSpec):
             return f"it has no method for {type(spec).__name__}"
         device = torch.device(spec.device).type
         if device not in DEVICES:
             return f"it runs on cpu and cuda, not on {device}"
-        if self._format is None or not isinstance(spec, LinearSpec):
+        if isinstance(spec, ExpertsSpec) and (reason := ops.why_no_experts(spec.device)):
+            return reason
+        if self._format is None or isinstance(spec, EmbeddingSpec):
             return None
         schemes = {name: self._format.scheme_of(name) for name in part_names(spec)}
         if len(set(schemes.values())) == 1:
-            return None
+            scheme = next(iter(schemes.values()))
+            if scheme is None or not isinstance(spec, ExpertsSpec):
+                return None
+            return why_not_experts(scheme)
         told = ", ".join(f"{name}: {_told(scheme)}" for name, scheme in schemes.items())
         return f"its projections are one product, and quantization_config keeps them apart ({told})"
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return a method for linear layers, and heads, that the configuration does not exclude."""
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return a method for linear layers, experts, and heads, unless they are excluded."""
+        if isinstance(spec, ExpertsSpec):
+            return self._method_for_experts(spec)
         is_head = isinstance(spec, EmbeddingSpec) and spec.is_head
         if not isinstance(spec, LinearSpec) and not is_head:
             return None
         assert isinstance(spec, LinearSpec | EmbeddingSpec)
         if self._format is None:
-            return Fp8OnTheFly(spec) if isinstance(spec, LinearSpec) else None
+            if not isinstance(spec, LinearSpec) or is_router(spec.name):
+                return None
+            return Fp8OnTheFly(spec)
         if is_head and not self._format.has_heads:
             return None
         scheme = self._format.scheme_of(part_names(spec)[0])
         return None if scheme is None else Fp8Product(spec, scheme)
+
+    def _method_for_experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        if self._format is None:
+            return Fp8ExpertsOnTheFly(spec)
+        scheme = self._format.scheme_of(part_names(spec)[0])
+        return None if scheme is None else Fp8Experts(spec, scheme)
+
+
+def is_router(name: str) -> bool:
+    """Answer whether a layer chooses experts: rounded weights would choose others."""
+    return name.rpartition(".")[2] == "gate"
 
 
 def _told(scheme: Scheme | None) -> str:
