@@ -285,6 +285,7 @@ def test_public_names_of_quire_are_pinned_and_exist() -> None:
         "AsyncEngine",
         "BeamSearchParams",
         "CompletionOutput",
+        "PoolingParams",
         "RequestOutput",
         "SamplingParams",
         "__version__",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quire.beam_search import BeamSearchParams as BeamSearchParams
     from quire.hooks.hookspecs import hookimpl as hookimpl
     from quire.llm import LLM as LLM
+    from quire.pooling_params import PoolingParams as PoolingParams
     from quire.request import CompletionOutput as CompletionOutput
     from quire.request import RequestOutput as RequestOutput
     from quire.request import SamplingParams as SamplingParams
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "quire.llm",
     "AsyncEngine": "quire.server.async_engine",
+    "PoolingParams": "quire.pooling_params",
     "SamplingParams": "quire.request",
     "RequestOutput": "quire.request",
     "CompletionOutput": "quire.request",
@@ -35,6 +37,7 @@ __all__ = [
     "AsyncEngine",
     "BeamSearchParams",
     "CompletionOutput",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "__version__",

@@ -21,6 +21,7 @@ KV_FORMATS = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "
 KV_SCALES = ("auto", "calibrated", "unit")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
+TASKS = ("auto", "generate", "embed", "classify", "score", "pooling")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 Check = Callable[[Any], bool]
@@ -164,9 +165,7 @@ def _is_block_size(value: Any) -> bool:
 class ModelOptions:
     """What to load."""
 
-    model: str = text_setting(
-        "demo", "folder, Hugging Face id, or the name of a bundled checkpoint"
-    )
+    model: str = text_setting("demo", "folder, Hugging Face id, or name of a bundled checkpoint")
     tokenizer: str | None = text_setting(
         None, "folder or id of the tokenizer, where it is not the model's own", optional=True
     )
@@ -177,10 +176,7 @@ class ModelOptions:
         None, "branch, tag or commit of a Hugging Face id", optional=True
     )
     load_format: str = choice_setting(
-        "auto",
-        LOAD_FORMATS,
-        "where weights come from; auto: safetensors; dummy: drawn at random, so that a folder "
-        "with config.json is enough",
+        "auto", LOAD_FORMATS, "where weights come from; auto: safetensors; dummy: drawn at random"
     )
     dtype: str = choice_setting("auto", DTYPES, "number format of weights and activations")
     max_model_len: int | str | None = setting(
@@ -194,6 +190,10 @@ class ModelOptions:
     )
     chat_template: str | None = text_setting(
         None, "file with a chat template instead of the checkpoint's own", optional=True
+    )
+    task: str = choice_setting("auto", TASKS, "what for; pooling: embed or classify, as it can")
+    pooling: str = text_setting(
+        "auto", "how to embed: cls, mean, max, lasttoken and others; auto: as the checkpoint says"
     )
     trust_remote_code: bool = flag_setting(
         False, "allow code that a checkpoint carries; no installed plugin runs any today"

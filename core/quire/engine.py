@@ -10,7 +10,6 @@ from attrs import Factory, define
 
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, RequestError
-from quire.execution.kv_cache import cache_groups
 from quire.execution.model_runner import Forwarded, InFlight
 from quire.preparation import Prepared
 from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
@@ -69,7 +68,7 @@ class Engine:
         options = prepared.config.scheduler
         assert options.max_num_batched_tokens is not None, "the start knows how many pay"
         self.block_manager = BlockManager(
-            cache_groups(self.layout.groups, self.layout.kv_size.num_blocks),
+            self.layout.cache_groups(),
             enable_prefix_caching=prepared.config.cache.enable_prefix_caching,
             max_step_tokens=options.max_num_batched_tokens,
         )
@@ -88,6 +87,7 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises: RequestError where it can never be served."""
         self._check_alive()
+        assert (request.pooling is None) == (self.prepared.pooling is None), request.request_id
         self._check_extra_args(request.params)
         self._grammars.admit(request)
         self.scheduler.add_request(request)

@@ -13,13 +13,21 @@ from quire.config import EngineConfig
 from quire.constraints import StructuredOutputsParams
 from quire.errors import ConfigError
 from quire.phases import Phases
+from quire.pooling_setup import PoolingSetup
 from quire.preparation import Prepared, prepare
 from quire.request import SamplingParams
 from quire.structured.checker import GrammarChecker
 from quire.structured.compiler import GrammarSetup
 from quire.text.chat_template import DEFAULT, ChatTemplate
 from quire.text.generation_config import GenerationDefaults
-from quire.text.input_processor import InputProcessor, RenderedChat, RequestLimits
+from quire.text.input_processor import (
+    InputProcessor,
+    RenderedChat,
+    RequestLimits,
+    generates_nothing,
+    gives_no_vectors,
+)
+from quire.text.pooling_input import PoolingInputs
 from quire.text.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -138,7 +146,34 @@ class Frontend:
             tokenizer=self.tokenizer,
             seed=self.config.device.seed,
             check_grammar=self._check_grammar,
+            pooling=self._pooling_inputs(max_model_len),
         )
+
+    def _pooling_inputs(self, max_model_len: int) -> PoolingInputs | None:
+        setup = self.prepared.pooling
+        if setup is None:
+            return None
+        size = setup.size(self.prepared.model_config.hidden_size)
+        return PoolingInputs(
+            setup=setup, tokenizer=self.tokenizer, max_model_len=max_model_len, size=size
+        )
+
+    def check_generates(self) -> None:
+        """Refuse a model that gives vectors or scores. Raises: RequestError."""
+        if self.prepared.pooling is not None:
+            raise generates_nothing(self.prepared.pooling.task)
+
+    def pooling_setup(self, *tasks: str) -> PoolingSetup:
+        """Return how vectors or scores are made.
+
+        Raises: RequestError where the model is served for none of the tasks.
+        """
+        setup = self.prepared.pooling
+        if setup is None:
+            raise gives_no_vectors()
+        if setup.task not in tasks:
+            raise generates_nothing(setup.task)
+        return setup
 
     def _check_grammar(self, asked: StructuredOutputsParams) -> None:
         if isinstance(self._grammars, str):

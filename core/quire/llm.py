@@ -16,6 +16,8 @@ from quire.config import EngineConfig
 from quire.engine import Engine
 from quire.errors import RequestError
 from quire.frontend import Frontend
+from quire.llm_pooling import PoolingDoor
+from quire.pooling_params import PoolingParams
 from quire.request import FinishReason, Request, RequestOutput, SamplingParams
 from quire.text.beam_outputs import to_beam_output
 from quire.text.input_processor import RenderedChat, prompt_text
@@ -26,7 +28,7 @@ from quire.vllm_keywords import without_neutral
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
-class LLM:
+class LLM(PoolingDoor):
     """A model, ready to generate.
 
     `LLM(model, **options)` takes every option of `quire generate --help`, with underscores:
@@ -145,6 +147,7 @@ class LLM:
         add_generation_prompt, continue_final_message, tools, chat_template_kwargs.
         Raises: RequestError, ConfigError where the checkpoint has no chat template.
         """
+        self.frontend.check_generates()
         options = _template_options(options)
         conversations = messages if _is_nested(messages) else [messages]
         rendered = [self.frontend.render(conversation, **options) for conversation in conversations]
@@ -182,6 +185,14 @@ class LLM:
                 self._step()
         self._collect_the_rest()
 
+    def run_pooling(
+        self, prompts: Sequence[Any], params: Sequence[PoolingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """Run all inputs and return their outputs in order. Raises: RequestError."""
+        pairs = zip(prompts, params, strict=True)
+        requests = [(self._request(prompt, own, 0), None) for prompt, own in pairs]
+        return self._run(list(requests), use_tqdm)
+
     def _params_of(self, given: Params, count: int) -> list[SamplingParams]:
         if given is None:
             given = self.get_default_sampling_params()
@@ -195,7 +206,9 @@ class LLM:
             )
         return params
 
-    def _request(self, prompt: Any, params: SamplingParams, priority: int) -> Request:
+    def _request(
+        self, prompt: Any, params: SamplingParams | PoolingParams, priority: int
+    ) -> Request:
         return self.frontend.inputs.process(
             prompt,
             params,

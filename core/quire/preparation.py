@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import Factory, define
 
-from quire.config import KV_FORMATS, EngineConfig
+from quire.config import KV_FORMATS, EngineConfig, option_name
 from quire.errors import ConfigError
 from quire.execution.checkpoint import Checkpoint
 from quire.execution.kv_format import is_scale, kv_format_of
@@ -38,6 +38,7 @@ from quire.interfaces.answer_parsing import ReasoningParser, ToolCallParser
 from quire.interfaces.model_config import ModelConfig
 from quire.interfaces.plugin import GrammarPlugin, ModelPlugin, QuantizationPlugin, Selection
 from quire.phases import Phases
+from quire.pooling_setup import GENERATE, PoolingSetup, find_setup, transformer_folder
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -60,6 +61,15 @@ class Prepared:
     selections: list[Selection] = Factory(list)
     warnings: list[str] = Factory(list)
     phases: Phases = Factory(Phases)
+    pooling: PoolingSetup | None = None
+
+    @property
+    def least_step(self) -> int:
+        """Tokens that a step must have room for: a whole sequence's, where it is computed whole."""
+        if self.pooling is None or not self.pooling.needs_whole:
+            return 1
+        wanted = self.config.model.max_model_len
+        return wanted if isinstance(wanted, int) else self.model_config.max_model_len
 
     def tokenizer_folder(self) -> Path:
         """Return the folder with the tokenizer. Raises: ConfigError."""
@@ -95,13 +105,8 @@ def prepare(config: EngineConfig, phases: Phases | None = None) -> Prepared:
 def _prepare(config: EngineConfig) -> Prepared:
     registry = load_plugins(config.plugins.disable_plugin)
     is_dummy = config.model.load_format == "dummy"
-    folder = find_folder(
-        config.model.model,
-        revision=config.model.revision,
-        with_weights=not is_dummy,
-        bundled=registry.names("checkpoint"),
-        open_bundled=registry.checkpoint,
-    )
+    root = _find_root(config, registry, with_weights=not is_dummy)
+    folder = transformer_folder(root)
     path = folder / CONFIG_FILE
     raw, quantization_path = find_quantization(read_config(folder), folder)
     with _naming(path, "architectures"):
@@ -115,15 +120,23 @@ def _prepare(config: EngineConfig) -> Prepared:
         quantization, quantization_choice = select_quantization(
             registry, config.plugins.quantization, _quant_method(raw, quantization_path)
         )
+    checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
+    pooling = find_setup(
+        (config.model.task, config.model.pooling),
+        served=model.task,
+        folder=root,
+        raw_config=raw,
+        is_encoder=model.task != GENERATE and model_config.is_encoder,
+    )
     grammar, grammar_choice, why_no_grammar = select_grammar(
         registry, config.plugins.grammar_backend
     )
-    # What is drawn at random needs no file.
-    checkpoint = Checkpoint(folder=folder) if is_dummy else Checkpoint.open(folder)
     config = _with_dtype(config, model_config, checkpoint)
     with _naming(quantization_path, "quantization_config"):
         config = _with_kv_format(config, raw)
-    _check_lengths(config, model_config, raw)
+    config = _with_pooling(config, model_config, pooling)
+    has_cache = pooling is None or not model_config.is_encoder
+    _check_lengths(config, model_config, raw, has_cache=has_cache)
     return Prepared(
         config=config,
         folder=folder,
@@ -135,11 +148,59 @@ def _prepare(config: EngineConfig) -> Prepared:
         registry=registry,
         grammar=grammar,
         why_no_grammar=why_no_grammar,
-        selections=[
-            c for c in (model_choice, quantization_choice, grammar_choice) if c is not None
-        ],
-        warnings=[*model_config.warnings, *_warnings_of_scales(config, checkpoint)],
+        selections=_made(model_choice, quantization_choice, None if pooling else grammar_choice),
+        pooling=pooling,
+        warnings=[*model_config.warnings, *_warnings(config, checkpoint, has_cache=has_cache)],
     )
+
+
+def _find_root(config: EngineConfig, registry: Registry, *, with_weights: bool) -> Path:
+    return find_folder(
+        config.model.model,
+        revision=config.model.revision,
+        with_weights=with_weights,
+        bundled=registry.names("checkpoint"),
+        open_bundled=registry.checkpoint,
+    )
+
+
+def _made(*choices: Selection | None) -> list[Selection]:
+    return [choice for choice in choices if choice is not None]
+
+
+def _with_pooling(
+    config: EngineConfig, model_config: ModelConfig, pooling: PoolingSetup | None
+) -> EngineConfig:
+    """Take over what a model that gives vectors asks for. Raises: ConfigError."""
+    if pooling is None:
+        if config.model.pooling != AUTO:
+            raise ConfigError("--pooling needs a model that embeds; add --task embed.")
+        return config
+    if config.device.deterministic and pooling.modules:
+        raise ConfigError(
+            "--deterministic: modules after pooling do not keep their bits; leave it out."
+        )
+    if config.plugins.logits_processors:
+        raise ConfigError("--logits-processors: this model gives no tokens; leave them out.")
+    if pooling.needs_whole and config.source("enable_prefix_caching") == "default":
+        config = config.with_value("enable_prefix_caching", False, source="model")
+    if pooling.needs_whole and config.cache.enable_prefix_caching and not model_config.is_encoder:
+        raise ConfigError(
+            "--enable-prefix-caching: vectors of all tokens are asked for, so that none may come "
+            "from a cache; leave it out, or take --pooling lasttoken."
+        )
+    if config.model.max_model_len in (None, AUTO) and pooling.max_seq_len is not None:
+        longest = min(pooling.max_seq_len, model_config.max_model_len)
+        config = config.with_value("max_model_len", longest, source="model")
+    wanted = config.model.max_model_len
+    longest = wanted if isinstance(wanted, int) else model_config.max_model_len
+    given = config.scheduler.max_num_batched_tokens
+    if pooling.needs_whole and given is not None and given < longest:
+        raise ConfigError(
+            f"--max-num-batched-tokens is {given}; this model computes an input of up to {longest} "
+            f"tokens in one step: raise it to {longest}, or lower --max-model-len."
+        )
+    return config
 
 
 def answer_parsers(
@@ -228,7 +289,20 @@ def _warnings_of_scales(config: EngineConfig, checkpoint: Checkpoint) -> list[st
     ]
 
 
-def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[str, Any]) -> None:
+def _warnings(config: EngineConfig, checkpoint: Checkpoint, *, has_cache: bool) -> list[str]:
+    """Return what the user should know of the KV cache, also of one that an encoder has not."""
+    if has_cache:
+        return _warnings_of_scales(config, checkpoint)
+    names = ("block_size", "enable_prefix_caching", "kv_cache_dtype", "kv_cache_memory_bytes")
+    idle = [option_name(name) for name in names if config.source(name) == "user"]
+    if not idle:
+        return []
+    return [f"{', '.join(idle)}: an encoder keeps no keys and values, so that it changes nothing."]
+
+
+def _check_lengths(
+    config: EngineConfig, model_config: ModelConfig, raw: dict[str, Any], *, has_cache: bool
+) -> None:
     wanted = config.model.max_model_len
     if isinstance(wanted, int) and wanted > model_config.longest_model_len:
         raise ConfigError(
@@ -236,7 +310,7 @@ def _check_lengths(config: EngineConfig, model_config: ModelConfig, raw: dict[st
             "(max_position_embeddings and RoPE scaling in config.json)."
         )
     given = config.cache.kv_cache_memory_bytes
-    if given is None or _may_have_windows(raw):
+    if given is None or not has_cache or _may_have_windows(raw):
         return  # with windows it depends on the layers, which are not built yet
     # The layout is the backend's business; this is the least that any of them needs.
     element = DTYPE_BYTES[config.kv_dtype]

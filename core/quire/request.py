@@ -13,6 +13,7 @@ from quire import request_checks as checks
 from quire.beam_search import BeamOptions, to_beam_options
 from quire.constraints import StructuredOutputsParams, to_structured_outputs
 from quire.errors import RequestError
+from quire.pooling_params import PoolingInput
 
 MAX_N = 128
 MAX_STOP_STRINGS = 16
@@ -264,7 +265,7 @@ class Request:
     `ignore_eos`) with the user's own; `eos_token_ids` says which of them are not the user's.
     `bad_words_token_ids` are the tokens of `params.bad_words`. With `num_best` so many of the
     `params.n` sequences are returned, the most likely ones; `hides_logprobs` where they were
-    asked for only to find these.
+    asked for only to find these. With `pooling` its answer is a vector, and no token.
     """
 
     request_id: str
@@ -280,6 +281,7 @@ class Request:
     cache_salt: str = ""
     num_best: int | None = None
     hides_logprobs: bool = False
+    pooling: PoolingInput | None = None
 
 
 @define(kw_only=True)
@@ -303,7 +305,8 @@ class SequenceUpdate:
     `stop_reason` is the stop token that ended it, None for an end token. `error` says in a
     sentence why a row failed. `num_cached_tokens` counts prompt tokens found in the prefix cache.
     `logprobs` has one entry a token. `prompt_logprobs` comes once, with the first token of index
-    0: one entry a token of the prompt, None for the first.
+    0: one entry a token of the prompt, None for the first. `pooled` is the vector that was asked
+    for, or the scores, as float32 in the order of the bytes that x86 has.
     """
 
     request_id: str
@@ -315,6 +318,7 @@ class SequenceUpdate:
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    pooled: bytes | None = None
 
 
 @frozen
@@ -348,7 +352,10 @@ class CompletionOutput:
 
 @frozen(kw_only=True)
 class RequestOutput:
-    """A request and what was generated for it so far. `num_cached_tokens` counts prompt tokens."""
+    """A request and what was generated for it so far. `num_cached_tokens` counts prompt tokens.
+
+    `pooled` is what embeddings and scores are made of, float32.
+    """
 
     request_id: str
     prompt: str | None
@@ -358,3 +365,4 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: Mapping[str, float] = Factory(dict)
+    pooled: bytes | None = None

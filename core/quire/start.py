@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 
 from quire.errors import ConfigError, QuireError
 from quire.execution import setup
 from quire.execution.dummy_weights import draw_weights
-from quire.execution.kv_cache import LayerGroup, bytes_per_slab, cache_groups, rows_of_slabs
-from quire.execution.kv_scales import describe_source, set_scales, source_of_scales
-from quire.execution.kv_sizing import KVSize, size_kv_cache
-from quire.execution.memory import MemoryBudget, default_cpu_kv_bytes, describe_bytes
+from quire.execution.kv_cache import LayerGroup, bytes_per_slab, cache_groups
+from quire.execution.kv_scales import set_scales, source_of_scales
+from quire.execution.kv_sizing import KVSize, size_kv_cache, size_without_cache
+from quire.execution.layout import Layout
+from quire.execution.memory import default_cpu_kv_bytes, describe_bytes
 from quire.execution.model_runner import ModelRunner
+from quire.execution.pooler import Pooler
 from quire.execution.processors import ProcessorChain
 from quire.execution.self_check import check_attention, foretell
 from quire.execution.step_graphs import Capture, CudaCapture
@@ -35,54 +37,15 @@ from quire.hooks.selection import (
     select_sampler,
 )
 from quire.interfaces.attention import AttentionSpec, BatchLimits
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, PoolingModel
 from quire.interfaces.plugin import Selection
 from quire.layers.combined_attention import combine
 from quire.layers.weights import WeightStore
+from quire.pooling_setup import CLASSIFY
 from quire.preparation import Prepared, kv_request
 
 # A GPU computes step n while the host plans step n + 1; a CPU has nothing to overlap.
 STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
-# A GPU is hardly busy with less; on a CPU larger steps are no faster, and keep others waiting.
-TOKENS_A_STEP = {"cpu": 2048, "cuda": 8192}
-# Steps of 16,384 tokens took 2% less time for 32,000 than those of 8,192, and more memory.
-MANY_TOKENS_A_STEP, LARGE_GPU_BYTES = 16384, 64 << 30
-
-
-@define(kw_only=True)
-class Layout:
-    """How the engine uses its device: what was chosen, and where the memory goes.
-
-    `kv_scales` says where those of a quantized KV cache come from, None where none is.
-    """
-
-    groups: list[LayerGroup]
-    selections: list[Selection]
-    kv_size: KVSize
-    budget: MemoryBudget
-    limits: BatchLimits
-    self_check: list[str]
-    kv_scales: str | None
-
-    @property
-    def kv_scales_in_words(self) -> str | None:
-        """Where the scales of the KV cache come from."""
-        return describe_source(self.kv_scales)
-
-    @property
-    def windows(self) -> dict[str, Any] | None:
-        """What windows save the longest sequence, None where no layer has one."""
-        if all(group.spec.sliding_window is None for group in self.groups):
-            return None
-        length = self.kv_size.max_model_len
-        whole = sum(g.bytes_per_block * -(-length // g.spec.block_size) for g in self.groups)
-        return {
-            "layers": [[len(g.layers), g.spec.sliding_window] for g in self.groups],
-            "layers_a_slab": rows_of_slabs(self.groups),
-            "sequence_tokens": length,
-            "sequence_bytes": self.kv_size.a_sequence * bytes_per_slab(self.groups),
-            "sequence_bytes_without_windows": whole,
-        }
 
 
 class Starter:
@@ -94,10 +57,15 @@ class Starter:
         with self.phases.timed("device"):
             self.device = setup.pick_device(prepared.config.device.device)
         if prepared.config.scheduler.max_num_batched_tokens is None:
+            least = prepared.least_step
+            tokens, source = setup.tokens_a_step(self.device), "default"
+            if least > tokens:
+                tokens, source = least, "model"
             prepared.config = prepared.config.with_value(
-                "max_num_batched_tokens", _tokens_a_step(self.device), source="default"
+                "max_num_batched_tokens", tokens, source=source
             )
         self.config = prepared.config
+        self._generates = prepared.pooling is None
         if self.device.type == "cpu":
             setup.set_threads(self.config.device.num_threads)
         self._dtype = self.config.model.dtype
@@ -123,6 +91,9 @@ class Starter:
         model = prepared.model.load_class()
         if not issubclass(model, Model):
             raise QuireError(f"{prepared.model.load} is not a quire.interfaces.model.Model.")
+        scores = prepared.pooling is not None and prepared.pooling.task == CLASSIFY
+        if scores and not issubclass(model, PoolingModel):
+            raise QuireError(f"{prepared.model.load} gives no scores: it is no PoolingModel.")
         return setup.ChosenClasses(
             model=model,
             quantization=quantization(prepared.raw_config.get("quantization_config") or {}),
@@ -216,7 +187,7 @@ class Starter:
         size = self._size(groups, self._kv_bytes(measured))
         return Layout(
             groups=groups,
-            selections=[*selections, self._sampler_choice],
+            selections=[*selections, *([self._sampler_choice] if self._generates else [])],
             kv_size=size,
             budget=measured.with_blocks(_kv_bytes(groups, size)),
             limits=self._limits(size.max_model_len),
@@ -236,6 +207,7 @@ class Starter:
             device=device,
             max_model_len=self._longest(),
             batch_invariant=self._is_invariant,
+            generates=self._generates,
         )
         if self._is_invariant:
             self._check_products(model)
@@ -292,7 +264,7 @@ class Starter:
     ) -> setup.Measured:
         """Estimate before weights are loaded; a GPU's memory is measured again after."""
         activations = setup.estimated_activation_bytes(
-            self.prepared.model_config, limits, self._dtype
+            self.prepared.model_config, limits, self._dtype, generates=self._generates
         )
         measured = setup.measure_host(
             weights=setup.weight_bytes(model),
@@ -313,6 +285,10 @@ class Starter:
         return measured.available
 
     def _size(self, groups: list[LayerGroup], available: int) -> KVSize:
+        if not any(group.has_cache for group in groups):
+            source = self.config.source("max_model_len")
+            why = {"user": "as asked", "model": "max_seq_length"}.get(source, "the model's own")
+            return size_without_cache(self.config.scheduler.max_num_seqs, self._longest(), why)
         request = kv_request(
             self.config,
             self.prepared.model_config,
@@ -337,15 +313,24 @@ class Starter:
     def _runner(
         self, model: Model, layout: Layout, num_blocks: int, limits: BatchLimits
     ) -> ModelRunner:
-        return setup.make_runner(
+        runner = setup.make_runner(
             model=model,
             groups=layout.groups,
             num_blocks=num_blocks,
             limits=limits,
             sampler=self._classes.sampler(),
             processors=self._processors(limits),
-            capture=self._capture(layout),
+            pooler=self._pooler(model),
         )
+        capture = self._capture(layout)
+        if capture is not None:
+            runner.use_graphs(capture)
+        return runner
+
+    def _pooler(self, model: Model) -> Pooler | None:
+        """Return what makes vectors, None where tokens are generated."""
+        pooling = self.prepared.pooling
+        return None if pooling is None else Pooler(model, pooling)
 
     def _capture(self, layout: Layout) -> Capture | None:
         """Return how steps are captured, None where they are not."""
@@ -353,7 +338,7 @@ class Starter:
 
     def _uses_graphs(self, groups: list[LayerGroup]) -> bool:
         eager = self.config.device.enforce_eager
-        return not eager and setup.can_use_graphs(groups, self.device)
+        return not eager and self._generates and setup.can_use_graphs(groups, self.device)
 
     def _processors(self, limits: BatchLimits) -> ProcessorChain:
         vocab_size = self.prepared.model_config.vocab_size
@@ -382,10 +367,3 @@ def _backend(choice: AttentionChoice, options: dict[str, dict[str, Any]]) -> set
 
 def _kv_bytes(groups: list[LayerGroup], size: KVSize) -> int:
     return size.num_blocks * bytes_per_slab(groups)
-
-
-def _tokens_a_step(device: torch.device) -> int:
-    """Return how many tokens a step has where the options do not say."""
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[1] >= LARGE_GPU_BYTES:
-        return MANY_TOKENS_A_STEP
-    return TOKENS_A_STEP[device.type]

@@ -24,12 +24,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": ("auto", "hf"),
     "config_format": ("auto", "hf"),
     "runner": ("auto", "generate"),
-    "task": ("auto", "generate"),
+    "convert": ("auto", "none"),
     "hf_overrides": (None, {}),
     "limit_mm_per_prompt": (None, {}),
     "speculative_config": (None,),
     "compilation_config": (None,),
     "max_logprobs": (20,),
+}
+
+# What vLLM says by other names than `task`.
+TASKS = {
+    ("runner", "pooling"): "pooling",
+    ("convert", "embed"): "embed",
+    ("convert", "classify"): "classify",
 }
 
 
@@ -40,6 +47,9 @@ def without_neutral(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {}
     for name, value in options.items():
+        if isinstance(value, str) and (name, value) in TASKS:
+            kept["task"] = TASKS[name, value]
+            continue
         if name in OPTIONS or name not in NEUTRAL:
             kept[name] = value
         elif not any(type(value) is type(one) and value == one for one in NEUTRAL[name]):

@@ -338,7 +338,7 @@ def test_keywords_of_vllms_that_ask_for_nothing_are_taken_and_others_refused(fol
     )
 
     assert llm.generate([1, 2], GREEDY, **QUIET)[0].finished
-    for name, value in (("pipeline_parallel_size", 2), ("enable_lora", True), ("task", "embed")):
+    for name, value in (("pipeline_parallel_size", 2), ("enable_lora", True), ("runner", "draft")):
         with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
             LLM(str(folder), **{name: value})
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from attrs import frozen
+from attrs import evolve, frozen
 from transformers import PreTrainedModel
 
 from quire import LLM, SamplingParams
@@ -347,7 +347,10 @@ def test_greedy_tokens_equal_transformers_with_a_warm_prefix_cache(checkpoint: C
 
 def test_many_greedy_tokens_equal_transformers_under_pressure(checkpoint: Checkpoint) -> None:
     """Chunks, cached prefixes and preemption at once."""
-    llm = make_llm(checkpoint, PRESSED)
+    # Where windows leave blocks behind, as many sequences fit into half of them.
+    forgets = any(name in checkpoint.name for name in ("mistral", "phi3", "cohere2"))
+    case = evolve(PRESSED, num_cached_tokens=80) if forgets else PRESSED
+    llm = make_llm(checkpoint, case)
     complete(llm, checkpoint.prompts[-3:])
     found = complete(llm, checkpoint.prompts, NUM_LONG)
     assert llm.engine.scheduler.num_preemptions > 0

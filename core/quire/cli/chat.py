@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         params = frontend.sampling_params(given)
         if params.n != 1:
             raise ConfigError(f"--n is {params.n}; a chat has one answer. Leave it out.")
+        frontend.check_generates()
         frontend.require_template()
         tools = _read_tools(arguments.tools)
         return _talk(frontend, params, arguments.system, tools)

@@ -46,6 +46,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "folder": str(frontend.prepared.folder),
             "architecture": frontend.prepared.raw_config["architectures"][0],
             "device": str(starter.device),
+            **_task(frontend),
         },
         "settings": _settings(starter.config, layout.kv_size.max_model_len, layout.kv_size.why),
         "choices": [_choice(choice) for choice in choices],
@@ -54,7 +55,7 @@ def explain(frontend: Frontend) -> dict[str, Any]:
             "total": layout.budget.total,
             "measured": layout.budget.measured,
             "items": dict(layout.budget.items()),
-            "num_kv_blocks": layout.kv_size.num_blocks,
+            "num_kv_blocks": layout.kv_size.num_blocks if layout.has_kv_cache else 0,
             "block_size": frontend.config.cache.block_size,
             "kv_dtypes": sorted({group.layout.dtype for group in layout.groups}),
             "kv_bytes_per_token": sum(group.bytes_per_block for group in layout.groups)
@@ -65,6 +66,15 @@ def explain(frontend: Frontend) -> dict[str, Any]:
         "warnings": frontend.warnings,
         "phases_s": phases.seconds,
     }
+
+
+def _task(frontend: Frontend) -> dict[str, str]:
+    """Return what the model does, and why; nothing of one that generates."""
+    setup = frontend.prepared.pooling
+    if setup is None:
+        return {}
+    hidden_size = frontend.prepared.model_config.hidden_size
+    return {"task": f"{setup.task}: {setup.why}", "pooling": setup.describe(hidden_size)}
 
 
 def _settings(config: EngineConfig, max_model_len: int, why: str) -> list[dict[str, Any]]:
@@ -106,16 +116,24 @@ def _as_text(found: dict[str, Any]) -> str:
     how = "measured" if memory["measured"] else "activations estimated"
     lines += ["", f"memory ({describe_bytes(memory['total'])} in all, {how})"]
     lines += [f"  {name:<18} {describe_bytes(size)}" for name, size in memory["items"].items()]
-    blocks, size, windows = memory["num_kv_blocks"], memory["block_size"], memory["windows"]
-    slabs = "" if windows is None or windows["layers_a_slab"] is None else "slabs of "
-    lines.append(f"  {blocks} {slabs}KV blocks of {size} tokens, block 0 for padding")
-    kinds, a_token = ", ".join(memory["kv_dtypes"]), memory["kv_bytes_per_token"]
-    scales = f"; scales: {memory['kv_scales']}" if memory["kv_scales"] else ""
-    lines.append(f"  KV cache of {kinds}, {a_token:,} bytes a token{scales}")
-    lines += _windows_in_words(windows) if windows else []
+    lines += _kv_lines(memory)
     lines += ["", "warnings", *(f"  {w}" for w in found["warnings"])] if found["warnings"] else []
     lines += ["", f"this took: {Phases(found['phases_s'])}"]
     return "\n".join(lines)
+
+
+def _kv_lines(memory: dict[str, Any]) -> list[str]:
+    blocks, size, windows = memory["num_kv_blocks"], memory["block_size"], memory["windows"]
+    if not blocks:
+        return ["  no KV cache: an encoder sees all tokens of an input at once"]
+    slabs = "" if windows is None or windows["layers_a_slab"] is None else "slabs of "
+    kinds, a_token = ", ".join(memory["kv_dtypes"]), memory["kv_bytes_per_token"]
+    scales = f"; scales: {memory['kv_scales']}" if memory["kv_scales"] else ""
+    return [
+        f"  {blocks} {slabs}KV blocks of {size} tokens, block 0 for padding",
+        f"  KV cache of {kinds}, {a_token:,} bytes a token{scales}",
+        *(_windows_in_words(windows) if windows else []),
+    ]
 
 
 def _windows_in_words(windows: dict[str, Any]) -> list[str]:

@@ -26,7 +26,10 @@ _EXPONENTS["F16"] = ("H", 0x7C00)
 
 @frozen(kw_only=True)
 class TensorInfo:
-    """One tensor of a file: dtype as safetensors spells it, and where its bytes lie."""
+    """One tensor of a file: dtype as safetensors spells it, and where its bytes lie.
+
+    `stored_name` is the file's, where the model is told another.
+    """
 
     name: str
     file: Path
@@ -34,6 +37,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int
     num_bytes: int
+    stored_name: str | None = None
 
 
 @define(kw_only=True)

@@ -39,6 +39,8 @@ from quire.patience import telling
 from quire.scheduling.footprint import slab_rows
 from quire.scheduling.output import KVCacheGroup
 
+ANY_LENGTH = 1 << 20  # tokens, more than a sequence may have
+
 Answer = TypeVar("Answer")
 
 # What the address of a layer's tensor is a multiple of, in bytes.
@@ -57,8 +59,15 @@ class LayerGroup:
     options: Mapping[str, Any] = Factory(dict)
 
     @property
+    def has_cache(self) -> bool:
+        """Whether keys and values are kept: of an encoder, whose layers are not causal, none."""
+        return self.spec.causal
+
+    @property
     def layer_bytes_per_block(self) -> int:
         """Bytes of one block in one layer."""
+        if not self.has_cache:
+            return 0
         size = torch.empty(0, dtype=getattr(torch, self.layout.dtype)).element_size()
         return math.prod(self.layout.block_shape) * size
 
@@ -74,6 +83,8 @@ def rows_of_slabs(groups: Sequence[LayerGroup]) -> int | None:
     They do not where all have the same window, and so need equally many blocks, nor where a
     layer's block has not the same bytes in all of them.
     """
+    if not any(group.has_cache for group in groups):
+        return None
     windows = {group.spec.sliding_window for group in groups}
     sizes = {group.layer_bytes_per_block for group in groups}
     if len(windows) == 1 or len(sizes) > 1:
@@ -83,6 +94,8 @@ def rows_of_slabs(groups: Sequence[LayerGroup]) -> int | None:
 
 def cache_groups(groups: Sequence[LayerGroup], num_blocks: int) -> list[KVCacheGroup]:
     """Return the groups as the block manager sees them, with so many blocks or slabs."""
+    if not any(group.has_cache for group in groups):
+        return [_empty_group(num_blocks)] * max(1, len(groups))
     rows = rows_of_slabs(groups)
     return [
         KVCacheGroup(
@@ -96,6 +109,11 @@ def cache_groups(groups: Sequence[LayerGroup], num_blocks: int) -> list[KVCacheG
         )
         for group in groups
     ]
+
+
+def _empty_group(num_blocks: int) -> KVCacheGroup:
+    """Return the group of an encoder: a sequence of any length has one block, of nothing."""
+    return KVCacheGroup(layers=(), block_size=ANY_LENGTH, bytes_per_block=0, num_blocks=num_blocks)
 
 
 def _row_length(group: LayerGroup, num_slabs: int) -> int:
@@ -125,7 +143,7 @@ def layers_by_spec(
 
 
 class KVCache:
-    """One tensor [num_blocks, *block_shape] a layer, bound to it.
+    """One tensor [num_blocks, *block_shape] a layer, bound to it; none for an encoder's.
 
     With `rows` they are parts of one memory of `num_blocks` slabs of so many rows.
     """
@@ -144,6 +162,9 @@ class KVCache:
             length, a_block = _row_length(groups[0], num_blocks), groups[0].layer_bytes_per_block
             shared = _zeros((rows, length, a_block), torch.uint8, device)
         for group in groups:
+            if not group.has_cache:
+                self.tensors.append([])
+                continue
             dtype, shape = getattr(torch, group.layout.dtype), group.layout.block_shape
             self.tensors.append(
                 [
@@ -157,7 +178,8 @@ class KVCache:
     def bind(self, groups: Sequence[LayerGroup], backends: Sequence[AttentionBackend]) -> None:
         """Give every layer its backend and tensor."""
         for number, (group, backend) in enumerate(zip(groups, backends, strict=True)):
-            for layer, tensor in zip(group.layers, self.tensors[number], strict=True):
+            tensors = self.tensors[number] if group.has_cache else [None] * len(group.layers)
+            for layer, tensor in zip(group.layers, tensors, strict=True):
                 layer.bind(backend, tensor, number)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:

@@ -92,6 +92,11 @@ def size_kv_cache(request: KVRequest) -> KVSize:
     )
 
 
+def size_without_cache(max_num_seqs: int, longest: int, why: str) -> KVSize:
+    """Return the size where no layer keeps anything: a block a sequence, which holds nothing."""
+    return KVSize(num_blocks=max_num_seqs + 1, max_model_len=longest, a_sequence=1, why=why)
+
+
 def _checked_length(request: KVRequest, fits: int) -> int:
     length = request.model_len if request.wanted_len is None else request.wanted_len
     assert isinstance(length, int), length

@@ -40,7 +40,7 @@ class MappedFiles:
         if tensor.file != self._opened:
             self._opened = tensor.file
             self._reader = safe_open(tensor.file, framework="pt", device="cpu").__enter__()
-        found: Tensor = self._reader.get_tensor(tensor.name)
+        found: Tensor = self._reader.get_tensor(tensor.stored_name or tensor.name)
         return found
 
     def check(self) -> None:

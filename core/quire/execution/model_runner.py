@@ -28,6 +28,7 @@ from quire.execution.step_graphs import (
     mixed_sizes,
 )
 from quire.interfaces.attention import AttentionBackend, BatchLimits
+from quire.interfaces.batch import Batch
 from quire.interfaces.model import Model
 from quire.interfaces.sampling import RowStatus, Sampler
 from quire.request import TokenLogprobs
@@ -186,12 +187,15 @@ class ModelRunner:
         if graphs is not None and size is not None:
             return self._replay(output, graphs, size)
         built = self._builder.build(output)
-        batch = built.batch
+        return self._logits(output.step_id, built, self._hidden(built.batch))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states of a step that is not captured."""
         batch.plans = [backend.plan(batch, i) for i, backend in enumerate(self._backends)]
         for backend, plan in zip(self._backends, batch.plans, strict=True):
             backend.prepare(plan)
-        hidden = self.model(self.model.embed(batch.token_ids), batch)
-        return self._logits(output.step_id, built, hidden)
+        hidden: Tensor = self.model(self.model.embed(batch.token_ids), batch)
+        return hidden
 
     def _graphs_for(self, output: SchedulerOutput) -> StepGraphs | None:
         """Return the graphs that serve a step of this kind, None where none do."""

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from quire.errors import KernelError
 from quire.execution.kv_cache import LayerGroup
-from quire.execution.self_check_case import fused_steps_of, lengths_of, pieces_of, steps_of
+from quire.execution.self_check_case import (
+    fused_steps_of,
+    lengths_of,
+    pieces_of,
+    steps_of,
+    whole_steps_of,
+)
 from quire.execution.self_check_heads import Drawn, Heads, RawSequences, Sequences
 from quire.execution.self_check_latents import DrawnLatents
 from quire.execution.synthetic_batch import Span, batch_of, block_tables
@@ -36,8 +42,6 @@ ORDERS = 16
 
 def why_skipped(spec: AttentionSpec) -> str | None:
     """Return why layers of a spec are not checked; None where they are."""
-    if not spec.causal:
-        return "the check has no encoders"
     if spec.kv_dtype not in (*PLAIN_DTYPES, *QUANTIZED_KV_DTYPES):
         return f"the check has no {spec.kv_dtype} KV cache"
     return None
@@ -66,15 +70,19 @@ def check_attention(groups: Sequence[LayerGroup], limits: BatchLimits) -> None:
         if why_skipped(group.spec) is not None:
             continue
         with telling() as wait:
-            _Check(group, number, limits, steps_of(group.spec, limits), wait).run()
+            steps = steps_of(group.spec, limits) if group.has_cache else whole_steps_of(limits)
+            _Check(group, number, limits, steps, wait).run()
             if group.spec.latent is not None:
                 _LatentCheck(group, number, limits, fused_steps_of(limits), wait).run()
-            if group.layers[0].has_fused_write:
+            if group.has_cache and group.layers[0].has_fused_write:
                 _FusedCheck(group, number, limits, fused_steps_of(limits), wait).run()
 
 
 class _Check:
-    """The check of one group's backend, in a cache of its own: plan, prepare, write, attend."""
+    """The check of one group's backend, in a cache of its own: plan, prepare, write, attend.
+
+    An encoder has no cache, and its sequences are computed whole.
+    """
 
     def __init__(
         self,
@@ -94,7 +102,9 @@ class _Check:
         self.tables, num_blocks = block_tables(lengths, self.spec.block_size)
         shape = (num_blocks, *group.layout.block_shape)
         dtype = getattr(torch, group.layout.dtype)
-        self.cache = torch.full(shape, UNWRITTEN, dtype=dtype, device=self.spec.device)
+        self.cache: Tensor | None = None
+        if group.has_cache:
+            self.cache = torch.full(shape, UNWRITTEN, dtype=dtype, device=self.spec.device)
 
     def run(self) -> None:
         """Write each step's past, run it and judge what comes out."""
@@ -102,7 +112,7 @@ class _Check:
             past = [Span(s.sequence, self.written[s.sequence], s.first) for s in step]
             for piece in pieces_of([span for span in past if span.num_tokens > 0], self.limits):
                 self._write(piece)
-                if self.cache.is_cuda:
+                if self.cache is not None and self.cache.is_cuda:
                     # A plan may write its staging again only when the last step with it has ended.
                     torch.cuda.synchronize(self.cache.device)
             self._judge(step, self._attended(step))
@@ -135,7 +145,8 @@ class _Check:
         v = v.unflatten(1, (spec.num_kv_heads, spec.value_head_dim))
         if spec.latent is not None:
             v = k[..., : spec.value_head_dim]
-        self._call(spans, self.backend.write, self.layer, k, v, self.cache, plan)
+        if self.cache is not None:
+            self._call(spans, self.backend.write, self.layer, k, v, self.cache, plan)
         return q, k, v
 
     def _attended(self, step: Sequence[Span]) -> Tensor:
@@ -261,6 +272,7 @@ class _LatentCheck(_Check):
             if found is None:
                 return
             (queries, keys), slots = found, batch.groups[-1].slot_mapping.long()
+            assert self.cache is not None
             written = self.cache.flatten(0, 1)[slots]
             fact = drawn.what_is_wrong(queries, keys, written, batch.positions)
             if fact is not None:

@@ -36,6 +36,12 @@ def _longest_query(spec: AttentionSpec) -> int:
     return LONGEST_WINDOW if plain_from is None else plain_from - 1
 
 
+def whole_steps_of(limits: BatchLimits) -> list[list[Span]]:
+    """Return whole sequences, for an encoder."""
+    lengths = sorted({min(n, limits.max_model_len) for n in (1, 2, 16, 19, 67)})
+    return _allowed([[Span(i, 0, n) for i, n in enumerate(lengths)]], limits)
+
+
 def fused_steps_of(limits: BatchLimits) -> list[list[Span]]:
     """Return prompts, and some tokens more of each, for the fused norm, rotation and write."""
     first = [Span(0, 0, 1), Span(1, 0, 19), Span(2, 0, 24)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from quire.errors import CheckpointError
@@ -16,10 +17,10 @@ from quire.execution.checkpoint import Checkpoint, TensorInfo, listed, wrong_kin
 from quire.execution.kv_scales import scale_names
 from quire.execution.mapped_files import MappedFiles
 from quire.execution.staged_files import StagedFiles
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, WeightNames
 from quire.layers.attention import Attention
-from quire.layers.embedding import Head
-from quire.layers.places import Place, places
+from quire.layers.embedding import Head, NoHead
+from quire.layers.places import Place, own_names, places
 
 
 class Source(Protocol):
@@ -50,7 +51,8 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     Raises: CheckpointError listing missing, unexpected and wrong-shaped tensors, or naming one
     that is not finite.
     """
-    expected = _as_in_files(places(model), model.weight_names.base, checkpoint)
+    expected = places(model)
+    checkpoint = with_own_names(checkpoint, expected, model.weight_names)
     device = next(p.device for p in model.parameters() if not p.is_meta)
     ignored = _ignored_names(model, checkpoint)
     _check_names(expected, checkpoint, ignored)
@@ -63,11 +65,16 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     finish_tied_heads(model)
 
 
-def _as_in_files(expected: dict[str, Place], base: str, checkpoint: Checkpoint) -> dict[str, Place]:
-    """Return the places by the names in the files, which may all lack the base."""
-    if not base or any(name.startswith(base) for name in checkpoint.tensors):
-        return expected
-    return {name.removeprefix(base): place for name, place in expected.items()}
+def with_own_names(
+    checkpoint: Checkpoint, expected: Iterable[str], rules: WeightNames
+) -> Checkpoint:
+    """Return the checkpoint with the model's own names."""
+    names = own_names(checkpoint.tensors, set(expected), rules)
+    tensors = {
+        names[name]: evolve(tensor, name=names[name], stored_name=name)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return Checkpoint(folder=checkpoint.folder, tensors=tensors)
 
 
 def _largest_first(tensors: list[TensorInfo], expected: dict[str, Place]) -> list[TensorInfo]:
@@ -126,6 +133,9 @@ def _ignored_names(model: Model, checkpoint: Checkpoint) -> set[str]:
     scales = scale_names(m for m in model.modules() if isinstance(m, Attention))
     # A tied head's own tensor, where a file has one, is the embedding again.
     patterns += [re.escape(head.spec.name) + r"\..*" for head in tied]
+    # A model that gives vectors has none at all.
+    absent = [m.name for m in model.modules() if isinstance(m, NoHead)]
+    patterns += [re.escape(name) + r"\..*" for name in absent]
     return {
         name
         for name in checkpoint.tensors

@@ -37,6 +37,7 @@ class Batch:
         logit_rows              [num_logit_rows]: indices of the tokens whose logits are wanted
         rows                    [num_seqs]: persistent row of each sequence
         groups                  one GroupBatch a KV-cache group
+        segments                [num_tokens]: 1 in the second text of a pair, else 0; None: no pair
     On the host:
         query_lens              tokens of each sequence in this step
         seq_lens_bound          upper bounds of seq_lens, exact until drafts exist
@@ -67,6 +68,7 @@ class Batch:
     padded_to: int
     captured_for: GraphSupport = GraphSupport.NONE
     in_flight_slot: int = 0
+    segments: Tensor | None = None
     plans: list[Any] = Factory(list)
 
     @property

@@ -27,12 +27,12 @@ _READ_ELSEWHERE = """
 """
 
 _TRAINING = """
-    attention_dropout attention_softmax_in_fp32 attn_pdrop aux_loss_alpha bias_dropout_fusion
-    classifier_dropout dropout embd_pdrop embedding_dropout ep_size ff_factor hidden_dropout
-    hidden_dropout_prob init_std initializer_factor initializer_range layerdrop
-    masked_softmax_fusion offset_alibi pretraining_tp reorder_and_upcast_attn rescale_every
-    resid_dropout resid_pdrop router_aux_loss_coef router_jitter_noise seq_aux skip_bias_add
-    skip_bias_add_qkv slow_but_exact summary_activation
+    attention_dropout attention_probs_dropout_prob attention_softmax_in_fp32 attn_pdrop
+    aux_loss_alpha bias_dropout_fusion classifier_dropout dropout embd_pdrop embedding_dropout
+    ep_size ff_factor hidden_dropout hidden_dropout_prob init_std initializer_factor
+    initializer_range layerdrop masked_softmax_fusion offset_alibi pretraining_tp
+    reorder_and_upcast_attn rescale_every resid_dropout resid_pdrop router_aux_loss_coef
+    router_jitter_noise seq_aux skip_bias_add skip_bias_add_qkv slow_but_exact summary_activation
     summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_fused_loss
     vocab_pad_to_multiple_of z_loss_coefficient
 """

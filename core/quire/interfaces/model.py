@@ -20,14 +20,18 @@ class WeightNames:
     Layers made by `BuildContext` are found by the names given there. `renamed` is for parameters:
     regular expressions that turn a name in the module tree into the checkpoint's. `ignored` are
     regular expressions of tensors that hold nothing to load, `transposed` of weights that files
-    hold as [inputs, outputs]. `base` is what names may begin with, or, in files of the model
-    without its head, do not.
+    hold as [inputs, outputs].
+
+    `base` is what names may begin with, or, in files of the model without its head, do not: either
+    kind is read, whether the model's own names have it or not. `aliases` are regular expressions
+    that turn a file's older name into today's.
     """
 
     renamed: Mapping[str, str] = {}
     ignored: Sequence[str] = ()
     transposed: Sequence[str] = ()
-    base: str = ""
+    base: str = "model."
+    aliases: Mapping[str, str] = {}
 
 
 class BuildContext(Protocol):
@@ -173,6 +177,24 @@ class Model(nn.Module, abc.ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [num_rows, vocab_size] of the given hidden states."""
 
-    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return one vector a sequence, for embedding models. Raises: NotImplementedError."""
-        raise NotImplementedError(f"{type(self).__name__} does not pool")
+
+class PoolingModel(Model):
+    """A model that gives vectors or scores instead of tokens: an encoder, or one with a score head.
+
+    The core makes one vector a sequence of what `forward` returns, as the checkpoint's settings
+    say. A score head is given the first token's of an encoder, the last one's of a decoder. An
+    encoder's attention layers are not causal: they keep no keys and values, so a sequence is
+    computed whole, in one step. Its config's `kv_elements_per_token` is 0, and its `forward`
+    returns all tokens.
+    """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Raises: NotImplementedError, since there is no head for tokens."""
+        raise NotImplementedError(f"{type(self).__name__} gives no logits")
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """Return the scores [num_seqs, num_labels] of `pooled` [num_seqs, hidden_size].
+
+        Before softmax or sigmoid. Raises: NotImplementedError where the model has no such head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no scores")

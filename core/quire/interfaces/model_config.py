@@ -17,6 +17,7 @@ from attrs import field, frozen
 from quire.errors import ConfigError
 from quire.interfaces.config_keys import HARMLESS_KEYS, MATHS_KEYS
 
+_NUM_LABELS = 2  # scores that a head gives where nobody says how many, as in Transformers
 Parse = Callable[[Mapping[str, Any], str], Any]
 
 
@@ -159,6 +160,18 @@ def end_tokens(*default: int) -> Any:
     )
 
 
+def _is_number_of_labels(value: Any) -> bool:
+    return is_whole(value) and 1 <= value <= 2**17
+
+
+def _parse_labels(given: Mapping[str, Any], source: str) -> Any:
+    # Where scores are wanted the core checks the names; elsewhere nobody reads them.
+    names, count = given.get("id2label"), given.get("num_labels")
+    if isinstance(names, Mapping) and names:
+        return len(names)
+    return count if _is_number_of_labels(count) else _NUM_LABELS
+
+
 @frozen(kw_only=True)
 class ModelConfig:
     """What the core reads of config.json; a model's own class adds its keys with `key`.
@@ -183,6 +196,13 @@ class ModelConfig:
         allowed=", ".join(map(shown, _DTYPES)),
         names=("dtype", "torch_dtype"),
         parse=_parse_dtype,
+    )
+    num_labels: int = key(
+        _NUM_LABELS,
+        check=_is_number_of_labels,
+        allowed="whole numbers from 1",
+        names=("num_labels", "id2label"),
+        parse=_parse_labels,
     )
 
     @classmethod
@@ -231,10 +251,16 @@ class ModelConfig:
         return self.max_model_len
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether nothing is kept of earlier tokens."""
+        return self.kv_elements_per_token == 0
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Elements of keys and values that one token adds to the KV cache, of all layers.
 
         Where config.json has no key with "window" in its name, that is what a long sequence needs.
+        0: an encoder, which sees all tokens of a sequence at once.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say its KV cache's size")
 

@@ -23,6 +23,8 @@ A plugin module declares the version it was written for as `QUIRE_API_VERSION`. 
 number is refused, and so is a newer minor one.
 """
 
+_MODEL_TASKS = ("generate", "embed", "classify")
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _OPTION = re.compile(r"[A-Za-z_]\w*")
 _LOAD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -79,6 +81,11 @@ def _check_names(_instance: object, attribute: Any, value: Any) -> None:
         raise PluginError(
             f"{attribute.name}={value!r} is not a tuple of names; write it as ('name',)."
         )
+
+
+def _check_task(_instance: object, _attribute: Any, value: Any) -> None:
+    if value not in _MODEL_TASKS:
+        raise PluginError(f"task={value!r} is not allowed; use one of {', '.join(_MODEL_TASKS)}.")
 
 
 def _is_integer(value: object) -> bool:
@@ -242,12 +249,15 @@ class ModelPlugin(Descriptor):
     `architectures` are the claims, as config.json spells them; among several plugins that claim
     one, priority settles it. `config_class` declares the config's keys. `also` names a function,
     "module:function", which answers of an architecture that nobody claims whether it can be built.
+    `task` is what its architectures are for: "generate", "embed" or "classify". What generates
+    can be asked to embed.
     """
 
     architectures: tuple[str, ...] = field(converter=_to_names, validator=_check_names)
     config_class: type[ModelConfig] = field(validator=_check_config_class)
     priority: int = field(default=0, validator=_check_integer)
     also: str | None = field(default=None, validator=_check_function)
+    task: str = field(default="generate", validator=_check_task)
 
     def builds(self, architecture: str) -> bool:
         """Answer whether it claims the architecture or, asked, can build it all the same.

@@ -98,7 +98,7 @@ class Attention(nn.Module):
             value_head_dim=o.head_dim,
             scale=o.scale,
             dtype=dtype,
-            kv_dtype=kv_dtype,
+            kv_dtype=kv_dtype if o.causal else dtype,  # an encoder keeps none
             block_size=block_size,
             device=device,
             sliding_window=o.sliding_window,

@@ -19,7 +19,7 @@ from quire.interfaces.quantization import (
     QuantizationMethod,
 )
 from quire.layers.attention import Attention
-from quire.layers.embedding import Embedding, Head
+from quire.layers.embedding import Embedding, Head, NoHead
 from quire.layers.experts import Experts
 from quire.layers.latent_attention import LatentAttention
 from quire.layers.linear import Linear
@@ -28,7 +28,8 @@ from quire.layers.linear import Linear
 class LayerBuilder:
     """Build layers for one rank; implements `quire.interfaces.model.BuildContext`.
 
-    A layer that `quantization` leaves alone is kept as `dense` says.
+    A layer that `quantization` leaves alone is kept as `dense` says. `generates`: logits are
+    wanted, so there is a head.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class LayerBuilder:
         quantization: QuantizationMethod,
         dense: QuantizationMethod,
         batch_invariant: bool = False,
+        generates: bool = True,
     ) -> None:
+        self._generates = generates
         self.rank = 0
         self.world_size = 1
         self.dtype = dtype
@@ -116,6 +119,8 @@ class LayerBuilder:
     ) -> nn.Module:
         """Make the layer that gives logits, with its own weight or that of an embedding."""
         assert tied_to is None or isinstance(tied_to, Embedding), tied_to
+        if not self._generates:
+            return NoHead(name)
         spec = self._embedding_spec(name, num_embeddings, embedding_dim, is_head=True)
         return Head(spec, self._layer_method(spec), tied_to)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.interfaces.quantization import EmbeddingSpec, LayerMethod
 from quire.layers.weights import WeightStore
@@ -21,6 +21,18 @@ class Embedding(WeightStore):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return [num_tokens, embedding_dim] for `token_ids` int32 [num_tokens]."""
         return self.method.apply(self, token_ids, None)
+
+
+class NoHead(nn.Module):
+    """Stand where a model that generates nothing would have its head; it has no weights."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Raises: NotImplementedError."""
+        raise NotImplementedError(f"{self.name} was not built: the model gives vectors")
 
 
 class Head(WeightStore):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from quire.errors import PluginError
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, WeightNames
 from quire.layers.experts import Experts
 from quire.layers.weights import WeightStore
 
@@ -126,3 +126,21 @@ def _places_of_experts(layer: Experts) -> Iterator[tuple[str, Place]]:
                         expert=expert,
                     ),
                 )
+
+
+def own_names(given: Iterable[str], expected: set[str], rules: WeightNames) -> dict[str, str]:
+    """Return the model's own name for each of a file's.
+
+    A file of the bare body of a model has no base, one of a model around it has.
+    """
+    base = rules.base
+    names = {name: _renamed(name, rules.aliases) for name in given}
+    is_wanted = any(name.startswith(base) for name in expected)
+    if not base or is_wanted == any(name.startswith(base) for name in names.values()):
+        return names
+    taken = set(names.values())
+    for name, own in names.items():
+        other = base + own if is_wanted else own.removeprefix(base)
+        if other not in taken and (other in expected or not is_wanted):
+            names[name] = other
+    return names

@@ -21,6 +21,7 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.execution.checkpoint import INDEX_FILE
 from quire.execution.model_folder import CONFIG_FILE
+from quire.pooling_setup import module_files
 
 STATE_FILE = "quantize-state.json"
 PARTIAL = ".partial"
@@ -126,10 +127,12 @@ class OutputFolder:
             "weight_map": dict(sorted(weight_map.items())),
         }
         self._write_json(INDEX_FILE, index)
-        for file in copied_files(source):
-            partial = self.path / (file.name + PARTIAL)
+        for file in [*copied_files(source), *module_files(source)]:
+            target = self.path / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            partial = target.with_name(target.name + PARTIAL)
             shutil.copyfile(file, partial)
-            _settle(partial, self.path / file.name)
+            _settle(partial, target)
         self._write_json(CONFIG_FILE, config)
         (self.path / STATE_FILE).unlink()
         return total

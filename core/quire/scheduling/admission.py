@@ -47,6 +47,8 @@ class Admission:
         Raises: RequestError where such a sequence can never be computed.
         """
         num_prompt_tokens = len(request.prompt_token_ids)
+        if request.pooling is not None:
+            return self._max_num_pooled(num_prompt_tokens)
         if num_prompt_tokens == 0:
             raise RequestError("the prompt is empty; give one token or more.", parameter="prompt")
         if num_prompt_tokens + 1 > self._max_model_len:
@@ -71,6 +73,21 @@ class Admission:
                 parameter="max_tokens",
             )
         return max_num_tokens
+
+    def _max_num_pooled(self, num_tokens: int) -> int:
+        """Return the tokens of a sequence that gives a vector, which counts as one of them."""
+        if not 0 < num_tokens <= self._max_model_len:
+            raise RequestError(
+                f"the input has {num_tokens} tokens; allowed: 1 to {self._max_model_len}.",
+                parameter="input",
+            )
+        if not self._blocks.can_ever_fit(num_tokens):
+            raise RequestError(
+                f"the input has {num_tokens} tokens, more than the whole KV cache holds. Shorten "
+                f"it or raise --kv-cache-memory-bytes.",
+                parameter="input",
+            )
+        return num_tokens + 1
 
     def _check_beams(self, width: int, request: Request, max_num_tokens: int) -> None:
         """Refuse a search whose beams cannot all run side by side. Raises: RequestError."""

@@ -1,15 +1,15 @@
-"""Put a step's log-probabilities into its updates, and gather those of prompts over chunks."""
+"""Put log-probabilities and vectors into a step's updates, gathered over a prompt's chunks."""
 
 from __future__ import annotations
 
-from quire.request import SequenceUpdate
+from quire.request import FinishReason, SequenceUpdate
 from quire.scheduling.output import StepResult
 from quire.scheduling.sequence import Sequence, SequenceStatus
 from quire.scheduling.step import Step
 
 
-def add_logprobs(step: Step, result: StepResult, updates: list[SequenceUpdate]) -> None:
-    """Give each update with tokens the log-probabilities that its request asks for."""
+def add_extras(step: Step, result: StepResult, updates: list[SequenceUpdate]) -> None:
+    """Give each update with tokens the log-probabilities or the vector that is asked for."""
     for sequence, _ in step.unfinished_chunks:
         if sequence.status is not SequenceStatus.FINISHED:
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.sequence_id, ())
@@ -22,6 +22,11 @@ def add_logprobs(step: Step, result: StepResult, updates: list[SequenceUpdate]) 
 
 def _add_to(update: SequenceUpdate, sequence: Sequence, result: StepResult) -> None:
     sequence_id = sequence.sequence_id
+    if sequence_id in result.pooled:
+        # It stands for the token, which the scheduler has counted.
+        update.pooled, update.token_ids = result.pooled[sequence_id], ()
+        update.finish_reason, update.stop_reason = FinishReason.STOP, None
+        return
     if sequence_id in result.logprobs:
         update.logprobs = (result.logprobs[sequence_id],)
     if sequence_id in result.prompt_logprobs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attrs import Factory, define, field, frozen
 
+from quire.pooling_params import PoolingInput
 from quire.request import SamplingParams, TokenLogprobs
 
 
@@ -33,6 +34,7 @@ class AddedSequence:
     `block_tables` holds one list of block ids a group; 0 stands for a block that its window has
     left behind. `token_ids` are all that the host knows.
     A beam gives so many of its most likely tokens as `num_candidates`; 0: it is none.
+    With `pooling` it gives a vector.
     """
 
     sequence_id: int
@@ -48,6 +50,7 @@ class AddedSequence:
     stop_token_ids: frozenset[int] = frozenset()
     num_candidates: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    pooling: PoolingInput | None = None
 
 
 @define(kw_only=True)
@@ -85,7 +88,8 @@ class StepResult:
     """What the runner gives back for one step: sampled tokens and failed rows, by sequence id.
 
     `logprobs` are of the sampled tokens, a beam's with its candidates, `prompt_logprobs` of the
-    prompt's tokens that this step's logits foretell; only of sequences that ask for them.
+    prompt's tokens that this step's logits foretell; only of sequences that ask for them. What was
+    `pooled` stands for the token of a sequence, whose number then means nothing.
     """
 
     step_id: int
@@ -93,3 +97,4 @@ class StepResult:
     errors: dict[int, str] = Factory(dict)
     logprobs: dict[int, TokenLogprobs] = Factory(dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = Factory(dict)
+    pooled: dict[int, bytes] = Factory(dict)

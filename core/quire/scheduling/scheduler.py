@@ -15,7 +15,7 @@ from quire.request import FinishReason, Request, SequenceUpdate
 from quire.scheduling.admission import Admission
 from quire.scheduling.beams import Beams
 from quire.scheduling.block_manager import BlockManager
-from quire.scheduling.logprobs import add_logprobs
+from quire.scheduling.logprobs import add_extras
 from quire.scheduling.output import SchedulerOutput, StepResult
 from quire.scheduling.queues import SequenceList, WaitingQueue
 from quire.scheduling.sequence import Sequence, SequenceStatus
@@ -270,7 +270,9 @@ class Scheduler:
             self._windows.leave_all(self._running, step)
         while step.num_spare_tokens > 0 and self._free_rows:
             sequence = self._waiting.first()
-            if sequence is None or not self._give_blocks(sequence, step):
+            if sequence is None or step.is_short_for(sequence):
+                return
+            if not self._give_blocks(sequence, step):
                 return
             self._waiting.remove(sequence)
             self._start_running(sequence, step)
@@ -367,8 +369,8 @@ class Scheduler:
                 )
             )
         updates.extend(self._update_chunks(step, errors))
-        if result.logprobs or result.prompt_logprobs:
-            add_logprobs(step, result, updates)
+        if result.logprobs or result.prompt_logprobs or result.pooled:
+            add_extras(step, result, updates)
         if step.beams:
             updates += self._beams.update(step, result)
         for tables in step.releases:

@@ -58,6 +58,12 @@ class Step:
         """Whether nothing is computed."""
         return not self.singles and not self.chunks
 
+    def is_short_for(self, sequence: Sequence) -> bool:
+        """Whether a sequence that is computed whole has to wait for a step with more room."""
+        pooling = sequence.request.pooling
+        is_whole = pooling is not None and pooling.is_whole
+        return is_whole and sequence.num_tokens > self.num_spare_tokens
+
     def num_scheduled_tokens(self, sequence: Sequence) -> int:
         """Return how many of the sequence's tokens this step computes."""
         sequence_id = sequence.sequence_id
@@ -80,6 +86,7 @@ class Step:
             stop_token_ids=request.stop_token_ids,
             num_candidates=0 if sequence.beams is None else num_candidates(request),
             bad_words_token_ids=request.bad_words_token_ids,
+            pooling=request.pooling,
         )
         (self.added if is_new else self.resumed).append(added)
 

@@ -17,6 +17,7 @@ from quire.server.errors import ApiError, method_not_allowed, not_found, to_api_
 from quire.server.generation_routes import GenerationRoutes
 from quire.server.logs import RequestIdMiddleware
 from quire.server.plain_routes import PlainRoutes
+from quire.server.pooling_routes import PoolingRoutes
 from quire.server.protocol.openapi import document
 from quire.server.records import CLIENT_LEFT, RecordMiddleware, record_of
 from quire.server.replies import error_response
@@ -46,10 +47,15 @@ def _routed(service: Service) -> FastAPI:
     schema = document("Quire", __version__)
     app.openapi = lambda: schema  # type: ignore[method-assign]
     plain, generation = PlainRoutes(service), GenerationRoutes(service)
+    pooling = PoolingRoutes(service)
     posts = {
         "/v1/completions": generation.completions,
         "/v1/chat/completions": generation.chat,
         "/v1/responses": generation.responses,
+        "/v1/embeddings": pooling.embeddings,
+        "/v1/rerank": pooling.rerank,
+        "/v1/score": pooling.score,
+        "/v1/classify": pooling.classify,
         "/tokenize": plain.tokenize,
         "/detokenize": plain.detokenize,
     }

@@ -15,6 +15,7 @@ from typing import Any, cast
 from quire.config import EngineConfig
 from quire.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
 from quire.frontend import Frontend
+from quire.pooling_params import PoolingParams
 from quire.request import Request, RequestOutput, SamplingParams, SequenceUpdate
 from quire.server.admission import Admission, ServingLimits
 from quire.server.engine_client import ENGINE_MODULE, Death, EngineClient, EngineStartError
@@ -31,6 +32,7 @@ from quire.server.messages import (
 from quire.server.stream import News, Stream
 from quire.text.input_processor import RenderedChat, check_request_id, prompt_text
 from quire.text.output_processor import OutputProcessor
+from quire.text.pooling_input import TextPair
 from quire.vllm_keywords import without_neutral
 
 log = logging.getLogger("quire.server")
@@ -196,17 +198,14 @@ class AsyncEngine:
     async def submit(
         self,
         prompt: Any,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         news: News | None = None,
     ) -> Stream:
-        """Queue a request and return its stream, which must be closed.
-
-        Raises: RequestError, OverloadedError.
-        """
+        """Queue a request; its stream must be closed. Raises: RequestError, OverloadedError."""
         arrival_s = time.monotonic()
         self._check_ready()
         if request_id is None:
@@ -397,4 +396,4 @@ def _is_short(prompt: Any, params: Any) -> bool:
     if limited or (isinstance(params, SamplingParams) and params.num_listed > INLINE_ENTRIES):
         return False
     prompt = prompt.text if isinstance(prompt, RenderedChat) else prompt
-    return isinstance(prompt, (str, list, tuple)) and len(prompt) <= INLINE_CHARS
+    return isinstance(prompt, (str, list, tuple, TextPair)) and len(prompt) <= INLINE_CHARS

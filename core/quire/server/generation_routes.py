@@ -123,6 +123,7 @@ class GenerationRoutes:
     def _check(self, model: str) -> None:
         self._service.check_open()
         self._service.check_model(model)
+        self._service.frontend.check_generates()
 
     def _defaults(self) -> dict[str, Any]:
         return self._service.frontend.defaults.sampling_defaults()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import attrs
 import msgspec
 
 from quire.errors import RequestError
+from quire.pooling_params import PoolingInput
 from quire.request import (
     SAMPLING_FIELDS,
     FinishReason,
@@ -39,6 +41,7 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     bad_words_token_ids: list[tuple[int, ...]]
     priority: int
     cache_salt: str
+    pooling: tuple[int | None, int, bool] | None = None
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -69,6 +72,7 @@ class Update(msgspec.Struct, array_like=True):
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    pooled: bytes | None = None
 
 
 class StepStats(msgspec.Struct, array_like=True):
@@ -98,7 +102,8 @@ class StepStats(msgspec.Struct, array_like=True):
 class Ready(msgspec.Struct, tag=True, array_like=True):
     """The model is loaded. `phases_s` says how long each part of the start took.
 
-    `identity` is all that decides what numbers come out, a line each.
+    `identity` is all that decides what numbers come out, a line each. A step has at most
+    `max_step_tokens`.
     """
 
     max_model_len: int
@@ -106,6 +111,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True):
     block_size: int
     phases_s: dict[str, float]
     identity: list[str]
+    max_step_tokens: int = 0
 
 
 class Stepped(msgspec.Struct, tag=True, array_like=True):
@@ -165,6 +171,7 @@ def add_of(request: Request) -> Add:
         bad_words_token_ids=list(request.bad_words_token_ids),
         priority=request.priority,
         cache_salt=request.cache_salt,
+        pooling=None if (p := request.pooling) is None else attrs.astuple(p),
     )
 
 
@@ -193,7 +200,12 @@ def request_of(message: Add, arrival_s: float) -> Request:
         priority=message.priority,
         arrival_s=arrival_s,
         cache_salt=message.cache_salt,
+        pooling=None if (p := message.pooling) is None else _pooling_input(*p),
     )
+
+
+def _pooling_input(second_at: int | None, num_skipped: int, is_whole: bool) -> PoolingInput:
+    return PoolingInput(second_at=second_at, num_skipped=num_skipped, is_whole=is_whole)
 
 
 def update_of(update: SequenceUpdate) -> Update:
@@ -208,4 +220,5 @@ def update_of(update: SequenceUpdate) -> Update:
         update.num_cached_tokens,
         update.logprobs,
         update.prompt_logprobs,
+        update.pooled,
     )

@@ -12,12 +12,14 @@ from attrs import define
 if TYPE_CHECKING:
     from quire.server.errors import ApiError
     from quire.server.generation import Generation
+    from quire.server.pooling_job import PoolingJob
     from quire.server.service import Service
 
 log = logging.getLogger("quire.server.requests")
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
+MAX_LISTED = 128  # ends of sequences; of more each kind once
 CLIENT_LEFT = 499  # as nginx counts them; never sent
 SWITCHING_PROTOCOLS = 101
 
@@ -33,7 +35,7 @@ class Record:
     arrival_s: float
     status: int = 0
     model: str = ""
-    generation: Generation | None = None
+    generation: Generation | PoolingJob | None = None
     error: ApiError | None = None
     client_left: bool = False
     finished_s: float = 0.0
@@ -87,7 +89,10 @@ class Record:
         if self.generation is not None:
             fields["prompt_tokens"] = self.prompt_tokens
             fields["generated_tokens"] = self.generated_tokens
-            fields["finish"] = ",".join(self.finish_reasons)
+            reasons = self.finish_reasons
+            if len(reasons) > MAX_LISTED:
+                reasons = sorted(set(reasons))
+            fields["finish"] = ",".join(reasons)
             if self.first_token_s is not None:
                 fields["first_token_ms"] = round(1e3 * (self.first_token_s - self.arrival_s), 1)
         return {name: value for name, value in fields.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from starlette.responses import Response
 
@@ -12,19 +12,23 @@ from quire.errors import QuireError
 from quire.server.errors import ApiError, SequenceFailed, to_api_error
 from quire.server.event_stream import EventSource, EventStream, Patience
 from quire.server.generation import Generation
+from quire.server.pooling_job import PoolingJob
 from quire.server.records import record_of
 
 # With twenty log-probabilities each, as many take 20 ms to write.
 INLINE_TOKENS = 1024
 
 
-class WholeReply(Response):
-    """One body, sent when the generation has ended."""
+Work = TypeVar("Work", Generation, PoolingJob)
 
-    def __init__(self, generation: Generation, write: Callable[[Generation], bytes]) -> None:
+
+class WholeReply(Response, Generic[Work]):
+    """One body, sent when the generation, or the job for vectors, has ended."""
+
+    def __init__(self, generation: Work, write: Callable[[Work], bytes]) -> None:
         super().__init__(media_type="application/json")
-        self._generation = generation
-        self._write = write
+        self._generation: Work = generation
+        self._write: Callable[[Work], bytes] = write
         self._client_is_gone = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

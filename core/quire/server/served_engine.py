@@ -29,21 +29,23 @@ class ServedEngine:
         engine = self._engine
         return Ready(
             max_model_len=engine.max_model_len,
-            num_blocks=engine.block_manager.num_blocks,
+            num_blocks=self._kv_blocks()[1],
             block_size=engine.config.cache.block_size,
             phases_s=phases_s,
             identity=_identity(engine),
+            max_step_tokens=engine.config.scheduler.max_num_batched_tokens or 0,
         )
 
     def stats(self) -> StepStats:
         """Return where the engine stands."""
         engine = self._engine
         timing, scheduler, blocks = engine.timing, engine.scheduler, engine.block_manager
+        num_used, num_blocks = self._kv_blocks()
         return StepStats(
             scheduler.num_running,
             scheduler.num_waiting,
-            blocks.num_used_blocks,
-            blocks.num_blocks,
+            num_used,
+            num_blocks,
             blocks.num_queried_tokens,
             blocks.num_hit_tokens,
             scheduler.num_preemptions,
@@ -53,6 +55,13 @@ class ServedEngine:
             timing.num_seqs,
             *self._gpu_figures(),
         )
+
+    def _kv_blocks(self) -> tuple[int, int]:
+        """Return the blocks in use and all blocks; those of an encoder hold nothing."""
+        if not self._engine.layout.has_kv_cache:
+            return 0, 0
+        blocks = self._engine.block_manager
+        return blocks.num_used_blocks, blocks.num_blocks
 
     def started(self) -> list[str]:
         """Return the requests that computed for the first time in the last step."""

@@ -67,6 +67,7 @@ class Service:
         self.tracing = None if endpoint is None else Tracing(endpoint, self.model_names[0])
         self.created = int(time.time())
         self.fingerprint = "fp_starting"
+        self.max_step_tokens = 0
         self.is_draining = False
         self.is_stalled = False
         self.on_drain: set[Callable[[], None]] = set()  # what wakes connections that wait
@@ -76,6 +77,7 @@ class Service:
         """Load the model. Raises: EngineStartError."""
         ready = await self.engine.start()
         self.fingerprint = _fingerprint(self.model_names[0], ready)
+        self.max_step_tokens = ready.max_step_tokens
         return ready
 
     def why_not_ready(self) -> str | None:

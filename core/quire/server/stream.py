@@ -84,6 +84,11 @@ class Stream:
         return self._outputs.prompt_logprobs(self.request_id)
 
     @property
+    def pooled(self) -> bytes | None:
+        """The vector or scores that were asked for, once they are there."""
+        return self._outputs.pooled(self.request_id)
+
+    @property
     def is_finished(self) -> bool:
         """Whether every sequence's end was taken."""
         return not self._unfinished

@@ -73,6 +73,7 @@ def _model(registry: Registry, name: str, settings: Settings) -> Iterator[CheckR
             model=model,
             config_class=plugin.config_class,
             architecture=architecture,
+            task=plugin.task,
             device=settings.device,
         )
         several = len(plugin.architectures) > 1

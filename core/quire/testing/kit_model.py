@@ -14,7 +14,13 @@ from quire.interfaces.model_config import ModelConfig
 from quire.testing import model_checks as checks
 from quire.testing import search
 from quire.testing.kit_report import CheckResult, Failure, Profile, Report, profile_of
-from quire.testing.model_cases import ModelCase, ModelSubject, tiny_config, variations
+from quire.testing.model_cases import (
+    ModelCase,
+    ModelSubject,
+    computes_whole,
+    tiny_config,
+    variations,
+)
 from quire.testing.model_oracle import why_missing
 from quire.testing.used_weights import check_used
 
@@ -34,6 +40,7 @@ def model_cases(
     dtypes: tuple[str, ...] = ("float32",),
     least: int = 1,
     num_sequences: int = 1,
+    whole: bool = False,
 ) -> ModelCase:
     """Draw so many sequences, or more, through one of the variations of config.json."""
     longest = min(longest, LONGEST)
@@ -41,7 +48,7 @@ def model_cases(
     return ModelCase(
         variation=draw(st.sampled_from(names)),
         lengths=tuple(draw(st.lists(lengths, min_size=num_sequences, max_size=3))),
-        chunk=draw(st.sampled_from([None, 1, 2, 3, 7])),
+        chunk=None if whole else draw(st.sampled_from([None, 1, 2, 3, 7])),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 99)),
     )
@@ -69,18 +76,22 @@ def _checks(subject: ModelSubject, profile: Profile) -> list[search.Check]:
     )
     every = ["", *variations(subject)]
     longest = max(8, profile.longest)
-    mixed = model_cases(every, longest)
+    is_whole = computes_whole(subject)
+    mixed = model_cases(every, longest, whole=is_whole)
     even = _with_every_expert(subject)
     names = ["", *(name for name, keys in variations(even).items() if _TOP_K not in keys)]
-    half = model_cases(names, longest, dtypes=("bfloat16",))
+    half = model_cases(names, longest, dtypes=("bfloat16",), whole=is_whole)
     # A weight of attention may not matter to a token that sees itself alone.
-    whole = model_cases(every, longest, least=8)
-    several = model_cases(every, longest, num_sequences=2)
-    plain = model_cases([""], longest, least=8)
-    bits = model_cases(every, longest, dtypes=("float32", "bfloat16"), num_sequences=2)
+    whole = model_cases(every, longest, least=8, whole=is_whole)
+    several = model_cases(every, longest, num_sequences=2, whole=is_whole)
+    plain = model_cases([""], longest, least=8, whole=is_whole)
+    bits = model_cases(
+        every, longest, dtypes=("float32", "bfloat16"), num_sequences=2, whole=is_whole
+    )
     is_declared = subject.model.batch_invariant
     undeclared = None if is_declared else "batch_invariant is not declared"
     missing, narrow = why_missing(subject), checks.why_not_wide(subject)
+    uncut = "an encoder computes a sequence whole" if is_whole else narrow
 
     def check(
         name: str,
@@ -101,7 +112,7 @@ def _checks(subject: ModelSubject, profile: Profile) -> list[search.Check]:
         check("weights used", check_used, whole, 0.1),
         check("keys honoured", checks.check_keys, plain, 0.1),
         check("batch", checks.check_batch, several, 0.1, narrow),
-        check("chunks", checks.check_chunks, mixed, 0.1, narrow),
+        check("chunks", checks.check_chunks, mixed, 0.1, uncut),
         check("batch invariance", checks.check_batch_invariance, bits, 0.05, undeclared),
         check("rows apart", checks.check_rows_apart, several, 0.05),
     ]

@@ -12,7 +12,7 @@ import attrs
 from attrs import Factory, field, frozen
 
 from quire.errors import ConfigError
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, PoolingModel
 from quire.interfaces.model_config import ModelConfig
 
 # Small sizes, for every key that a model declares.
@@ -31,6 +31,10 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
+    "dim": 32,
+    "hidden_dim": 40,
+    "n_heads": 4,
+    "n_layers": 2,
 }
 # For models with latent attention, whose heads have none of their own in the cache.
 LATENT_SIZES: dict[str, Any] = {
@@ -146,7 +150,8 @@ class ModelSubject:
     """The model that is checked: its class, its keys, the architecture that it claims.
 
     `config` changes the tiny config.json. `oracle` is the class of Transformers that is meant,
-    where it has another name than the architecture. `made` keeps what is dear to make.
+    where it has another name than the architecture. `task` is the plugin's, where the class
+    generates and the architecture has no head. `made` keeps what is dear to make.
     """
 
     model: type[Model]
@@ -155,6 +160,7 @@ class ModelSubject:
     config: Mapping[str, Any] = Factory(dict)
     device: str = "cpu"
     oracle: str | None = None
+    task: str = "generate"
     made: dict[Any, Any] = field(factory=dict, eq=False, repr=False)
 
 
@@ -184,6 +190,20 @@ class ModelCase:
         return f"{'; '.join(words)}; seed {self.seed}"
 
 
+def given_by(subject: ModelSubject) -> str:
+    """Return what the model gives: logits, vectors of tokens, or scores of sequences."""
+    if issubclass(subject.model, PoolingModel):
+        return "vectors" if subject.model.scores is PoolingModel.scores else "scores"
+    return "logits" if subject.task == "generate" else "vectors"
+
+
+def computes_whole(subject: ModelSubject) -> bool:
+    """Answer whether the model is an encoder, which computes a sequence in one step."""
+    if not issubclass(subject.model, PoolingModel):
+        return False
+    return subject.config_class.from_json(tiny_config(subject)).is_encoder
+
+
 def tiny_config(subject: ModelSubject) -> dict[str, Any]:
     """Return the plainest config.json: small sizes for the keys that the model declares."""
     declared = subject.config_class.keys()
@@ -203,7 +223,10 @@ def variations(subject: ModelSubject) -> dict[str, dict[str, Any]]:
     if "variations" not in subject.made:
         found: dict[str, dict[str, Any]] = {}
         plain = tiny_config(subject)
+        has_head = given_by(subject) == "logits"
         for name, changes in _candidates(subject.config_class):
+            if "tie_word_embeddings" in changes and not has_head:
+                continue
             if all(plain.get(key) == value for key, value in changes.items()):
                 continue
             with contextlib.suppress(ConfigError):

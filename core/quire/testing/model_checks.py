@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import re
 
-import attrs
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from quire.interfaces.batch import Batch
 from quire.interfaces.model import Model
 from quire.layers.attention import Attention
 from quire.layers.places import places
 from quire.testing.bound import bound, first_beyond, same_bits, unit_of
 from quire.testing.kit_report import Failure
-from quire.testing.model_cases import ModelCase, ModelSubject, draw_sequences, variations
+from quire.testing.model_cases import (
+    ModelCase,
+    ModelSubject,
+    draw_sequences,
+    given_by,
+    variations,
+)
 from quire.testing.model_oracle import explain, logits_of, oracle_of, tensors_of, why_missing
 from quire.testing.model_run import (
     Ready,
@@ -28,6 +32,7 @@ from quire.testing.model_run import (
     ready,
     tied_names,
 )
+from quire.testing.pooling_stages import check_pooling_stages, fields_of
 
 CUT = "positions, or what is kept of earlier tokens, depend on how a step is cut"
 
@@ -66,15 +71,16 @@ def sequences_of(case: ModelCase, found: Ready) -> list[list[int]]:
     return draw_sequences(case, found.vocab_size)
 
 
-def _in_words(case: ModelCase, wrong: str) -> str:
-    """Turn `token 7` of all tokens into a sequence and its position."""
-    row = int(wrong.split(",")[0].split()[1])
+def _in_words(case: ModelCase, wrong: str, *, scored: bool = False) -> str:
+    """Turn `token 7` of all tokens into a sequence and its position; scores have no position."""
+    row, of_token = int(wrong.split(",")[0].split()[1]), wrong.partition(", ")[2]
+    if scored:
+        return f"sequence {row}, {of_token}"
     sequence = 0
     while row >= case.lengths[sequence]:
         row -= case.lengths[sequence]
         sequence += 1
-    rest = wrong.partition(", ")[2]
-    return f"sequence {sequence}, position {row}, {rest}"
+    return f"sequence {sequence}, position {row}, {of_token}"
 
 
 def check_tensors(subject: ModelSubject, case: ModelCase) -> Failure | None:
@@ -120,6 +126,8 @@ def _judge_names(
             return Failure(what=f"{found[0]} {words}".rstrip(), case=case)
     real = oracle_of(subject, case.variation, case.weights)
     patterns, tied = model.weight_names.ignored, tied_names(model)
+    if given_by(subject) == "vectors":
+        return None  # the real class has a pooler that nobody reads
     computed = {*dict(real.named_parameters()), *tensors} - set(dict(real.named_buffers()))
     for name in sorted(computed - tied):
         if any(re.fullmatch(p, name) for p in patterns):
@@ -167,7 +175,8 @@ def check_logits(subject: ModelSubject, case: ModelCase) -> Failure | None:
         if bool(((out.double() - exact).abs() <= allowed).all()):
             return Failure(what=_in_words(case, wrong.words), case=case, guess=CUT)
     guess = explain(subject, case.variation, seed, sequences, out)
-    return Failure(what=_in_words(case, wrong.words), case=case, guess=guess)
+    words = _in_words(case, wrong.words, scored=found.gives == "scores")
+    return Failure(what=words, case=case, guess=guess)
 
 
 def _of_dtype(subject: ModelSubject, case: ModelCase, dtype: torch.dtype) -> tuple:
@@ -237,7 +246,8 @@ def _compared(
     wrong = first_beyond(out, whole, _near(subject, case, whole), ("token", "logit"))
     if wrong is None:
         return None
-    return Failure(what=_in_words(case, wrong.words), case=case, guess=guess)
+    scored = len(out) == len(case.lengths) < sum(case.lengths)
+    return Failure(what=_in_words(case, wrong.words, scored=scored), case=case, guess=guess)
 
 
 def why_not_wide(subject: ModelSubject) -> str | None:
@@ -302,9 +312,10 @@ def check_rows_apart(subject: ModelSubject, case: ModelCase) -> Failure | None:
     with torch.inference_mode():
         hidden = model.embed(batch.token_ids).clone()
         first = sum(batch.query_lens[:bad])
-        hidden[first : first + batch.query_lens[bad]] = float("nan")
-        reached = model.logits(model(hidden, batch)).isnan().any(1).tolist()
-    own = range(first, first + batch.query_lens[bad])
+        own = range(first, first + batch.query_lens[bad])
+        hidden[own.start : own.stop] = float("nan")
+        reached = found.outputs(model(hidden, batch), batch).isnan().any(1).tolist()
+    own = range(bad, bad + 1) if found.gives == "scores" else own
     others = [token for token, is_nan in enumerate(reached) if is_nan and token not in own]
     if not others:
         return None
@@ -322,11 +333,13 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     found, model_dtype = ready_of(subject, case), getattr(torch, case.dtype)
     sequences = sequences_of(case, found)
     batch = found.step([(i, 0, n) for i, n in _in_order(case)], sequences)
+    if found.gives != "logits":
+        return check_pooling_stages(case, found, batch)
     num_tokens, size = len(batch.token_ids), found.model.config.hidden_size
     everything = found.forward(batch)
     wanted = torch.tensor(sorted({0, num_tokens - 1, num_tokens // 2}), dtype=torch.int32)
     batch.logit_rows = wanted.to(subject.device)
-    kept = {name: tensor.clone() for name, tensor in _fields(batch).items()}
+    kept = {name: tensor.clone() for name, tensor in fields_of(batch).items()}
     with torch.inference_mode():
         hidden = found.model.embed(batch.token_ids)
         last = found.model(hidden.clone(), batch)
@@ -341,7 +354,9 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
         if list(tensor.shape) != shape or tensor.dtype != model_dtype:
             got = f"{tensor.dtype} {list(tensor.shape)}"
             return Failure(what=f"{name} gives {got} instead of {model_dtype} {shape}", case=case)
-    changed = [name for name, tensor in _fields(batch).items() if not same_bits(kept[name], tensor)]
+    changed = [
+        name for name, tensor in fields_of(batch).items() if not same_bits(kept[name], tensor)
+    ]
     if changed:
         return Failure(what=f"batch.{changed[0]} was changed; nobody may", case=case)
     wide = first_beyond(
@@ -356,8 +371,3 @@ def check_stages(subject: ModelSubject, case: ModelCase) -> Failure | None:
     if not same_bits(found.forward(batch), found.forward(batch)):
         return Failure(what="the same step twice gives other bits", case=case)
     return None
-
-
-def _fields(batch: Batch) -> dict[str, Tensor]:
-    given = {field.name: getattr(batch, field.name) for field in attrs.fields(Batch)}
-    return {name: value for name, value in given.items() if isinstance(value, Tensor)}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.testing.model_cases import WEIGHT, ModelSubject, config_json
+from quire.testing.model_cases import WEIGHT, ModelSubject, config_json, given_by
 
 
 def why_missing(subject: ModelSubject) -> str | None:
@@ -74,6 +74,7 @@ def _make(subject: ModelSubject, given: dict[str, Any], seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = real(config).eval()
+            model.gives_vectors = given_by(subject) == "vectors"
             _draw(model)
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
@@ -122,19 +123,27 @@ def _written(model: Any) -> dict[str, Tensor]:
 def logits_of(model: Any, sequences: list[list[int]], chunk: int | None = None) -> Tensor:
     """Return the logits [tokens, vocab_size] of all tokens, each sequence by itself.
 
-    With `chunk` so many tokens at a time, with the real class's own cache.
+    With `chunk` so many tokens at a time, with the real class's own cache. Of a class without
+    logits the last hidden states, of one for sequences their scores.
     """
     found = []
-    names = inspect.signature(model.forward).parameters
+    asked = model.base_model if model.gives_vectors else model
+    names = inspect.signature(asked.forward).parameters
     cache_name = "cache" if "cache" in names else "past_key_values"
     for sequence in sequences:
         size = chunk or len(sequence)
         kept: dict[str, Any] = {}
         for first in range(0, len(sequence), size):
             part = torch.tensor([sequence[first : first + size]])
-            done = model(part, use_cache=chunk is not None, **kept)
+            options = {"use_cache": chunk is not None} if "use_cache" in names else {}
+            done = asked(part, **options, **kept)
             kept = {} if chunk is None else {cache_name: done[cache_name]}
-            found.append(done.logits[0])
+            if model.gives_vectors:
+                found.append(done.last_hidden_state[0])
+            elif done.logits.dim() == 3:
+                found.append(done.logits[0])
+            elif first + size >= len(sequence):
+                found.append(done.logits)
     return torch.cat(found)
 
 
@@ -383,7 +392,7 @@ def explain(
         return None
     for words, put in MISTAKES:
         wrong = copy.deepcopy(right).double()
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
             if put(wrong) and _is_near(wrong, sequences, out):
                 return words
     return None

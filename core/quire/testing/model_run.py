@@ -10,16 +10,16 @@ from attrs import define, frozen
 from torch import Tensor
 
 from quire.interfaces.batch import Batch
-from quire.interfaces.model import Model
+from quire.interfaces.model import Model, PoolingModel
 from quire.layers.attention import Attention
 from quire.layers.build import LayerBuilder
 from quire.layers.embedding import Head
-from quire.layers.places import Place, places, places_of_layer
+from quire.layers.places import Place, own_names, places, places_of_layer
 from quire.layers.weights import WeightStore
 from quire.testing.attention_cases import make_batch
 from quire.testing.dense_attention import LIMITS, DenseAttention
 from quire.testing.dense_layers import PlainWeights
-from quire.testing.model_cases import WEIGHT, ModelSubject, config_json
+from quire.testing.model_cases import WEIGHT, ModelSubject, config_json, given_by
 
 BLOCK_SIZE = 4
 
@@ -49,6 +49,7 @@ def build(
         quantization=PlainWeights({}),
         dense=PlainWeights({}),
         batch_invariant=batch_invariant,
+        generates=given_by(subject) == "logits",
     )
     model = subject.model(config, builder).eval()
     for parameter in model.parameters():
@@ -62,7 +63,8 @@ def load(model: Model, tensors: Mapping[str, Tensor]) -> Names:
     tied = [m.spec.name for m in model.modules() if isinstance(m, Head) and m.is_tied]
     patterns = [*model.weight_names.ignored, *(re.escape(name) + r"\..*" for name in tied)]
     ignored = {n for n in tensors if any(re.fullmatch(p, n) for p in patterns)}
-    given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    own = own_names(tensors, set(wanted), model.weight_names)
+    given = {own[name]: tensor for name, tensor in tensors.items() if name not in ignored}
     wrong = []
     for name in sorted(set(given) & set(wanted)):
         view = wanted[name].view()
@@ -116,6 +118,7 @@ class Ready:
     model: Model
     tables: list[list[int]]
     vocab_size: int
+    gives: str = "logits"
 
     def step(self, spans: Sequence[tuple[int, int, int]], sequences: list[list[int]]) -> Batch:
         """Return the batch of (sequence, first, last): positions [first, last) of each."""
@@ -133,16 +136,31 @@ class Ready:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits of a step, of all its tokens or of those that are wanted."""
+        """Return the logits of a step, of all its tokens or of those that are wanted.
+
+        Of a model that gives vectors, what stands for them: `outputs` says.
+        """
         model = self.model
-        found: Tensor = model.logits(model(model.embed(batch.token_ids), batch))
-        return found
+        return self.outputs(model(model.embed(batch.token_ids), batch), batch)
+
+    def outputs(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the logits of hidden states; the scores of each sequence; or the states."""
+        model = self.model
+        if self.gives == "logits":
+            return model.logits(hidden)
+        if self.gives == "vectors":
+            return hidden
+        assert isinstance(model, PoolingModel), model
+        ends = batch.cu_seqlens_q
+        rows = ends[:-1] if model.config.is_encoder else ends[1:] - 1
+        return model.scores(hidden.index_select(0, rows.long()))
 
     def logits(self, sequences: list[list[int]], chunk: int | None = None) -> Tensor:
         """Return the logits [tokens, vocab_size] of all tokens, sequence after sequence.
 
         With `chunk` each step computes so many tokens of each sequence, the first ones fewer.
         """
+        of_sequences = self.gives == "scores"
         done = [0] * len(sequences)
         parts: list[list[Tensor]] = [[] for _ in sequences]
         while any(n < len(s) for n, s in zip(done, sequences, strict=True)):
@@ -154,9 +172,10 @@ class Ready:
             # A batch has those with one token first.
             spans.sort(key=lambda span: span[2] - span[1] > 1)
             found = self.forward(self.step(spans, sequences))
-            split = found.split([last - first for _, first, last in spans])
+            sizes = [1 if of_sequences else last - first for _, first, last in spans]
+            split = found.split(sizes)
             for (i, _, last), part in zip(spans, split, strict=True):
-                parts[i].append(part)
+                parts[i] = [part] if of_sequences else [*parts[i], part]
                 done[i] = last
         return torch.cat([part for one in parts for part in one]).cpu()
 
@@ -176,9 +195,10 @@ def ready(subject: ModelSubject, model: Model, lengths: Sequence[int]) -> Ready:
             dtype=getattr(torch, dtype),
             device=subject.device,
         )
-        layer.bind(DenseAttention(spec, LIMITS, {}), cache, 0)
+        layer.bind(DenseAttention(spec, LIMITS, {}), cache if spec.causal else None, 0)
     vocab_size = model.config.vocab_size
-    return Ready(model=model, tables=tables, vocab_size=vocab_size)
+    gives = given_by(subject)
+    return Ready(model=model, tables=tables, vocab_size=vocab_size, gives=gives)
 
 
 def given_json(subject: ModelSubject, variation: str) -> dict[str, object]:

@@ -12,6 +12,7 @@ from quire.layers.places import Place, places
 from quire.testing.kit_report import Failure
 from quire.testing.model_cases import ModelCase, ModelSubject
 from quire.testing.model_checks import ready_of, sequences_of
+from quire.testing.model_oracle import logits_of, oracle_of, why_missing
 from quire.testing.model_run import Ready, ready
 
 # Tokens of a sequence in which some have each expert.
@@ -35,10 +36,27 @@ def check_used(subject: ModelSubject, case: ModelCase) -> Failure | None:
             matters = _serves_a_token(subject, case, found.model, place, kept)
             found = ready(subject, found.model, case.lengths)
         view.copy_(kept)
+        matters = matters or _is_idle(subject, case, name, sequences)
         if not matters:
             what = f"{name} may be anything: the logits do not depend on it"
             return Failure(what=what, case=case, guess="it is loaded and never used")
     return None
+
+
+def _is_idle(subject: ModelSubject, case: ModelCase, name: str, sequences: list[list[int]]) -> bool:
+    """Answer whether the real class does not depend on a weight, either: a bias of keys may not."""
+    real = None
+    if why_missing(subject) is None:
+        real = oracle_of(subject, case.variation, case.weights)
+    named = {} if real is None else dict(real.named_parameters())
+    weight = named.get(name, named.get(subject.model.weight_names.base + name))
+    if weight is None:
+        return False
+    before, kept = logits_of(real, sequences), weight.data.clone()
+    weight.data.add_(1.0)
+    after = logits_of(real, sequences)
+    weight.data.copy_(kept)
+    return torch.allclose(before, after, rtol=1e-4, atol=1e-5)
 
 
 def _serves_a_token(

@@ -15,9 +15,13 @@ from attrs import evolve, frozen
 
 from quire.constraints import StructuredOutputsParams
 from quire.errors import RequestError
+from quire.pooling_params import PoolingParams
+from quire.pooling_setup import CLASSIFY
 from quire.request import Request, SamplingParams
 from quire.text.beam_checks import check_beam_search
 from quire.text.json_files import shorten
+from quire.text.pooling_input import ContextLengthError as ContextLengthError
+from quire.text.pooling_input import PoolingInputs, TextPair
 from quire.text.token_bans import bad_words_token_ids, check_tokens_left
 from quire.text.tokenizer import Tokenizer
 
@@ -26,11 +30,8 @@ MAX_REQUEST_ID_CHARS = 128
 PRIORITY_BITS = 64
 SEED_BITS_DRAWN = 63
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_NO_SAMPLING = SamplingParams(max_tokens=1, detokenize=False)
 PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
-
-
-class ContextLengthError(RequestError):
-    """Refuse a prompt that leaves no room for an answer (`context_length_exceeded`)."""
 
 
 @frozen
@@ -71,7 +72,9 @@ class InputProcessor:
         tokenizer: Tokenizer | None,
         seed: int = 0,
         check_grammar: Callable[[StructuredOutputsParams], None] | None = None,
+        pooling: PoolingInputs | None = None,
     ) -> None:
+        self._pooling = pooling
         self._check_grammar = check_grammar
         self._limits = limits
         self._tokenizer = tokenizer
@@ -82,29 +85,39 @@ class InputProcessor:
     def process(
         self,
         prompt: Any,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         request_id: str,
         arrival_s: float = 0.0,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Request:
-        """Return the checked request.
+        """Return the checked request; with PoolingParams one for a vector or scores.
 
         `max_tokens` above what the context leaves is lowered to it, as vLLM does; None means all
         that it leaves. Raises: RequestError, naming the parameter.
         """
+        check_request_id(request_id)
+        self._check_priority(priority)
+        own = {"request_id": request_id, "arrival_s": arrival_s, "priority": priority}
+        if isinstance(params, PoolingParams):
+            return self._pooled(prompt, params, cache_salt, own)
+        if self._pooling is not None:
+            raise generates_nothing(self._pooling.setup.task)
         if not isinstance(params, SamplingParams):
             kind = type(params).__name__
             raise RequestError(
                 f"sampling_params is a {kind}; allowed: SamplingParams.",
                 parameter="sampling_params",
             )
-        params = copy(params)  # the caller may set other values for its next request
+        return self._generating(prompt, copy(params), cache_salt, own)
+
+    def _generating(
+        self, prompt: Any, params: SamplingParams, cache_salt: str | None, own: Mapping[str, Any]
+    ) -> Request:
+        """Return the request for tokens; `params` are its own. Raises: RequestError."""
         parsed = _parse_prompt(prompt)
-        check_request_id(request_id)
         salt = _checked_salt(cache_salt if cache_salt is not None else parsed.cache_salt)
-        self._check_priority(priority)
         self._check_params(params)
         token_ids: Any = self.token_ids_of(prompt, self._longest_prompt(params))
         room = self._limits.max_model_len - len(token_ids)
@@ -115,7 +128,6 @@ class InputProcessor:
         check_tokens_left(params, bad_words, stops, self._limits.vocab_size)
         chooses = params.num_sequences > params.n
         return Request(
-            request_id=request_id,
             prompt_token_ids=token_ids,
             params=_with_all_sequences(params) if chooses else params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -123,11 +135,40 @@ class InputProcessor:
             eos_token_ids=eos,
             stop_token_ids=stops,
             bad_words_token_ids=bad_words,
-            priority=priority,
-            arrival_s=arrival_s,
             cache_salt=salt,
             num_best=params.n if chooses else None,
             hides_logprobs=chooses and params.logprobs is None,
+            **own,
+        )
+
+    def _pooled(
+        self, prompt: Any, params: PoolingParams, cache_salt: str | None, own: Mapping[str, Any]
+    ) -> Request:
+        """Return the request for a vector. Raises: RequestError, ContextLengthError."""
+        if self._pooling is None:
+            raise gives_no_vectors()
+        if not isinstance(prompt, TextPair):
+            parsed = _parse_prompt(prompt)
+            cache_salt = parsed.cache_salt if cache_salt is None else cache_salt
+            prompt = parsed.text if parsed.token_ids is None else parsed.token_ids
+            if not prompt:
+                raise RequestError("input is empty; give a text or token ids.", parameter="input")
+        salt = _checked_salt(cache_salt)
+        token_ids: Any
+        token_ids, asked, fits = self._pooling.tokens(prompt, params)
+        if not token_ids:
+            raise RequestError("input has no tokens; give another text.", parameter="input")
+        if not fits:
+            raise self._pooling.too_long(f"{len(token_ids)} tokens")
+        _check_token_ids(token_ids, self._limits.vocab_size, "input")
+        return Request(
+            prompt_token_ids=token_ids,
+            params=_NO_SAMPLING,
+            max_tokens=1,
+            seed=0,
+            cache_salt=salt,
+            pooling=asked,
+            **own,
         )
 
     def token_ids_of(self, prompt: Any, longest: int | None = None) -> tuple[int, ...]:
@@ -246,11 +287,33 @@ def _with_all_sequences(params: SamplingParams) -> SamplingParams:
 
 def prompt_text(prompt: Any) -> str | None:
     """Return the text of a prompt that has one, for `RequestOutput.prompt`."""
+    if isinstance(prompt, TextPair):
+        return None
     return _parse_prompt(prompt).text
 
 
-def _prompt_error(message: str) -> RequestError:
-    return RequestError(message, parameter="prompt")
+def generates_nothing(task: str) -> RequestError:
+    """Return the error where tokens are asked of a model that gives vectors or scores."""
+    gives, instead = "embeddings", "LLM.embed or /v1/embeddings"
+    if task == CLASSIFY:
+        gives, instead = "scores", "LLM.classify, LLM.score, /v1/classify, /v1/score or /v1/rerank"
+    return RequestError(
+        f"this model is served for {gives} (--task {task}) and nothing else; use {instead}.",
+        parameter="model",
+    )
+
+
+def gives_no_vectors() -> RequestError:
+    """Return the error where a vector is asked of a model that generates."""
+    return RequestError(
+        "this model is served to generate; start it with --task embed for embeddings, or take one "
+        "that embeds or classifies.",
+        parameter="model",
+    )
+
+
+def _prompt_error(message: str, name: str = "prompt") -> RequestError:
+    return RequestError(message, parameter=name)
 
 
 def _parse_prompt(prompt: Any) -> _Prompt:
@@ -280,7 +343,7 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> _Prompt:
     return _Prompt(text=text, token_ids=token_ids, cache_salt=prompt.get("cache_salt"))
 
 
-def _check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+def _check_token_ids(token_ids: Sequence[int], vocab_size: int, name: str = "prompt") -> None:
     """Refuse the first id that is not in the vocabulary; the usual case runs in C."""
     is_whole = set(map(type, token_ids)) == {int}
     if is_whole and min(token_ids) >= 0 and max(token_ids) < vocab_size:
@@ -288,8 +351,9 @@ def _check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
     for position, token_id in enumerate(token_ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise _prompt_error(
-                f"prompt has {shorten(token_id)} at position {position}; "
-                f"allowed: token ids from 0 to {vocab_size - 1}."
+                f"{name} has {shorten(token_id)} at position {position}; "
+                f"allowed: token ids from 0 to {vocab_size - 1}.",
+                name,
             )
 
 

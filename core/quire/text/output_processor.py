@@ -68,9 +68,13 @@ class _Output:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    pooled: bytes | None = None
 
     def add(self, update: SequenceUpdate) -> None:
         """Take the engine's news; may find a stop string and so end the sequence."""
+        if update.pooled is not None:
+            self.pooled, self.finish_reason = update.pooled, update.finish_reason
+            return
         shown = update.token_ids
         if update.finish_reason is FinishReason.STOP and not self.include_stop:
             shown = shown[:-1]
@@ -234,6 +238,7 @@ class OutputProcessor:
             finished=state.is_finished,
             num_cached_tokens=state.num_cached_tokens,
             prompt_logprobs=state.prompt_logprobs,
+            pooled=state.outputs[0].pooled,
         )
 
     def take_delta(self, request_id: str, index: int) -> Delta:
@@ -259,6 +264,10 @@ class OutputProcessor:
     def num_cached_tokens(self, request_id: str) -> int:
         """Return how many prompt tokens the prefix cache had."""
         return self._requests[request_id].num_cached_tokens
+
+    def pooled(self, request_id: str) -> bytes | None:
+        """Return a request's vector or scores, None where there are none yet."""
+        return self._requests[request_id].outputs[0].pooled
 
     def prompt_logprobs(self, request_id: str) -> list[Entry | None] | None:
         """Return the prompt's log-probabilities, None where they were not asked for."""

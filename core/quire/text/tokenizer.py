@@ -111,6 +111,45 @@ class Tokenizer:
             found = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in found]
 
+    def encode_texts(
+        self, text: str, second: str | None = None, longest: int | None = None
+    ) -> tuple[list[int], int | None]:
+        """Return the ids of a text or a pair, and where the second text's tokens begin.
+
+        Special tokens are put in and around. Of more than `longest` tokens the first ones of a
+        text are kept, and of a pair as many as possible of the shorter text.
+        Raises: RequestError for a text with half a surrogate pair, or too small a `longest`.
+        """
+        for one in (text, second):
+            if one is not None and not is_encodable(one):
+                raise _not_text(one)
+        with _panics_as_errors("input"):
+            if longest is None:
+                found = self._backend.encode(text, second)
+            else:
+                found = self._encode_cut(text, second, longest)
+        types = found.type_ids
+        return list(found.ids), types.index(1) if second is not None and 1 in types else None
+
+    def _encode_cut(self, text: str, second: str | None, longest: int) -> Any:
+        num_special = self._backend.num_special_tokens_to_add(second is not None)
+        room = longest - num_special
+        if room < 1:
+            raise RequestError(
+                f"truncate_prompt_tokens is {longest}, and {num_special} tokens are special; "
+                f"allowed: from {num_special + 1}.",
+                parameter="truncate_prompt_tokens",
+            )
+        first = self._backend.encode(text, add_special_tokens=False)
+        if second is None:
+            first.truncate(room)
+            return self._backend.post_process(first, None, True)
+        other = self._backend.encode(second, add_special_tokens=False)
+        first_len, other_len = _shared(len(first.ids), len(other.ids), room)
+        first.truncate(first_len)
+        other.truncate(other_len)
+        return self._backend.post_process(first, other, True)
+
     def encode_chat(self, text: str) -> list[int]:
         """Return the ids of a rendered chat template, with the begin token exactly once.
 
@@ -187,6 +226,18 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_to_id(token)
+
+
+def _shared(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens two texts keep of `room`, taken from the longer one first.
+
+    Source: "longest_first" of the tokenizers library.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    kept = short, room - short
+    return kept if first <= second else (kept[1], kept[0])
 
 
 @contextmanager

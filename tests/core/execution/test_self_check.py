@@ -113,6 +113,22 @@ def test_right_backend_passes_with_a_cache_of_another_dtype(kv_dtype: str) -> No
     check_attention([make_group(ReferenceAttention, kv_dtype=kv_dtype)], LIMITS)
 
 
+class CausalAllTheSame(ReferenceAttention):
+    def _visible(self, distance: Tensor) -> Tensor:
+        return distance >= 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("longest", [1, 2, 18, 2048])
+def test_backend_of_an_encoder_is_checked_without_a_cache(dtype: str, longest: int) -> None:
+    limits = evolve(LIMITS, max_model_len=longest)
+    for backend in (ReferenceAttention, SdpaAttention):
+        check_attention([make_group(backend, dtype=dtype, causal=False)], limits)
+    if longest > 1:
+        with pytest.raises(KernelError, match="fails the self-check: it is wrong"):
+            check_attention([make_group(CausalAllTheSame, dtype=dtype, causal=False)], limits)
+
+
 class WithinLimits(FusedGather):
     """Count what is planned."""
 
@@ -327,7 +343,6 @@ def test_backend_that_reads_another_group_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"causal": False}, "encoders"),
         ({"kv_dtype": "int8"}, "int8 KV cache"),
     ],
 )

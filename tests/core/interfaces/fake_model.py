@@ -75,7 +75,7 @@ class FakeLayer(nn.Module):
 
 
 class FakeModel(Model):
-    """Everything that `BuildContext` offers, and a pool."""
+    """Everything that `BuildContext` offers."""
 
     weight_names: ClassVar[WeightNames] = WeightNames(
         renamed={r"\.attn\.([qk]_norm|sinks)": r".attn.\1", r"\.gain$": ".norm.weight"},
@@ -102,6 +102,7 @@ class FakeModel(Model):
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Run the layers."""
+        assert batch.segments is None, "nobody asked for a pair"
         for layer in self.layers:
             hidden = layer(hidden, batch)
         return hidden
@@ -109,10 +110,6 @@ class FakeModel(Model):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the head's product."""
         return self.lm_head(hidden)
-
-    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return each sequence's last vector."""
-        return hidden.index_select(0, batch.cu_seqlens_q[1:] - 1)
 
 
 def checkpoint(seed: int = 0) -> dict[str, Tensor]:

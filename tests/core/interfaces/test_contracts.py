@@ -17,7 +17,7 @@ import pytest
 import torch
 from attrs import define, evolve
 from fake_attention import FakeAttention
-from fake_model import HEAD_DIM, HIDDEN, KV_HEADS, WINDOW, checkpoint
+from fake_model import HEAD_DIM, KV_HEADS, WINDOW, checkpoint
 from fake_quantization import FakeQuantization, PackedProduct, pack, unpack
 from fake_sampling import FakeSampler, HostProcessor
 from recorder import Field, Recorder
@@ -71,6 +71,7 @@ WITHIN_THE_CORE = (
 )
 # Nothing in Quire reads these in this story; the fakes above write them.
 NOT_READ_YET: dict[Field, str] = {
+    ("AddedSequence", "pooling"): "read where vectors are asked for, and the story asks for tokens",
     ("KVLayout", "name"): "read where two backends are asked for, of which the story has one",
     ("QuantizationPlugin", "quantizer"): "read by `quire quantize`, which is no part of the story",
     ("SampledTokens", "logprobs"): "issue 7: logprobs of what was drawn from",
@@ -294,20 +295,10 @@ def test_min_tokens_reached_the_sampler_as_suppressed_tokens(story: Story) -> No
     assert 1 not in story.tokens["r1", 0][:3]
 
 
-def test_pool_gives_one_vector_a_sequence(story: Story) -> None:
-    hidden = torch.arange(5.0)[:, None].expand(5, HIDDEN)
-
-    class Two:
-        cu_seqlens_q = torch.tensor([0, 2, 5])
-
-    pooled = story.engine.runner.model.pool(hidden, Two())
-
-    assert pooled[:, 0].tolist() == [1.0, 4.0]
-
-
-def test_model_without_pool_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="does not pool"):
-        model.Model.pool(None, None, None)  # type: ignore[arg-type]
+def test_pooling_model_without_a_score_head_says_so() -> None:
+    for stage in (model.PoolingModel.scores, model.PoolingModel.logits):
+        with pytest.raises(NotImplementedError, match="gives no"):
+            stage(None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_layer_without_a_cache_writes_nothing(kind: type[Recorder]) -> None:
         ({"sliding_window": 6}, {"sliding_window": 6}),
         ({"logit_softcap": 30.0}, {"logit_softcap": 30.0}),
         ({"sinks": True}, {"sinks": True}),
-        ({"causal": False}, {"causal": False}),
+        ({"causal": False}, {"causal": False, "kv_dtype": "bfloat16"}),
         ({"scale": 0.25}, {"scale": 0.25}),
     ],
 )

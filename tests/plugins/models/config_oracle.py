@@ -67,8 +67,8 @@ def plain(value: Any) -> Any:
 def default_differences(oracle: PreTrainedConfig, ours: ModelConfig) -> dict[str, Any]:
     """Return the keys whose defaults differ, with both values."""
     differences = {}
-    # A part of the rotary parameters, which are compared as a whole.
-    declared = ours.keys() - {"original_max_position_embeddings"}
+    # A part of the rotary parameters, which are compared as a whole, and names of labels.
+    declared = ours.keys() - {"original_max_position_embeddings", "id2label"}
     for field in (f for f in dataclasses.fields(oracle) if f.name in declared):
         name = field.name
         theirs = plain(getattr(oracle, name) if name in DERIVED else field.default)

@@ -25,7 +25,7 @@ FAMILIES: dict[str, ModelPlugin] = {
     plugin.name: plugin
     for family in (falcon, gemma, gpt2, llama, olmo2, phi3)
     for plugin in family.quire_models()
-    if plugin.name != "llama"
+    if plugin.name != "llama" and not plugin.name.startswith(("llama-", "mistral-"))
 }
 Break = Callable[[Model], Any]
 

@@ -8,6 +8,12 @@ import msgspec
 
 from quire.server.protocol.chat import ChatCompletionRequest
 from quire.server.protocol.completions import CompletionRequest
+from quire.server.protocol.pooling import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from quire.server.protocol.responses import ResponsesRequest
 from quire.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -16,6 +22,10 @@ POSTS: dict[str, tuple[type, str]] = {
     "/v1/completions": (CompletionRequest, "Complete prompts"),
     "/v1/chat/completions": (ChatCompletionRequest, "Answer a conversation"),
     "/v1/responses": (ResponsesRequest, "Answer a text or a conversation"),
+    "/v1/embeddings": (EmbeddingRequest, "Return embeddings"),
+    "/v1/rerank": (RerankRequest, "Put documents in order"),
+    "/v1/score": (ScoreRequest, "Compare texts"),
+    "/v1/classify": (ClassifyRequest, "Return the classes of texts"),
     "/tokenize": (TokenizeRequest, "Return token ids"),
     "/detokenize": (DetokenizeRequest, "Return the text of token ids"),
 }

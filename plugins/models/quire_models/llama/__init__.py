@@ -6,6 +6,7 @@ from quire import hookimpl
 from quire.interfaces.model_config import end_tokens, flag, whole
 from quire.interfaces.plugin import ModelPlugin
 from quire_models.decoder_config import DecoderConfig, check_uniform_layers, layer_types_key
+from quire_models.pooling_plugins import pooling_plugins
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -43,20 +44,24 @@ class MistralConfig(DecoderConfig):
 
 @hookimpl
 def quire_models() -> list[ModelPlugin]:
-    """Offer `llama` and `mistral`."""
+    """Offer `llama` and `mistral`, for text, embeddings and scores."""
+    llama = ModelPlugin(
+        name="llama",
+        load="quire_models.llama.model:Llama",
+        architectures=("LlamaForCausalLM",),
+        config_class=LlamaConfig,
+        summary="Llama 2, Llama 3.x and models of their shape",
+    )
+    mistral = ModelPlugin(
+        name="mistral",
+        load="quire_models.llama.model:Mistral",
+        architectures=("MistralForCausalLM",),
+        config_class=MistralConfig,
+        summary="Mistral: Llama with a sliding window",
+    )
     return [
-        ModelPlugin(
-            name="llama",
-            load="quire_models.llama.model:Llama",
-            architectures=("LlamaForCausalLM",),
-            config_class=LlamaConfig,
-            summary="Llama 2, Llama 3.x and models of their shape",
-        ),
-        ModelPlugin(
-            name="mistral",
-            load="quire_models.llama.model:Mistral",
-            architectures=("MistralForCausalLM",),
-            config_class=MistralConfig,
-            summary="Mistral: Llama with a sliding window",
-        ),
+        llama,
+        mistral,
+        *pooling_plugins(llama, "Llama"),
+        *pooling_plugins(mistral, "Mistral"),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quire_models.decoder import DecoderForCausalLM, LayerOptions
 from quire_models.decoder_config import DecoderConfig
 from quire_models.llama import LlamaConfig, MistralConfig
+from quire_models.score_head import ScoreHead
 
 
 class Llama(DecoderForCausalLM):
@@ -29,3 +30,11 @@ class Mistral(DecoderForCausalLM):
         """Return the window."""
         assert isinstance(config, MistralConfig), type(config)
         return LayerOptions(sliding_window=config.sliding_window)
+
+
+class LlamaClassifier(ScoreHead, Llama):
+    """Llama with a head for scores instead of tokens."""
+
+
+class MistralClassifier(ScoreHead, Mistral):
+    """Mistral with a head for scores instead of tokens."""

@@ -6,6 +6,7 @@ from quire import hookimpl
 from quire.interfaces.model_config import whole
 from quire.interfaces.plugin import ModelPlugin
 from quire_models.decoder_config import WindowedConfig
+from quire_models.pooling_plugins import pooling_plugins
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -24,13 +25,12 @@ class Qwen2Config(WindowedConfig):
 
 @hookimpl
 def quire_models() -> list[ModelPlugin]:
-    """Offer `qwen2`."""
-    return [
-        ModelPlugin(
-            name="qwen2",
-            load="quire_models.qwen2.model:Qwen2",
-            architectures=("Qwen2ForCausalLM",),
-            config_class=Qwen2Config,
-            summary="Qwen2 and Qwen2.5",
-        )
-    ]
+    """Offer `qwen2`, for text, embeddings and scores."""
+    plugin = ModelPlugin(
+        name="qwen2",
+        load="quire_models.qwen2.model:Qwen2",
+        architectures=("Qwen2ForCausalLM",),
+        config_class=Qwen2Config,
+        summary="Qwen2 and Qwen2.5",
+    )
+    return [plugin, *pooling_plugins(plugin, "Qwen2")]

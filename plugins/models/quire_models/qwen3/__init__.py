@@ -6,6 +6,7 @@ from quire import hookimpl
 from quire.interfaces.model_config import flag, whole
 from quire.interfaces.plugin import ModelPlugin
 from quire_models.decoder_config import WindowedConfig
+from quire_models.pooling_plugins import pooling_plugins
 
 QUIRE_API_VERSION = (1, 0)
 
@@ -26,13 +27,12 @@ class Qwen3Config(WindowedConfig):
 
 @hookimpl
 def quire_models() -> list[ModelPlugin]:
-    """Offer `qwen3`."""
-    return [
-        ModelPlugin(
-            name="qwen3",
-            load="quire_models.qwen3.model:Qwen3",
-            architectures=("Qwen3ForCausalLM",),
-            config_class=Qwen3Config,
-            summary="Qwen3, dense",
-        )
-    ]
+    """Offer `qwen3`, for text, embeddings and scores."""
+    plugin = ModelPlugin(
+        name="qwen3",
+        load="quire_models.qwen3.model:Qwen3",
+        architectures=("Qwen3ForCausalLM",),
+        config_class=Qwen3Config,
+        summary="Qwen3, dense",
+    )
+    return [plugin, *pooling_plugins(plugin, "Qwen3")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quire_models.decoder import DecoderForCausalLM, LayerOptions
 from quire_models.decoder_config import DecoderConfig
 from quire_models.qwen3 import Qwen3Config
+from quire_models.score_head import ScoreHead
 
 
 class Qwen3(DecoderForCausalLM):
@@ -20,3 +21,7 @@ class Qwen3(DecoderForCausalLM):
             qk_norm=config.rms_norm_eps,
             sliding_window=config.window(index),
         )
+
+
+class Qwen3Classifier(ScoreHead, Qwen3):
+    """Qwen3 with a head for scores instead of tokens."""
