@@ -41,9 +41,10 @@ class _Tokens:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         special = vocabulary.special_token_ids | set(vocabulary.eos_token_ids)
-        # An end token may be one that the tokenizer does not know.
-        missing = max(0, max(special) + 1 - len(vocabulary.tokens))
-        tokens = [*vocabulary.tokens, *[b""] * missing]
+        # Ids that the tokenizer does not know: an end token may be one of them, and a model's
+        # vocabulary may be padded. `n_vocab` alone leaves masks at the tokenizer's size.
+        size = max(vocabulary.vocab_size, max(special, default=-1) + 1)
+        tokens = [*vocabulary.tokens, *[b""] * (size - len(vocabulary.tokens))]
         self.tokens = [SPECIAL + token if i in special else token for i, token in enumerate(tokens)]
         self.special_token_ids = sorted(special)
         self.eos_token_id = vocabulary.eos_token_ids[0]
