@@ -12,6 +12,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import RequestError
@@ -21,12 +23,17 @@ from quire.structured.compiler import GrammarSetup
 CHECK_S = 0.8
 START_S = 60.0
 MEMORY_BYTES = 2**30
-NUM_PROCESSES = 2
+MOST_PROCESSES = 4
 MAX_KEPT = 1024
 MAX_KEPT_CHARS = 2**23
 MAX_ANSWER_BYTES = 2**16
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simplify it"
+
+
+def num_processes() -> int:
+    """Return how many children are kept: two, on large machines more."""
+    return min(max(2, len(os.sched_getaffinity(0)) // 4), MOST_PROCESSES)
 
 
 class CheckStopped(Exception):
@@ -113,11 +120,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class GrammarChecker:
     """Answer whether a grammar can be honoured, each content once; safe for threads.
 
-    `NUM_PROCESSES` children are kept, from when the first is needed.
+    `num_processes()` children are kept, from when the first is needed or `prepare` is called.
     """
 
     def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...] = ()) -> None:
-        self._pool = CheckPool(lambda: CheckProcess(setup, disabled), NUM_PROCESSES)
+        self._pool = CheckPool(lambda: CheckProcess(setup, disabled), num_processes())
         self._lock = threading.Lock()
         self._answers: OrderedDict[GrammarSource, str] = OrderedDict()
         self._chars = 0
@@ -127,6 +134,26 @@ class GrammarChecker:
         """The process ids of children that wait for work, once those that start have started."""
         self._pool.wait()
         return self._pool.pids
+
+    def prepare(self) -> None:
+        """Begin to start children, in a thread."""
+        self._pool.prepare()
+
+    def knows(self, params: StructuredOutputsParams) -> bool:
+        """Whether the answer to a grammar is there already."""
+        with self._lock:
+            return params.source in self._answers
+
+    def check_all(self, asked: Sequence[StructuredOutputsParams]) -> None:
+        """Check grammars side by side, so that `check` has their answers; says nothing itself."""
+        new = list({one.source: one for one in asked if not self.knows(one)}.values())
+        if len(new) > 1:
+            with ThreadPoolExecutor(num_processes(), "quire-forms") as threads:
+                list(threads.map(self._check_quietly, new[:MAX_KEPT]))
+
+    def _check_quietly(self, params: StructuredOutputsParams) -> None:
+        with contextlib.suppress(RequestError):
+            self.check(params)
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""
