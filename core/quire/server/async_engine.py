@@ -156,10 +156,11 @@ class AsyncEngine:
         self.frontend.close()
 
     def kill(self) -> None:
-        """End the engine's process now, without a word."""
+        """End the engine's process and the frontend's now, without a word."""
         self._stopped = True
         if self._client is not None:
             self._client.kill()
+        self.frontend.close()
 
     # Requests
 

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from quire.constraints import GrammarSource, StructuredOutputsParams
@@ -43,7 +43,12 @@ class CheckStopped(Exception):
 class CheckProcess:
     """One child; it has loaded the engine once it is made. Raises: CheckStopped."""
 
-    def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        setup: GrammarSetup,
+        disabled: tuple[str, ...],
+        on_begin: Callable[[CheckProcess], None] = lambda _: None,
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "quire.structured.check_process"],
             stdin=subprocess.PIPE,
@@ -53,6 +58,7 @@ class CheckProcess:
             start_new_session=True,
         )
         self._finalizer = weakref.finalize(self, _end, self._process)
+        on_begin(self)  # it may be ended from now on, while it loads
         first = {
             "backend": setup.backend,
             "folder": str(setup.folder),
@@ -124,10 +130,16 @@ class GrammarChecker:
     """
 
     def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...] = ()) -> None:
-        self._pool = CheckPool(lambda: CheckProcess(setup, disabled), num_processes())
+        self._children: weakref.WeakSet[CheckProcess] = weakref.WeakSet()
+        self._pool = CheckPool(self._start_with(setup, disabled), num_processes())
         self._lock = threading.Lock()
         self._answers: OrderedDict[GrammarSource, str] = OrderedDict()
         self._chars = 0
+
+    def _start_with(
+        self, setup: GrammarSetup, disabled: tuple[str, ...]
+    ) -> Callable[[], CheckProcess]:
+        return lambda: CheckProcess(setup, disabled, self._children.add)
 
     @property
     def pids(self) -> list[int]:
@@ -168,8 +180,10 @@ class GrammarChecker:
             raise params.error(f"cannot be honoured: {answer.rstrip('.')}")
 
     def close(self) -> None:
-        """End all children that are idle."""
+        """End all children, those that load or work too."""
         self._pool.close()
+        for child in list(self._children):
+            child.close()
 
     def _ask(self, source: GrammarSource) -> str:
         try:
