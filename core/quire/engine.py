@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from attrs import Factory, define
 
@@ -92,6 +93,13 @@ class Engine:
         self._grammars.admit(request)
         self.scheduler.add_request(request)
 
+    def begin_form(self, request: Request) -> Future[None] | None:
+        """Begin to compile a request's form in a thread, so that `add_request` takes no time.
+
+        None where there is nothing to compile.
+        """
+        return self._grammars.begin(request)
+
     def abort(self, request_id: str) -> None:
         """End a request; no update follows. An unknown id is no error."""
         self.scheduler.abort(request_id)
@@ -118,18 +126,20 @@ class Engine:
             if not self._in_flight:
                 self.timing.note_collected(None)
                 return []
-            # What ends late needs the tokens of all before it.
+            results = []
+            # What ends late needs the tokens of all before it, and the device waits for its end.
             for _ in range(1 if late is None else len(self._in_flight)):
                 output, in_flight = self._in_flight.popleft()
                 self.timing.note_collected(output)
                 self._last_step = output.step_id
                 before = time.perf_counter()
-                result = self.collect(in_flight)
+                results.append(self.collect(in_flight))
                 waited += time.perf_counter() - before
-                updates += self.scheduler.update(result)
             if late is not None:
                 self._last_step = late[0].step_id
                 self._in_flight.append((late[0], self.runner.sample(late[1])))
+            for result in results:
+                updates += self.scheduler.update(result)
             self.timing.step_s = time.perf_counter() - begin
             self.timing.host_s = self.timing.step_s - waited
             return updates

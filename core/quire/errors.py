@@ -31,6 +31,10 @@ class CheckpointError(ConfigError):
     """Report a file of weights that is missing, damaged or does not match the model."""
 
 
+# How the error of a sequence begins that its own request is to blame for.
+CONTRADICTION = "the request contradicts itself: "
+
+
 class RequestError(QuireError, ValueError):
     """Refuse one request; the engine and all other requests go on.
 

@@ -5,7 +5,7 @@ Opening it checks options, plugins, files, tokenizer and chat template; torch is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from quire.phases import Phases
 from quire.pooling_setup import PoolingSetup
 from quire.preparation import Prepared, prepare
 from quire.request import SamplingParams
-from quire.structured.checker import GrammarChecker
+from quire.structured.checker import GrammarChecker, num_processes
 from quire.structured.compiler import GrammarSetup
 from quire.text.chat_template import DEFAULT, ChatTemplate
 from quire.text.generation_config import GenerationDefaults
@@ -179,6 +179,30 @@ class Frontend:
         if isinstance(self._grammars, str):
             raise asked.error(f"cannot be honoured: {self._grammars.rstrip('.')}")
         self._grammars.check(asked)
+
+    @property
+    def num_form_checks(self) -> int:
+        """How many forms may be checked at a time."""
+        return num_processes()
+
+    def prepare_for_forms(self) -> None:
+        """Begin to start a child that compiles grammars, so that no request waits for it."""
+        if isinstance(self._grammars, GrammarChecker):
+            self._grammars.prepare()
+
+    def knows_form(self, params: Any) -> bool:
+        """Whether a request's form was checked before."""
+        asked = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if asked is None or not isinstance(self._grammars, GrammarChecker):
+            return False
+        return self._grammars.knows(asked)
+
+    def check_forms(self, params: Iterable[Any]) -> None:
+        """Check the forms of several requests side by side; what is wrong is said one by one."""
+        given = [one for one in params if isinstance(one, SamplingParams)]
+        asked = [one.structured_outputs for one in given if one.structured_outputs is not None]
+        if isinstance(self._grammars, GrammarChecker) and len(asked) > 1:
+            self._grammars.check_all(asked)
 
     def serve(self, max_model_len: int) -> None:
         """Take over the context length that the engine settled on."""

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 from quire.beam_search import BeamSearchOutput, BeamSearchParams
@@ -94,6 +95,7 @@ class LLM(PoolingDoor):
                 f"{len(priorities)} priorities for {len(items)} prompts; give one each.",
                 parameter="priority",
             )
+        self.frontend.check_forms(params)
         requests = []
         for prompt, own, rank in zip(items, params, priorities, strict=True):
             requests.append((self._request(prompt, own, rank), prompt_text(prompt)))
@@ -220,6 +222,8 @@ class LLM(PoolingDoor):
     def _add(self, requests: Sequence[tuple[Request, str | None]]) -> None:
         """Queue all requests, or none if one is refused."""
         added: list[Request] = []
+        # All are compiled side by side.
+        wait([form for request, _ in requests if (form := self.engine.begin_form(request))])
         try:
             for request, text in requests:
                 self.engine.add_request(request)

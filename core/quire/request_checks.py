@@ -121,3 +121,23 @@ def check_tokens_left(allowed: Sequence[int] | None, forbidden: Sequence[int]) -
             "forbid fewer.",
             parameter="forbidden_token_ids",
         )
+
+
+NO_TOKEN_LEFT = (
+    "allowed_token_ids, forbidden_token_ids and bad_words leave none of the tokens that its "
+    "structured_outputs allow; forbid fewer."
+)
+
+
+def tokens_left(mask: Any, params: Any, more_forbidden: Sequence[int]) -> bool:
+    """Whether a form's mask, int32 words of a bit a token, has any that may be drawn."""
+    own = mask.view("uint32")
+
+    def has(token_id: int) -> bool:
+        return bool(own[token_id // 32] >> (token_id % 32) & 1)
+
+    forbidden = {*params.forbidden_token_ids, *more_forbidden}
+    if params.allowed_token_ids is not None:
+        return any(has(i) for i in params.allowed_token_ids if i not in forbidden)
+    count = int.from_bytes(mask.tobytes(), "little").bit_count()
+    return count > sum(map(has, forbidden))

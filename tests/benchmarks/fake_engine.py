@@ -22,6 +22,9 @@ class FakeEngine:
         self._next_id = FIRST
         self._next_step_s = 0.0
 
+    def begin_form(self, request: Request) -> None:
+        return None
+
     def add_request(self, request: Request) -> None:
         self._left[request.request_id] = request.max_tokens
         self._started.append(request.request_id)

@@ -8,42 +8,78 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from concurrent.futures import wait
 
 from quire import LLM, SamplingParams
 
 
-def schema(number: int) -> dict[str, object]:
-    """Return a schema whose answers are longer than is generated."""
-    text = {"type": "string", "minLength": 2000}
+def text(number: int) -> dict[str, object]:
+    """Return a schema of one long text, whose length is counted: few masks cost more."""
+    long = {"type": "string", "minLength": 2000}
+    return _object({f"name{number}": {"enum": ["a", number]}, "text": long})
+
+
+def fields(number: int) -> dict[str, object]:
+    """Return a schema of many short values of all kinds."""
+    item = _object(
+        {
+            f"k{number}": {"enum": ["red", "green", "blue", number]},
+            "n": {"type": "integer", "minimum": 0, "maximum": 1000 + number},
+            "p": {"type": "string", "pattern": "^[a-c]{1,4}x$"},
+            "t": {"type": "string", "maxLength": 12},
+            "b": {"type": "boolean"},
+        }
+    )
+    return {"type": "array", "minItems": 200, "items": item}
+
+
+def _object(properties: dict[str, object]) -> dict[str, object]:
     return {
         "type": "object",
-        "properties": {f"name{number}": {"enum": ["a", number]}, "text": text},
-        "required": [f"name{number}", "text"],
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
 
 
-def run(llm: LLM, params: list[SamplingParams]) -> tuple[float, float, float]:
-    """Return seconds to check, to the first token of all, and a step after that (median)."""
+# Answers are longer than what is generated.
+FORMS = {"text": text, "fields": fields}
+
+
+def run(llm: LLM, params: list[SamplingParams]) -> dict[str, float]:
+    """Return seconds to check, to compile, to the first token of all, and of a step after that.
+
+    Of steps the median, and the processor's time, which other work on the machine changes less.
+    """
     inputs, engine = llm.frontend.inputs, llm.engine
     begin = time.perf_counter()
+    llm.frontend.check_forms(params)
     requests = [
         inputs.process(f"Hello {i}", own, request_id=str(next(llm._numbers)))
         for i, own in enumerate(params)
     ]
     checked = time.perf_counter()
+    wait([form for request in requests if (form := engine.begin_form(request))])
     for request in requests:
         engine.add_request(request)
+    compiled = time.perf_counter()
     waiting = {request.request_id for request in requests}
     while waiting:
         waiting -= {update.request_id for update in engine.step()}
     first = time.perf_counter()
-    steps = []
+    steps, processor = [], []
     while engine.has_unfinished():
-        before = time.perf_counter()
+        before, before_on_processor = time.perf_counter(), time.process_time()
         engine.step()
         steps.append(time.perf_counter() - before)
-    return checked - begin, first - checked, statistics.median(steps[:-1])
+        processor.append(time.process_time() - before_on_processor)
+    return {
+        "check": checked - begin,
+        "compile": compiled - checked,
+        "first": first - compiled,
+        "step": statistics.median(steps[:-1] or [0.0]),
+        "processor's": statistics.median(processor[:-1] or [0.0]),
+    }
 
 
 def main() -> None:
@@ -53,19 +89,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--form", choices=FORMS, default="text")
+    parser.add_argument("--tokenizer", help="a folder, for a model with random weights")
     given = parser.parse_args()
-    llm = LLM(given.model, max_num_seqs=given.batch)
+    options = {} if given.tokenizer is None else {"tokenizer": given.tokenizer}
+    load_format = "auto" if given.tokenizer is None else "dummy"
+    llm = LLM(given.model, max_num_seqs=given.batch, load_format=load_format, **options)
     # The first form starts a process and loads the engine.
     run(llm, [SamplingParams(max_tokens=8, structured_outputs={"regex": "[ab]{20}"})])
     for number in range(given.rounds):
         common = {"max_tokens": given.tokens, "temperature": 1.0}
         free = run(llm, [SamplingParams(ignore_eos=True, **common)] * given.batch)
         seeds = range(number * given.batch, (number + 1) * given.batch)
-        limited = [SamplingParams(structured_outputs={"json": schema(s)}, **common) for s in seeds]
+        make = FORMS[given.form]
+        limited = [SamplingParams(structured_outputs={"json": make(s)}, **common) for s in seeds]
         new, again = run(llm, limited), run(llm, limited)
         for name, found in (("free", free), ("new forms", new), ("known forms", again)):
-            check, first, step = (1000 * value for value in found)
-            print(f"{name:12} check {check:7.1f} ms  first {first:7.1f} ms  step {step:6.2f} ms")
+            shown = (f"{what} {1000 * value:7.2f} ms" for what, value in found.items())
+            print(f"{name:12}", *shown)
     llm.frontend.close()
 
 

@@ -140,7 +140,7 @@ def test_steps_with_prompts_are_replayed_where_backends_can(
 
     if graphs is not None:
         assert graphs.num_captured == 2  # the largest, at the start, and that of 86 tokens
-        assert [size for size, _ in graphs._captured] == [graphs.sizes[-1], 96]
+        assert [size for size, _, _ in graphs._captured] == [graphs.sizes[-1], 96]
 
 
 def test_model_that_returns_all_tokens_is_replayed_too(

@@ -265,6 +265,36 @@ def test_rows_are_the_same_in_captured_steps(
     llm.frontend.close()
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_with_nothing_but_forms_end_in_captured_steps_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, depth: int, temperature: float
+) -> None:
+    capture = ReplayingCapture()
+    monkeypatch.setattr(ReferenceAttention, "graph_support", GraphSupport.ANY)
+    monkeypatch.setattr(ReferenceSampler, "capturable", True)
+    monkeypatch.setitem(STEPS_IN_FLIGHT, "cpu", depth)
+    forms = [*FORMS, None, {"regex": "[ab]{30}"}]
+    params = [
+        drawn(form, seed=i, max_tokens=30, temperature=temperature) for i, form in enumerate(forms)
+    ]
+    prompts = [f"p{i} " * (i + 1) for i in range(len(forms))]
+    found = []
+    for capture_steps in (False, True):
+        if capture_steps:
+            monkeypatch.setattr(Starter, "_capture", lambda *_: capture)
+        llm = start(folder, attention_backend="reference")
+        capture.last_tokens = llm.engine.runner._builder.last_tokens
+        outputs = llm.generate(prompts, params, **QUIET)
+        found.append([output.outputs[0].token_ids for output in outputs])
+        llm.frontend.close()
+
+    assert found[0] == found[1]
+    graphs = llm.engine.runner.decode_graphs
+    assert graphs is not None
+    assert any(is_end for _, _, is_end in graphs._captured)
+
+
 def test_a_stream_gives_the_text_of_the_whole(llm: LLM) -> None:
     params = drawn({"json": PAIR})
     whole = llm.generate("s", params, **QUIET)[0].outputs[0].text
@@ -339,17 +369,26 @@ def test_a_matcher_that_fails_ends_its_own_row_alone(
     assert not llm.engine.runner.grammars.asks([0, 1, 2]) or not llm.engine.has_unfinished()
 
 
-def test_a_form_whose_tokens_other_parameters_forbid_fails_alone(llm: LLM) -> None:
+def test_parameters_that_leave_a_form_no_token_at_its_begin_are_refused(llm: LLM) -> None:
     forbidden = llm.get_tokenizer().encode("ab")
+
+    for values in ({"forbidden_token_ids": forbidden}, {"allowed_token_ids": [0, 1]}):
+        with pytest.raises(RequestError, match="contradicts itself: allowed_token_ids") as caught:
+            llm.generate("p", drawn({"regex": "[ab]{3}"}, **values), **QUIET)
+        assert caught.value.parameter == "structured_outputs"
+
+
+def test_parameters_that_leave_a_form_no_token_later_fail_alone(llm: LLM) -> None:
+    forbidden = llm.get_tokenizer().encode("b")
     params = [
+        drawn({"regex": "a{3}b"}, forbidden_token_ids=forbidden),
         drawn({"regex": "[ab]{3}"}, forbidden_token_ids=forbidden),
-        drawn({"regex": "[ab]{3}"}, forbidden_token_ids=forbidden[:1]),
     ]
-    with pytest.warns(UserWarning, match="other parameters forbid every token"):
+    with pytest.warns(UserWarning, match="contradicts itself: allowed_token_ids"):
         outputs = llm.generate(["p", "q"], params, **QUIET)
 
     assert [o.outputs[0].finish_reason for o in outputs] == ["error", "stop"]
-    assert outputs[1].outputs[0].text == "bbb"
+    assert outputs[1].outputs[0].text == "aaa"
 
 
 def test_a_request_that_is_aborted_leaves_nothing(llm: LLM) -> None:

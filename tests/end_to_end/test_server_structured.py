@@ -157,6 +157,7 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"unique
         ({"guided_grammar": "root ::= x"}, "guided_grammar", "names 'x', which is no rule"),
         ({"structured_outputs": {"jason": {}}}, "structured_outputs", "jason"),
         ({"guided_json": {"enum": ["x" * 300_000]}}, "guided_json", "262144"),
+        ({"guided_regex": "[ab]+", "allowed_token_ids": [5]}, "guided_regex", "contradicts itself"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -170,3 +171,12 @@ def test_what_cannot_be_honoured_is_a_400_that_names_it(
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
     assert said in error["message"]
+
+
+def test_a_form_that_other_parameters_leave_nothing_later_is_a_400(server: Server) -> None:
+    body = {"model": "demo", "prompt": TEXT, "guided_choice": ["ab", "ac"], "bad_words": ["b", "c"]}
+
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+
+    assert answer.status_code == 400, answer.text
+    assert "bad_words" in answer.json()["error"]["message"]

@@ -16,7 +16,10 @@ from quire.hooks.registry import Registry, load_plugins
 PROFILES = ("quick", "full")
 DEVICES = ("cpu", "cuda")
 # The kinds that the kit knows; a bundled checkpoint holds no code.
-CHECKED = ("attention", "quantization", "sampler", "logits-processor", "model")
+CHECKED = (
+    *("attention", "quantization", "sampler", "logits-processor", "model"),
+    *("grammar", "tool-call-parser", "reasoning-parser"),
+)
 OPS = "quire_kernels.ops"
 
 

@@ -151,6 +151,10 @@ class BatchBuilder:
         rows = [row_of[sequence_id] for sequence_id in output.num_scheduled_tokens]
         return np.array(rows, np.int32)
 
+    def sampled_rows(self, output: SchedulerOutput) -> list[int]:
+        """Return the rows of the sequences that a step samples, in the order of its logits."""
+        return [self.row_of[i] for i in output.num_scheduled_tokens if i in output.samples]
+
     def advance(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
         """Count one more token a row as computed; return its position, and tokens that are known.
 

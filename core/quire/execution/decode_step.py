@@ -95,4 +95,8 @@ class DecodeStep(StaticStep):
         """Enqueue the step; return logits, or int32 [2, size]: the tokens and their status."""
         rows = self._sampled.rows[: len(batch.rows)]
         torch.take(self._builder.last_tokens, rows, out=batch.token_ids)
-        return self._ended(self._logits_of(batch), batch.rows, batch.seq_lens, ending)
+        return self._ended(self._logits_of(batch), *self.sampled(batch), ending)
+
+    def sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return rows and positions of what a step samples, padding included."""
+        return batch.rows, batch.seq_lens

@@ -122,3 +122,7 @@ class MixedStep(StaticStep):
         sampled = self._builder.last_tokens.index_select(0, sources.clamp(min=0))
         torch.where(sources >= 0, sampled, known, out=batch.token_ids)
         return self._ended(self._logits_of(batch), *self._samples(size), ending)
+
+    def sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return rows and positions of what a step samples, padding included."""
+        return self._samples(batch.token_ids.shape[0])

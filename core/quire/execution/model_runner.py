@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from attrs import Factory, define
@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.execution.adjustments import LogitAdjustments
 from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
 from quire.execution.decode_step import DecodeStep
+from quire.execution.grammar_masks import GrammarMasks
 from quire.execution.grammar_rows import GrammarRows
 from quire.execution.kv_cache import KVCache
 from quire.execution.logprobs import LogprobRows, Scores, score_prompt
@@ -19,7 +20,7 @@ from quire.execution.mixed_step import MixedStep
 from quire.execution.processors import ProcessorChain
 from quire.execution.sampling_rows import SamplingRows
 from quire.execution.staging import to_device
-from quire.execution.static_step import Ending, Loaded, StepTools, ending_for
+from quire.execution.static_step import Ending, StepTools, ending_for
 from quire.execution.step_graphs import (
     Capture,
     StepGraphs,
@@ -48,6 +49,7 @@ class Forwarded:
     """A step whose forward pass was launched; its tokens are still to be sampled.
 
     `tokens` are there where they were sampled in the same graph: int32 [2, rows], then status.
+    `end` gives them in another graph, where all that is left is to forbid tokens and to sample.
     """
 
     step_id: int
@@ -55,6 +57,7 @@ class Forwarded:
     logits: Tensor | None
     prompt_scores: Scores | None = None
     tokens: Tensor | None = None
+    end: Callable[[], Tensor] | None = None
 
 
 @define(kw_only=True)
@@ -98,7 +101,10 @@ class ModelRunner:
         self._sampling = SamplingRows(limits.max_num_seqs, self.vocab_size, self.device)
         self._adjustments = LogitAdjustments(limits.max_num_seqs, self.vocab_size, self.device)
         self._logprobs = LogprobRows(self.device)
-        self.grammars = GrammarRows(self.vocab_size, self.device)
+        masks = GrammarMasks(
+            self.vocab_size, limits.max_num_seqs, self._builder.num_buffers, self.device
+        )
+        self.grammars = GrammarRows(masks)
         # No more than a step's own logits, whose memory is measured at the start.
         self._prompt_slice = min(limits.max_num_seqs, MAX_PROMPT_SLICE)
         self._limits = limits
@@ -116,6 +122,7 @@ class ModelRunner:
             builder=self._builder,
             sampling=self._sampling,
             sampler=self._sampler,
+            forbid=self.grammars.masks.forbid,
             max_num_seqs=sizes[-1],
         )
         self.decode_graphs = StepGraphs(DecodeStep(tools), sizes, capture)
@@ -166,11 +173,14 @@ class ModelRunner:
     @torch.inference_mode()
     def dispatch(self, output: SchedulerOutput) -> InFlight:
         """Launch a step: forward, then sample. Nothing here waits for the device."""
-        return self.sample(self.forward(output))
+        return self.sample(self.forward(output, knows_tokens=True))
 
     @torch.inference_mode()
-    def forward(self, output: SchedulerOutput) -> Forwarded:
-        """Take over the difference, build the batch and launch the model."""
+    def forward(self, output: SchedulerOutput, *, knows_tokens: bool = False) -> Forwarded:
+        """Take over the difference, build the batch and launch the model.
+
+        `knows_tokens`: every token before is on the host, so that masks can be filled meanwhile.
+        """
         self._processors.remove(output, self._builder.row_of)
         self.grammars.remove(output, self._builder.row_of)
         self._builder.apply_difference(output)
@@ -182,6 +192,8 @@ class ModelRunner:
             self.grammars.add(added)
         if output.block_copies:
             self._kv_cache.copy_blocks(output.block_copies)
+        if knows_tokens:
+            self.grammars.begin(self._builder.sampled_rows(output))
         graphs = self._graphs_for(output)
         size = None if graphs is None else graphs.size_for(output.num_tokens)
         if graphs is not None and size is not None:
@@ -207,7 +219,8 @@ class ModelRunner:
 
     def _replay(self, output: SchedulerOutput, graphs: StepGraphs, size: int) -> Forwarded:
         loaded = graphs.begin(output, size)
-        ending = self._ending(loaded)
+        last = self._ending(loaded.rows)
+        ending = Ending.LOGITS if self.grammars.asks(loaded.rows) else last
         result = graphs.run(loaded, size, ending)
         built = BuiltBatch(
             batch=graphs.batch(size),
@@ -218,20 +231,20 @@ class ModelRunner:
         forwarded = Forwarded(step_id=output.step_id, built=built, logits=None)
         if ending is Ending.LOGITS:
             forwarded.logits = result[: len(loaded.ids)]
+            if last is not Ending.LOGITS:
+                forwarded.end = lambda: graphs.end(size, last)
         elif loaded.ids:
             forwarded.tokens = result
         return forwarded
 
-    def _ending(self, loaded: Loaded) -> Ending:
-        """Return how much of the step a graph may do: rows with wishes are sampled outside."""
-        rows = loaded.rows
+    def _ending(self, rows: list[int]) -> Ending:
+        """Return how graphs may sample these rows; those with wishes are sampled outside."""
         if not rows:
             return Ending.GREEDY  # nobody's token, and nothing is drawn
         has_wishes = (
             bool(self._processors)
             or self._logprobs.asks(rows)
             or self._adjustments.asks(rows)
-            or self.grammars.asks(rows)
             or self._sampling.holds_back(rows)
         )
         if has_wishes:
@@ -264,7 +277,10 @@ class ModelRunner:
             prompt=built.prompt,
             prompt_scores=forwarded.prompt_scores,
         )
-        if logits is not None:
+        if forwarded.end is not None:
+            self.grammars.send(built.sampled_rows)
+            _take_tokens(step, forwarded.end())
+        elif logits is not None:
             self._sample(logits, built, step)
         elif forwarded.tokens is not None:
             _take_tokens(step, forwarded.tokens)

@@ -36,7 +36,7 @@ class PoolingRunner(ModelRunner):
         self._asked: dict[int, PoolingInput] = {}  # by row
 
     @torch.inference_mode()
-    def forward(self, output: SchedulerOutput) -> Forwarded:
+    def forward(self, output: SchedulerOutput, *, knows_tokens: bool = False) -> Forwarded:
         """Take over the difference, build the batch, launch the model and the pooling."""
         self._builder.apply_difference(output)
         for added in (*output.added, *output.resumed):

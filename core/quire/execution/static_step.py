@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,17 @@ class Loaded:
 
 @frozen(kw_only=True)
 class StepTools:
-    """What a step is made with; `max_num_seqs` rows it may have."""
+    """What a step is made with; `max_num_seqs` rows it may have.
+
+    `forbid` sets to -inf what the masks that were sent last forbid, in place.
+    """
 
     model: Model
     backends: Sequence[AttentionBackend]
     builder: BatchBuilder
     sampling: SamplingRows
     sampler: Sampler
+    forbid: Callable[[Tensor], Tensor]
     max_num_seqs: int
 
 
@@ -129,6 +133,16 @@ class StaticStep(abc.ABC):
     @abc.abstractmethod
     def run(self, batch: Batch, ending: Ending) -> Tensor:
         """Enqueue the step; return logits, or int32 [2, rows]: the tokens and their status."""
+
+    @abc.abstractmethod
+    def sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return rows and positions of what a step samples, padding included."""
+
+    def end(self, batch: Batch, ending: Ending) -> Tensor:
+        """Enqueue the end of a step that was run for its logits: sample what masks leave."""
+        assert self._logits is not None, "the step was run for its logits"
+        rows, positions = self.sampled(batch)
+        return self._ended(self._tools.forbid(self._logits[: len(rows)]), rows, positions, ending)
 
     def plan(self, batch: Batch, loaded: Loaded | None) -> None:
         """Let the backends plan for what the inputs hold now: `loaded`, or padding alone."""

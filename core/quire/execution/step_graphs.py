@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -88,6 +89,10 @@ def mixed_sizes(max_num_batched_tokens: int, specs: Iterable[AttentionSpec]) -> 
     return sorted({size for size in sizes if size < most} | {min(most, 16384)})
 
 
+# A step's size and ending, and whether only its end is meant.
+_Key = tuple[int, Ending, bool]
+
+
 @define(kw_only=True)
 class _Captured:
     replay: Callable[[], Any]
@@ -108,8 +113,8 @@ class StepGraphs:
         self.replays = True  # False: captured steps run as they are
         self._is_full = False  # no memory was left for another graph
         self._batches: dict[int, Batch] = {}
-        self._captured: dict[tuple[int, Ending], _Captured] = {}
-        self._warm: set[tuple[int, Ending]] = set()
+        self._captured: dict[_Key, _Captured] = {}
+        self._warm: set[_Key] = set()
 
     @property
     def num_captured(self) -> int:
@@ -130,13 +135,15 @@ class StepGraphs:
         """Capture ahead, after a run with padding alone where kernels are still to be compiled."""
         for size in sizes:
             self._step.begin_padding(size)
+            batch = self.batch(size)
             for ending in endings:
+                key = (size, ending, False)
                 if is_compiled:
-                    self._warm.add((size, ending))
+                    self._warm.add(key)
                 else:
                     self._run(size, ending, None)
-                self._step.plan(self.batch(size), None)
-                self._capture_step(size, ending)
+                self._step.plan(batch, None)
+                self._capture_step(key, functools.partial(self._step.run, batch, ending))
 
     def begin(self, output: SchedulerOutput, size: int) -> Loaded:
         """Enqueue the upload of a step's inputs."""
@@ -149,6 +156,11 @@ class StepGraphs:
         """
         return self._run(size, ending, loaded)
 
+    def end(self, size: int, ending: Ending) -> Tensor:
+        """Enqueue the end of the step that was run last, for its logits; return as `run`."""
+        batch = self.batch(size)
+        return self._replayed((size, ending, True), lambda: self._step.end(batch, ending))
+
     def batch(self, size: int) -> Batch:
         """Return the batch of a size."""
         if size not in self._batches:
@@ -156,32 +168,35 @@ class StepGraphs:
         return self._batches[size]
 
     def _run(self, size: int, ending: Ending, loaded: Loaded | None) -> Tensor:
-        batch, key = self.batch(size), (size, ending)
+        batch = self.batch(size)
         self._step.plan(batch, loaded)
+        return self._replayed((size, ending, False), lambda: self._step.run(batch, ending))
+
+    def _replayed(self, key: _Key, run: Callable[[], Tensor]) -> Tensor:
+        """Run by replay, after a capture the second time."""
         if not self.replays:
-            return self._step.run(batch, ending)
+            return run()
         found = self._captured.get(key)
         if found is None and key in self._warm:
-            found = self._captured_if_it_fits(size, ending)
+            found = self._captured_if_it_fits(key, run)
         if found is None:
             self._warm.add(key)
-            return self._step.run(batch, ending)
+            return run()
         found.replay()
         return found.result
 
-    def _captured_if_it_fits(self, size: int, ending: Ending) -> _Captured | None:
+    def _captured_if_it_fits(self, key: _Key, run: Callable[[], Tensor]) -> _Captured | None:
         """Capture a step; None where the memory does not suffice, and it is not tried again."""
         if self._is_full:
             return None
         try:
-            return self._capture_step(size, ending)
+            return self._capture_step(key, run)
         except torch.cuda.OutOfMemoryError:
             self._is_full = True
             return None
 
-    def _capture_step(self, size: int, ending: Ending) -> _Captured:
+    def _capture_step(self, key: _Key, run: Callable[[], Tensor]) -> _Captured:
         """Capture a step that is planned."""
-        batch = self.batch(size)
-        replay, result = self._capture(lambda: self._step.run(batch, ending))
-        found = self._captured[size, ending] = _Captured(replay=replay, result=result)
+        replay, result = self._capture(run)
+        found = self._captured[key] = _Captured(replay=replay, result=result)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from attrs import frozen
@@ -50,8 +51,10 @@ class GrammarMatcher(abc.ABC):
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
         """Write which tokens may come next: bit i % 32 of `mask[i // 32]` for token i.
 
-        `mask` is [ceil(vocab_size / 32)] with any values before. End tokens may come where the
-        grammar may end, and nowhere else; other special tokens where a structural tag spells one.
+        `mask` is [ceil(vocab_size / 32)] with any values before; bits behind the vocabulary are not
+        set. End tokens may come where the grammar may end, and nowhere else; other special tokens
+        where a structural tag spells one. Where one text has to come, a mask may leave out ways to
+        cut it into tokens, though `accept` takes them.
         Raises: GrammarStuck.
         """
 
@@ -80,6 +83,24 @@ class GrammarMatcher(abc.ABC):
         A token that may not come leaves the matcher unusable.
         """
 
+    @classmethod
+    def accept_each(
+        cls, matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]
+    ) -> list[Exception | None]:
+        """Let each matcher of a step go on by its token; return what each raised.
+
+        All are of this class; an engine that can do it at once may.
+        """
+        found: list[Exception | None] = []
+        for matcher, token_id in zip(matchers, token_ids, strict=True):
+            try:
+                matcher.accept(token_id)
+            except Exception as error:  # noqa: BLE001  it ends its own sequence
+                found.append(error)
+            else:
+                found.append(None)
+        return found
+
     @abc.abstractmethod
     def is_terminated(self) -> bool:
         """Whether nothing but an end token may come, or one has."""
@@ -97,8 +118,11 @@ class GrammarEngine(abc.ABC):
     """Compile grammars for one vocabulary.
 
     It is made twice: in a process that compiles a request's grammar first, and is killed where
-    that takes too long, and in the engine's. Both must come to the same answer.
+    that takes too long, and in the engine's. Both must come to the same answer. With
+    `compiles_in_threads` several threads may call `compile` at once.
     """
+
+    compiles_in_threads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __init__(self, vocabulary: GrammarVocabulary) -> None:

@@ -8,8 +8,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from typing import Any, cast
 
 from quire.config import EngineConfig
@@ -30,18 +30,15 @@ from quire.server.messages import (
     encoded_add,
 )
 from quire.server.stream import News, Stream
+from quire.server.work_pools import WorkPools
 from quire.text.input_processor import RenderedChat, check_request_id, prompt_text
 from quire.text.output_processor import OutputProcessor
-from quire.text.pooling_input import TextPair
 from quire.vllm_keywords import without_neutral
 
 log = logging.getLogger("quire.server")
 
 RESTART_WINDOW_S = 3600.0
 STOP_GRACE_S = 5.0
-# What is shorter is tokenized at once: a thread costs more, and waits for its turn.
-INLINE_CHARS = 4096
-INLINE_ENTRIES = 16
 
 
 class AsyncEngine:
@@ -89,7 +86,9 @@ class AsyncEngine:
         self._in_pool: dict[str, bool] = {}  # being tokenized; whether it was aborted meanwhile
         self._num_incomplete = 0  # streams that the engine still works for
         self._numbers = itertools.count()
-        self._pool = ThreadPoolExecutor(limits.tokenizer_pool_size, "quire-tokenizer")
+        self._pools = WorkPools(
+            for_texts=limits.tokenizer_pool_size, for_forms=frontend.num_form_checks
+        )
         self._client: EngineClient | None = None
         self._is_ready = False
         self._deaths: deque[float] = deque()
@@ -141,6 +140,7 @@ class AsyncEngine:
         )
         ready = await self._client.start()
         self.frontend.serve(ready.max_model_len)
+        self.frontend.prepare_for_forms()
         self._take_stats(StepStats(num_blocks=ready.num_blocks))
         self._is_ready = True
         return ready
@@ -153,14 +153,15 @@ class AsyncEngine:
         self.fail_all("the engine was stopped.")
         if self._client is not None:
             await self._client.stop(grace_s)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pools.shutdown()
         self.frontend.close()
 
     def kill(self) -> None:
-        """End the engine's process now, without a word."""
+        """End the engine's process and the frontend's now, without a word."""
         self._stopped = True
         if self._client is not None:
             self._client.kill()
+        self.frontend.close()
 
     # Requests
 
@@ -221,19 +222,22 @@ class AsyncEngine:
             process = functools.partial(
                 self.frontend.inputs.process, prompt, params, request_id=request_id, **options
             )
-            if _is_short(prompt, params):
+            knows_form = self.frontend.knows_form(params)
+            pool = self._pools.choose(prompt, params, knows_form=knows_form)
+            if pool is None:
                 return self._send(process(), prompt_text(prompt), news)
-            return await self._submit_from_pool(request_id, process, prompt_text(prompt), news)
+            work = self.in_pool(process, pool)
+            return await self._submit_from_pool(request_id, work, prompt_text(prompt), news)
         except BaseException:
             self.admission.give_request()
             raise
 
     async def _submit_from_pool(
-        self, request_id: str, process: Callable[[], Request], text: str | None, news: News | None
+        self, request_id: str, work: Awaitable[Request], text: str | None, news: News | None
     ) -> Stream:
         self._in_pool[request_id] = False
         try:
-            request = await self.in_pool(process)
+            request = await work
         finally:
             was_aborted = self._in_pool.pop(request_id)
         stream = self._send(request, text, news)
@@ -245,12 +249,12 @@ class AsyncEngine:
         """Return the prompt of a conversation. Raises: RequestError, ConfigError."""
         return await self.in_pool(lambda: self.frontend.render(messages, **options))
 
-    async def in_pool(self, work: Callable[[], Any]) -> Any:
-        """Run work of the tokenizer in one of its threads. Raises: EngineDeadError after `stop`."""
+    async def in_pool(self, work: Callable[[], Any], pool: Executor | None = None) -> Any:
+        """Run work in a thread, of the tokenizer's. Raises: EngineDeadError after `stop`."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         if not self._stopped:
             try:
-                return await loop.run_in_executor(self._pool, work)
+                return await loop.run_in_executor(pool or self._pools.texts, work)
             except asyncio.CancelledError:
                 if not self._stopped or task is None or task.cancelling():
                     raise
@@ -388,12 +392,3 @@ class AsyncEngine:
             if not stream.is_complete:
                 self._end_in_engine(stream)
                 stream.fail(EngineDeadError(reason))
-
-
-def _is_short(prompt: Any, params: Any) -> bool:
-    """Whether a request is checked and tokenized in less time than handing it to a thread takes."""
-    limited = isinstance(params, SamplingParams) and params.structured_outputs is not None
-    if limited or (isinstance(params, SamplingParams) and params.num_listed > INLINE_ENTRIES):
-        return False
-    prompt = prompt.text if isinstance(prompt, RenderedChat) else prompt
-    return isinstance(prompt, (str, list, tuple, TextPair)) and len(prompt) <= INLINE_CHARS

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from quire.errors import EngineDeadError, OverloadedError, QuireError, RequestError
+from quire.errors import CONTRADICTION, EngineDeadError, OverloadedError, QuireError, RequestError
 from quire.text.input_processor import ContextLengthError
 from quire.text.json_files import shorten
 
@@ -79,7 +79,8 @@ def to_api_error(error: BaseException) -> ApiError:
         case EngineDeadError():
             return ApiError(500, str(error), code="engine_dead")
         case SequenceFailed():
-            return ApiError(500, str(error), code="sequence_failed", headers=NO_RETRY)
+            status = 400 if str(error).startswith(CONTRADICTION) else 500
+            return ApiError(status, str(error), code="sequence_failed", headers=NO_RETRY)
         case QuireError():
             return ApiError(500, f"the request failed: {error}")
     return ApiError(

@@ -19,6 +19,7 @@ class ServedEngine:
         self._gpu = _gpu_of(engine)
         self._gpu_asked_at = float("-inf")
         self.add_request = engine.add_request
+        self.begin_form = engine.begin_form
         self.abort = engine.abort
         self.has_unfinished = engine.has_unfinished
         self.step = engine.step

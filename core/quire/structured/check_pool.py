@@ -32,13 +32,14 @@ AnyProcess = TypeVar("AnyProcess", bound=Process)
 class CheckPool(Generic[AnyProcess]):
     """Lends children, at most `size` at a time, and keeps as many; safe for threads.
 
-    The first is started when it is asked for. From then on a spare one is started beside, so that
-    nobody waits after a child was killed.
+    The first is started when it is asked for, or `prepare` is called. Once one was lent, the others
+    are started beside, so that nobody waits after a child was killed.
     """
 
     def __init__(self, start: Callable[[], AnyProcess], size: int) -> None:
         self._start = start
         self._size = size
+        self._wanted = 1  # the size, once one was lent
         self._idle: list[AnyProcess] = []
         self._slots = threading.BoundedSemaphore(size)
         self._changed = threading.Condition()
@@ -61,6 +62,12 @@ class CheckPool(Generic[AnyProcess]):
             finally:
                 self._put(process)
 
+    def prepare(self) -> None:
+        """Begin to start the first child, in a thread."""
+        with self._changed:
+            self._is_closed = False
+        self._start_spare()
+
     def wait(self) -> None:
         """Wait until no child is being started."""
         with self._changed:
@@ -78,13 +85,17 @@ class CheckPool(Generic[AnyProcess]):
         with self._changed:
             self._is_closed = False
             self._num_lent += 1
+            self._wanted = self._size
             while True:
                 kept = self._alive()
                 if kept is not None:
-                    return kept
+                    break
                 if not self._is_spare_coming:
                     break
                 self._changed.wait()
+        if kept is not None:
+            self._start_spare()
+            return kept
         try:
             process = self._start()
         except BaseException:
@@ -122,7 +133,7 @@ class CheckPool(Generic[AnyProcess]):
         threading.Thread(target=self._add_spares, name="grammar-check-spare", daemon=True).start()
 
     def _is_short(self) -> bool:
-        return not self._is_closed and len(self._idle) + self._num_lent < self._size
+        return not self._is_closed and len(self._idle) + self._num_lent < self._wanted
 
     def _add_spares(self) -> None:
         is_short = True

@@ -22,9 +22,10 @@ from quire.hooks.registry import load_plugins
 from quire.interfaces.grammar import CompiledGrammar, GrammarStuck
 from quire.structured.compiler import GrammarCompiler, GrammarSetup
 
-# A walk of random tokens meets what is compiled only when it is reached, as a regex's states.
-WALK_TOKENS = 64
-WALK_S = 0.3
+# A walk of random tokens meets what is compiled only when it is reached, as a regex's states. It is
+# short where its tokens come as quickly as those of ordinary forms (0.1 ms with 128,000 tokens).
+SHORT_WALK_TOKENS, WALK_TOKENS = 8, 64
+BRISK_S, WALK_S = 0.004, 0.3
 ORPHAN_S = 10.0
 
 
@@ -68,9 +69,11 @@ def _walk(grammar: CompiledGrammar, vocab_size: int) -> None:
     """Follow random tokens for a while. Raises: GrammarStuck where the engine cannot go on."""
     draw, matcher = random.Random(0), grammar.start()
     mask = np.zeros((vocab_size + 31) // 32, np.int32)
-    until = time.monotonic() + WALK_S
-    for _ in range(WALK_TOKENS):
-        if matcher.is_terminated() or time.monotonic() > until:
+    begin = time.monotonic()
+    for number in range(WALK_TOKENS):
+        walked_s = time.monotonic() - begin
+        is_brisk = number == SHORT_WALK_TOKENS and walked_s < BRISK_S
+        if matcher.is_terminated() or is_brisk or walked_s > WALK_S:
             return
         matcher.fill_mask(mask)
         token_id = _allowed_from(draw.randrange(vocab_size), int.from_bytes(mask, "little"))

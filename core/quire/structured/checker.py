@@ -12,6 +12,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import RequestError
@@ -21,12 +23,17 @@ from quire.structured.compiler import GrammarSetup
 CHECK_S = 0.8
 START_S = 60.0
 MEMORY_BYTES = 2**30
-NUM_PROCESSES = 2
+MOST_PROCESSES = 4
 MAX_KEPT = 1024
 MAX_KEPT_CHARS = 2**23
 MAX_ANSWER_BYTES = 2**16
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simplify it"
+
+
+def num_processes() -> int:
+    """Return how many children are kept: two, on large machines more."""
+    return min(max(2, len(os.sched_getaffinity(0)) // 4), MOST_PROCESSES)
 
 
 class CheckStopped(Exception):
@@ -36,7 +43,12 @@ class CheckStopped(Exception):
 class CheckProcess:
     """One child; it has loaded the engine once it is made. Raises: CheckStopped."""
 
-    def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        setup: GrammarSetup,
+        disabled: tuple[str, ...],
+        on_begin: Callable[[CheckProcess], None] = lambda _: None,
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "quire.structured.check_process"],
             stdin=subprocess.PIPE,
@@ -46,6 +58,7 @@ class CheckProcess:
             start_new_session=True,
         )
         self._finalizer = weakref.finalize(self, _end, self._process)
+        on_begin(self)  # it may be ended from now on, while it loads
         first = {
             "backend": setup.backend,
             "folder": str(setup.folder),
@@ -113,20 +126,46 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class GrammarChecker:
     """Answer whether a grammar can be honoured, each content once; safe for threads.
 
-    `NUM_PROCESSES` children are kept, from when the first is needed.
+    `num_processes()` children are kept, from when the first is needed or `prepare` is called.
     """
 
     def __init__(self, setup: GrammarSetup, disabled: tuple[str, ...] = ()) -> None:
-        self._pool = CheckPool(lambda: CheckProcess(setup, disabled), NUM_PROCESSES)
+        self._children: weakref.WeakSet[CheckProcess] = weakref.WeakSet()
+        self._pool = CheckPool(self._start_with(setup, disabled), num_processes())
         self._lock = threading.Lock()
         self._answers: OrderedDict[GrammarSource, str] = OrderedDict()
         self._chars = 0
+
+    def _start_with(
+        self, setup: GrammarSetup, disabled: tuple[str, ...]
+    ) -> Callable[[], CheckProcess]:
+        return lambda: CheckProcess(setup, disabled, self._children.add)
 
     @property
     def pids(self) -> list[int]:
         """The process ids of children that wait for work, once those that start have started."""
         self._pool.wait()
         return self._pool.pids
+
+    def prepare(self) -> None:
+        """Begin to start children, in a thread."""
+        self._pool.prepare()
+
+    def knows(self, params: StructuredOutputsParams) -> bool:
+        """Whether the answer to a grammar is there already."""
+        with self._lock:
+            return params.source in self._answers
+
+    def check_all(self, asked: Sequence[StructuredOutputsParams]) -> None:
+        """Check grammars side by side, so that `check` has their answers; says nothing itself."""
+        new = list({one.source: one for one in asked if not self.knows(one)}.values())
+        if len(new) > 1:
+            with ThreadPoolExecutor(num_processes(), "quire-forms") as threads:
+                list(threads.map(self._check_quietly, new[:MAX_KEPT]))
+
+    def _check_quietly(self, params: StructuredOutputsParams) -> None:
+        with contextlib.suppress(RequestError):
+            self.check(params)
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""
@@ -141,8 +180,10 @@ class GrammarChecker:
             raise params.error(f"cannot be honoured: {answer.rstrip('.')}")
 
     def close(self) -> None:
-        """End all children that are idle."""
+        """End all children, those that load or work too."""
         self._pool.close()
+        for child in list(self._children):
+            child.close()
 
     def _ask(self, source: GrammarSource) -> str:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,10 @@ def _told_of(mark: str) -> Iterator[None]:
 
 
 class GrammarCompiler:
-    """Compile each grammar once; the engine and its vocabulary are loaded for the first."""
+    """Compile each grammar once; the engine and its vocabulary are loaded for the first.
+
+    Safe for threads. Those whose engine is not take turns.
+    """
 
     def __init__(self, setup: GrammarSetup, registry: Registry) -> None:
         self._setup = setup
@@ -63,19 +67,30 @@ class GrammarCompiler:
         self._engine: GrammarEngine | None = None
         self._kept: OrderedDict[GrammarSource, CompiledGrammar] = OrderedDict()
         self._kept_chars = 0
+        self._lock = threading.RLock()
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Return the compiled grammar. Raises: ValueError saying what cannot be honoured."""
-        found = self._kept.get(source)
-        if found is not None:
-            self._kept.move_to_end(source)
-            return found
-        found = self._kept[source] = self._compiled(source)
-        self._kept_chars += len(source.text)
-        while len(self._kept) > MAX_KEPT or self._kept_chars > MAX_KEPT_CHARS:
-            oldest, _ = self._kept.popitem(last=False)
-            self._kept_chars -= len(oldest.text)
+        with self._lock:
+            found = self._kept.get(source)
+            if found is not None:
+                self._kept.move_to_end(source)
+                return found
+        with contextlib.nullcontext() if self.engine().compiles_in_threads else self._lock:
+            found = self._compiled(source)
+        with self._lock:
+            if source not in self._kept:
+                self._kept_chars += len(source.text)
+            self._kept[source] = found
+            while len(self._kept) > MAX_KEPT or self._kept_chars > MAX_KEPT_CHARS:
+                oldest, _ = self._kept.popitem(last=False)
+                self._kept_chars -= len(oldest.text)
         return found
+
+    def knows(self, source: GrammarSource) -> bool:
+        """Whether a grammar is compiled already."""
+        with self._lock:
+            return source in self._kept
 
     def _compiled(self, source: GrammarSource) -> CompiledGrammar:
         if source.kind is GrammarKind.STRUCTURAL_TAG:
@@ -107,11 +122,11 @@ class GrammarCompiler:
 
     def engine(self) -> GrammarEngine:
         """Return the engine, loaded. Raises: PluginError, ConfigError."""
-        if self._engine is None:
-            setup = self._setup
-            vocabulary = read_vocabulary(
-                setup.folder, vocab_size=setup.vocab_size, eos_token_ids=setup.eos_token_ids
-            )
-            kind = load_grammar_engine(self._registry, setup.backend)
-            self._engine = kind(vocabulary)
-        return self._engine
+        with self._lock:
+            if self._engine is None:
+                setup = self._setup
+                vocabulary = read_vocabulary(
+                    setup.folder, vocab_size=setup.vocab_size, eos_token_ids=setup.eos_token_ids
+                )
+                self._engine = load_grammar_engine(self._registry, setup.backend)(vocabulary)
+            return self._engine

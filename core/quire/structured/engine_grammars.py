@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from attrs import define
 
-from quire.errors import RequestError
+from quire.errors import CONTRADICTION, RequestError
 from quire.hooks.registry import Registry
 from quire.interfaces.grammar import CompiledGrammar
 from quire.request import Request, SamplingParams
+from quire.request_checks import NO_TOKEN_LEFT, tokens_left
 from quire.structured.compiler import GrammarCompiler, GrammarSetup
+
+MOST_THREADS = 8
 
 
 @define(kw_only=True)
@@ -27,31 +34,73 @@ class EngineGrammars:
     vocab_size: int
     registry: Registry
     _compiler: GrammarCompiler | None = None
+    _threads: ThreadPoolExecutor | None = None
+
+    def begin(self, request: Request) -> Future[None] | None:
+        """Begin to compile a request's grammar in a thread; None where it has none to compile.
+
+        What is wrong with it is `admit`'s to say.
+        """
+        asked = request.params.structured_outputs
+        if asked is None or self.backend is None or not request.eos_token_ids:
+            return None
+        if self._compiler_for(request, self.backend).knows(asked.source):
+            return None
+        if self._threads is None:
+            count = min(max(1, len(os.sched_getaffinity(0)) // 2), MOST_THREADS)
+            self._threads = ThreadPoolExecutor(count, "quire-grammars")
+        return self._threads.submit(self._admit_quietly, request)
+
+    def _admit_quietly(self, request: Request) -> None:
+        with contextlib.suppress(RequestError):
+            self.admit(request)
 
     def admit(self, request: Request) -> None:
         """Compile a request's grammar. Raises: RequestError."""
         asked = request.params.structured_outputs
         if asked is None:
             return
+        if self.backend is None or not request.eos_token_ids:
+            raise asked.error("needs a grammar engine and a checkpoint with an end token")
+        compiler = self._compiler_for(request, self.backend)
+        try:
+            grammar = compiler.compile(asked.source)
+            is_left = not limits_tokens(request) or self._leaves_tokens(grammar, request)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise asked.error(f"cannot be honoured: {str(error).rstrip('.')}") from error
+        if not is_left:
+            raise RequestError(f"{CONTRADICTION}{NO_TOKEN_LEFT}", parameter=asked.asked_as)
+
+    def _compiler_for(self, request: Request, backend: str) -> GrammarCompiler:
+        """Return the compiler, made with the end tokens of the first request that needs it."""
         if self._compiler is None:
-            if self.backend is None or not request.eos_token_ids:
-                raise asked.error("needs a grammar engine and a checkpoint with an end token")
             setup = GrammarSetup(
-                backend=self.backend,
+                backend=backend,
                 folder=self.folder(),
                 vocab_size=self.vocab_size,
                 eos_token_ids=tuple(sorted(request.eos_token_ids)),
             )
             self._compiler = GrammarCompiler(setup, self.registry)
-        try:
-            self.compiled(request.params)
-        except RequestError:
-            raise
-        except Exception as error:
-            raise asked.error(f"cannot be honoured: {str(error).rstrip('.')}") from error
+        return self._compiler
+
+    def _leaves_tokens(self, grammar: CompiledGrammar, request: Request) -> bool:
+        """Whether other parameters leave any first token of a form."""
+        mask = np.zeros((self.vocab_size + 31) // 32, np.int32)
+        grammar.start().fill_mask(mask)
+        single = [word[0] for word in request.bad_words_token_ids if len(word) == 1]
+        return tokens_left(mask, request.params, single)
 
     def compiled(self, params: SamplingParams) -> CompiledGrammar:
         """Return the compiled grammar of a request that was admitted."""
         assert self._compiler is not None, "a request was admitted"
         assert params.structured_outputs is not None, "it asks for a form"
         return self._compiler.compile(params.structured_outputs.source)
+
+
+def limits_tokens(request: Request) -> bool:
+    """Whether parameters beside its form forbid a request tokens."""
+    params = request.params
+    has_ids = params.allowed_token_ids is not None or bool(params.forbidden_token_ids)
+    return has_ids or bool(request.bad_words_token_ids)

@@ -13,22 +13,29 @@ except ImportError as missing:
     ) from missing
 
 from quire.testing.kit import AttentionBackendTests, check_attention
+from quire.testing.kit_grammar import GrammarEngineTests, check_grammar
 from quire.testing.kit_model import ModelTests, check_model
 from quire.testing.kit_ops import OpsTests, check_ops
+from quire.testing.kit_parser import ReasoningParserTests, ToolCallParserTests, check_parser
 from quire.testing.kit_processor import LogitsProcessorTests, check_processor
 from quire.testing.kit_quantization import QuantizationMethodTests, check_quantization
 from quire.testing.kit_sampler import SamplerTests, check_sampler
 
 __all__ = [
     "AttentionBackendTests",
+    "GrammarEngineTests",
     "LogitsProcessorTests",
     "ModelTests",
     "OpsTests",
     "QuantizationMethodTests",
+    "ReasoningParserTests",
     "SamplerTests",
+    "ToolCallParserTests",
     "check_attention",
+    "check_grammar",
     "check_model",
     "check_ops",
+    "check_parser",
     "check_processor",
     "check_quantization",
     "check_sampler",

@@ -10,14 +10,18 @@ from attrs import evolve, frozen
 
 from quire.errors import ConfigError
 from quire.hooks.candidates import Candidates
+from quire.hooks.parser_choice import require_reasoning_parser, require_tool_call_parser
 from quire.hooks.registry import Registry
 from quire.hooks.selection import require_attention
+from quire.interfaces.grammar import GrammarEngine
 from quire.interfaces.model import Model
 from quire.interfaces.quantization import QuantizationMethod
 from quire.interfaces.sampling import LogitsProcessor, Sampler
 from quire.testing.kit import iter_attention
+from quire.testing.kit_grammar import GrammarSubject, iter_grammar
 from quire.testing.kit_model import ModelSubject, iter_model
 from quire.testing.kit_ops import iter_ops
+from quire.testing.kit_parser import iter_parser
 from quire.testing.kit_processor import ProcessorSubject, guessed_arguments, iter_processor
 from quire.testing.kit_quantization import QuantizationSubject, iter_quantization
 from quire.testing.kit_report import CheckResult
@@ -82,12 +86,28 @@ def _model(registry: Registry, name: str, settings: Settings) -> Iterator[CheckR
             yield evolve(result, name=own)
 
 
+def _grammar(registry: Registry, name: str, settings: Settings) -> Iterator[CheckResult]:
+    engine = _require(registry, "grammar", name, GrammarEngine)
+    return iter_grammar(GrammarSubject(engine), **settings.drawn)
+
+
+def _tool_calls(registry: Registry, name: str, settings: Settings) -> Iterator[CheckResult]:
+    return iter_parser(require_tool_call_parser(registry, name), **settings.drawn)
+
+
+def _reasoning(registry: Registry, name: str, settings: Settings) -> Iterator[CheckResult]:
+    return iter_parser(require_reasoning_parser(registry, name), **settings.drawn)
+
+
 KINDS: dict[str, Callable[[Registry, str, Settings], Iterator[CheckResult]]] = {
     "attention": _attention,
     "quantization": _quantization,
     "sampler": _sampler,
     "logits-processor": _processor,
     "model": _model,
+    "grammar": _grammar,
+    "tool-call-parser": _tool_calls,
+    "reasoning-parser": _reasoning,
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import zmq
+from attrs import evolve
 
 from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from quire.server.engine_loop import EngineLoop
@@ -32,6 +34,9 @@ class Endless:
         self.running: set[str] = set()
         self.is_in_step = threading.Semaphore(0)
         self.may_end_step = threading.Semaphore(0)
+
+    def begin_form(self, request: Request) -> Future[None] | None:
+        return None
 
     def add_request(self, request: Request) -> None:
         self.running.add(request.request_id)
@@ -92,3 +97,50 @@ def test_step_is_told_of_once_also_when_all_that_ran_is_aborted() -> None:
     assert all(isinstance(message, Stepped) for message in found)
     tokens = [message.stats.num_tokens for message in found if isinstance(message, Stepped)]
     assert tokens == [2, 2, 0]
+
+
+class Forming(Endless):
+    """An engine whose requests have forms that are never ready but by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms: dict[str, Future[None]] = {}
+        self.has_begun = threading.Semaphore(0)
+
+    def begin_form(self, request: Request) -> Future[None] | None:
+        if request.request_id == "free":
+            return None
+        self.forms[request.request_id] = Future()
+        self.has_begun.release()
+        return self.forms[request.request_id]
+
+
+def test_a_form_that_is_compiled_keeps_no_step_and_an_aborted_one_is_never_added() -> None:
+    context = zmq.Context()
+    server, theirs = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    server.rcvtimeo = 5000
+    server.bind("inproc://forming")
+    theirs.connect("inproc://forming")
+    engine = Forming()
+    thread = threading.Thread(target=EngineLoop(engine, theirs).run, args=({},))
+    thread.start()
+    try:
+        server.recv()
+        for request_id in ("a", "b", "free"):
+            server.send(encoded_add(evolve(REQUEST, request_id=request_id)))
+        assert engine.is_in_step.acquire(timeout=5)  # though two forms are not ready
+        running = set(engine.running)
+        server.send(encode(Abort(["b"])))
+        for form in engine.forms.values():
+            form.set_result(None)
+        engine.may_end_step.release()
+        assert engine.is_in_step.acquire(timeout=5)
+        later = set(engine.running)
+    finally:
+        server.send(encode(Stop()))
+        engine.may_end_step.release()
+        thread.join(5)
+        context.destroy(0)
+
+    assert running == {"free"}
+    assert later == {"free", "a"}

@@ -229,6 +229,34 @@ def test_an_answer_is_kept_by_content(own: GrammarChecker, monkeypatch: pytest.M
         own.check(StructuredOutputsParams(choice=["new"]))
 
 
+def test_several_grammars_are_checked_before_their_answers_are_asked_for(
+    own: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [StructuredOutputsParams(regex=f"side by side {i}") for i in range(6)]
+    bad = StructuredOutputsParams(regex="side by side ((")
+    own.check_all([*good, bad, good[0]])
+    assert all(map(own.knows, [*good, bad]))
+    monkeypatch.setattr(checker.CheckProcess, "ask", lambda *_: "asked again")
+
+    for one in good:
+        own.check(one)
+    with pytest.raises(RequestError, match="unclosed group"):
+        own.check(bad)
+
+
+def test_a_child_that_was_prepared_is_the_one_that_is_asked(folder: Path) -> None:
+    found = GrammarChecker(setup(folder, "llguidance"))
+    found.prepare()
+    before = found.pids
+
+    found.check(StructuredOutputsParams(regex="a"))
+
+    assert len(before) == 1
+    assert before[0] in found.pids
+    found.close()
+    assert not is_running(before[0])
+
+
 def test_a_strangers_engine_serves_without_a_change_of_the_core(
     folder: Path, stranger: None
 ) -> None:

@@ -24,18 +24,23 @@ LETTERS = [bytes([i]) for i in range(256)]
 REGEXES = ("[a-c]{3}", "x+", "(ab|cd)*", "[0-9]{1,4}", "q")
 
 
+def made(vocab_size: int = 257) -> LLGuidanceEngine:
+    return LLGuidanceEngine(
+        GrammarVocabulary(
+            tokens=[*LETTERS, b""],
+            special_token_ids=frozenset({256}),
+            eos_token_ids=(256,),
+            vocab_size=vocab_size,
+            encode=lambda text: list(text.encode()),
+        )
+    )
+
+
 @pytest.fixture(scope="module")
 def matchers() -> list[GrammarMatcher]:
-    vocabulary = GrammarVocabulary(
-        tokens=[*LETTERS, b""],
-        special_token_ids=frozenset({256}),
-        eos_token_ids=(256,),
-        vocab_size=257,
-        encode=lambda text: list(text.encode()),
-    )
-    made = LLGuidanceEngine(vocabulary)
+    own = made()
     sources = [GrammarSource(kind=GrammarKind.REGEX, text=text) for text in REGEXES]
-    return [made.compile(source).start() for source in sources]
+    return [own.compile(source).start() for source in sources]
 
 
 def masks_of(matchers: list[GrammarMatcher]) -> tuple[np.ndarray, list[Any]]:
@@ -70,3 +75,31 @@ def test_a_matcher_that_is_stuck_raises_alone(
 
     assert [isinstance(error, GrammarStuck) for error in raised] == [False] * 4 + [True]
     assert masks[1, ord("x") // 32] == 1 << (ord("x") % 32)
+
+
+@pytest.mark.parametrize("num_threads", [None, 2])
+def test_many_matchers_go_on_at_once_and_say_who_cannot(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int | None
+) -> None:
+    threads = None if num_threads is None else LLExecutor(num_threads=num_threads)
+    monkeypatch.setattr(engine, "_threads", lambda: threads)
+    compiled = made().compile(GrammarSource(kind=GrammarKind.REGEX, text="[a-c]{3}"))
+    many = [compiled.start() for _ in range(40)]
+
+    raised = type(many[0]).accept_each(many, [ord("abcz"[i % 4]) for i in range(40)])
+
+    assert [isinstance(error, GrammarStuck) for error in raised] == [i % 4 == 3 for i in range(40)]
+    masks, raised = masks_of(many[:3])
+    assert raised == [None] * 3
+    assert (masks == masks[0]).all()
+
+
+def test_tokens_that_the_tokenizer_does_not_know_never_come() -> None:
+    """A model's vocabulary is often padded beyond the tokenizer's."""
+    wide = made(vocab_size=1000)
+    matcher = wide.compile(GrammarSource(kind=GrammarKind.REGEX, text="(?s:.)*")).start()
+    mask = np.full(32, 7, np.int32)
+
+    matcher.fill_mask(mask)
+
+    assert np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).max() == 256

@@ -16,6 +16,7 @@ VALUES = ("const", "enum", "default", "examples")
 LOWER, UPPER = ("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")
 # Numbers nearer to an exclusive bound than this share of it, or this itself, are given up.
 GAP = 1e-12
+LARGEST = 2**63 - 1
 
 
 def with_exact_bounds(schema: Any) -> Any:
@@ -25,6 +26,9 @@ def with_exact_bounds(schema: Any) -> Any:
     """
     _check_counts(schema)
     bounds = list(_bounds(schema))
+    for name, value in bounds:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"keyword {name!r} with a whole number of more than 64 bits")
     uppers = [value for name, value in bounds if name in UPPER]
     lowers = [value for name, value in bounds if name in LOWER]
     loose = {

@@ -33,7 +33,10 @@ JSON_SETTINGS: Any = {"whitespace_pattern": WHITESPACE}
 # How the library marks a token that is no text.
 SPECIAL = b"\xff"
 MAX_ERROR_CHARS = 200
-MOST_THREADS = 8
+# Of this process's processors; what runs beside the masks is the engine's own thread.
+SHARE_OF_PROCESSORS, MOST_THREADS = 0.75, 16
+FEW = 16  # matchers that go on in less time than threads take to begin
+MAX_KEPT_TEXTS = 65536
 
 
 class _Tokens:
@@ -41,14 +44,17 @@ class _Tokens:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         special = vocabulary.special_token_ids | set(vocabulary.eos_token_ids)
-        # An end token may be one that the tokenizer does not know.
-        missing = max(0, max(special) + 1 - len(vocabulary.tokens))
-        tokens = [*vocabulary.tokens, *[b""] * missing]
+        # Ids that the tokenizer does not know: an end token may be one of them, and a model's
+        # vocabulary may be padded. `n_vocab` alone leaves masks at the tokenizer's size.
+        size = max(vocabulary.vocab_size, max(special, default=-1) + 1)
+        tokens = [*vocabulary.tokens, *[b""] * (size - len(vocabulary.tokens))]
         self.tokens = [SPECIAL + token if i in special else token for i, token in enumerate(tokens)]
         self.special_token_ids = sorted(special)
         self.eos_token_id = vocabulary.eos_token_ids[0]
         self.bos_token_id = None
-        self._encode = vocabulary.encode
+        # Where a form leaves one text, each mask asks for its tokens: in Python, one thread at a
+        # time, which took longer than the masks themselves.
+        self._encode = functools.lru_cache(MAX_KEPT_TEXTS)(vocabulary.encode)
 
     def __call__(self, text: bytes) -> list[int]:
         return self._encode(text.decode())
@@ -56,6 +62,8 @@ class _Tokens:
 
 class LLGuidanceEngine(GrammarEngine):
     """Compile with llguidance."""
+
+    compiles_in_threads = True
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._tokenizer = LLTokenizer(
@@ -69,8 +77,6 @@ class LLGuidanceEngine(GrammarEngine):
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Compile a grammar and look at its first tokens."""
         matcher = LLMatcher(self._tokenizer, self._to_grammar(source), log_level=0)
-        if not matcher.is_error():
-            matcher.deep_copy().compute_bitmask()
         probe = matcher.deep_copy()
         if not probe.is_error():
             probe.compute_bitmask()
@@ -104,8 +110,8 @@ class LLGuidanceEngine(GrammarEngine):
 
 @functools.cache
 def _threads() -> LLExecutor | None:
-    """Return threads on half of this process's processors; None where that is one."""
-    count = min(len(os.sched_getaffinity(0)) // 2, MOST_THREADS)
+    """Return threads on most of this process's processors; None where that is one."""
+    count = min(int(len(os.sched_getaffinity(0)) * SHARE_OF_PROCESSORS), MOST_THREADS)
     return LLExecutor(num_threads=count) if count > 1 else None
 
 
@@ -122,6 +128,7 @@ class _Matcher(GrammarMatcher):
         self._matcher = matcher
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        self._matcher.compute_ff_tokens()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
 
@@ -134,9 +141,31 @@ class _Matcher(GrammarMatcher):
         threads = _threads()
         if threads is None or len(own) < 2 or not masks.flags.c_contiguous:
             return super().fill_masks(matchers, masks)
+        # Tokens of a text that has to come are found first, and kept by the matcher: threads that
+        # asked Python for them would wait for one another, longer than masks take.
+        for matcher in own:
+            matcher.compute_ff_tokens()
         places = [(matcher, i) for i, matcher in enumerate(own)]
         threads.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
         return [GrammarStuck(_reason(one)) if one.is_error() else None for one in own]
+
+    @classmethod
+    def accept_each(
+        cls, matchers: Sequence[GrammarMatcher], token_ids: Sequence[int]
+    ) -> list[Exception | None]:
+        """Go on in several threads, where there are processors for them."""
+        own = [matcher._matcher for matcher in matchers if isinstance(matcher, _Matcher)]
+        threads = _threads()
+        if threads is None or len(own) < FEW:
+            went = [
+                one.consume_token(token_id) for one, token_id in zip(own, token_ids, strict=True)
+            ]
+        else:
+            went = threads.consume_token_par(list(zip(own, token_ids, strict=True)))
+        return [
+            None if has_gone else GrammarStuck(_reason(one))
+            for one, has_gone in zip(own, went, strict=True)
+        ]
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)

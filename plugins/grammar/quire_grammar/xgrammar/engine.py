@@ -44,7 +44,7 @@ class XGrammarEngine(GrammarEngine):
             for i in sorted(special)
             if i < len(tokens) and (text := tokens[i].decode(errors="replace"))
         ]
-        self._eos = vocabulary.eos_token_ids
+        self._ids = _Ids(vocabulary.eos_token_ids, vocabulary.vocab_size)
         # Without bytes a token is special and never comes. An end token may be one that the
         # tokenizer does not know.
         padded = [*tokens, *[b""] * (vocabulary.vocab_size - len(tokens))]
@@ -64,7 +64,7 @@ class XGrammarEngine(GrammarEngine):
             found = self._compiled(source)
         except RuntimeError as error:
             raise ValueError(_reason(error)) from error
-        return _Compiled(found, self._eos)
+        return _Compiled(found, self._ids)
 
     def _compiled(self, source: GrammarSource) -> Any:
         kind = source.kind
@@ -116,30 +116,41 @@ class XGrammarEngine(GrammarEngine):
                     )
 
 
+class _Ids:
+    """End tokens, and which bits of a mask's last word are tokens."""
+
+    def __init__(self, eos: tuple[int, ...], vocab_size: int) -> None:
+        self.eos = eos
+        self.last_bits = np.uint32(2 ** ((vocab_size - 1) % 32 + 1) - 1)
+
+
 class _Compiled(CompiledGrammar):
-    def __init__(self, compiled: Any, eos: tuple[int, ...]) -> None:
+    def __init__(self, compiled: Any, ids: _Ids) -> None:
         self._compiled = compiled
-        self._eos = eos
+        self._ids = ids
 
     def start(self) -> GrammarMatcher:
-        return _Matcher(xgrammar.GrammarMatcher(self._compiled), self._eos)
+        return _Matcher(xgrammar.GrammarMatcher(self._compiled), self._ids)
 
 
 class _Matcher(GrammarMatcher):
-    def __init__(self, matcher: Any, eos: tuple[int, ...]) -> None:
+    def __init__(self, matcher: Any, ids: _Ids) -> None:
         self._matcher = matcher
-        self._eos = eos
+        self._ids = ids
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        words = mask.view(np.uint32)
         if self._matcher.is_terminated():
-            mask.fill(0)
-            for token_id in self._eos:
-                mask.view(np.uint32)[token_id // 32] |= np.uint32(1 << token_id % 32)
+            words.fill(0)
+            for token_id in self._ids.eos:
+                words[token_id // 32] |= np.uint32(1 << token_id % 32)
             return
         self._matcher.fill_next_token_bitmask(mask.reshape(1, -1))
+        # The library sets those behind the vocabulary too.
+        words[-1] &= self._ids.last_bits
 
     def accept(self, token_id: int) -> None:
-        if self._matcher.is_terminated() and token_id in self._eos:
+        if self._matcher.is_terminated() and token_id in self._ids.eos:
             return
         if not self._matcher.accept_token(token_id):
             raise GrammarStuck(f"token {token_id} may not come")
