@@ -150,11 +150,17 @@ def test_plan_splits_no_more_than_there_is(rows: int, tall: int, wide: int, num_
     tile_rows, splits = calls.plan(rows, 32 * tall, 64 * wide, num_sms)
 
     assert tile_rows in library.TILE_ROWS
-    assert tile_rows >= min(rows, library.TILE_ROWS[-1])
+    assert tile_rows >= min(rows, library.TILE_ROWS[-2])
     assert 1 <= splits <= wide
     # There is a counter for each tile that is split.
     tiles = -(-rows // tile_rows) * -(-32 * tall // 128)
     assert splits == 1 or tiles <= 4 * num_sms
+
+
+@pytest.mark.parametrize("sizes", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_plan_makes_384_rows_of_two_tiles_of_192(sizes: tuple[int, int]) -> None:
+    assert calls.plan(384, *sizes, 132)[0] == 192
+    assert calls.plan(512, *sizes, 132)[0] == 256
 
 
 def test_struct_of_python_is_the_struct_of_the_kernels() -> None:

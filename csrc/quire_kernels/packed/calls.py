@@ -20,6 +20,8 @@ _TILE_OUT = 128
 _MAX_SPLITS = 16
 # What a block costs beside its tiles of inputs, and each split more, in tiles of inputs.
 _BLOCK_COST, _SPLIT_COST = 6.0, 2.0
+# Microseconds of a tile of inputs, and of each row of it, on one H200.
+_INPUTS_COST, _ROW_COST = 0.27, 0.0018
 Norm = tuple[Tensor, Tensor, float]
 
 
@@ -183,14 +185,25 @@ def _tiles(rows: int, num_out: int, tile_rows: int) -> int:
 @functools.cache
 def plan(rows: int, num_out: int, size: int, num_sms: int) -> tuple[int, int]:
     """Return the rows of a block's tile, and how many blocks share a tile's inputs."""
-    tile_rows = next((n for n in library.TILE_ROWS if rows <= n), library.TILE_ROWS[-1])
-    tiles, chunks = _tiles(rows, num_out, tile_rows), size // TILE_IN
-    slots = num_sms * (2 if tile_rows <= 64 else 1)
-    if tiles > 2 * slots:
-        return tile_rows, 1
+    fitting = [n for n in library.TILE_ROWS if rows <= n]
+    chunks = size // TILE_IN
 
-    def cost(splits: int) -> float:
-        waves = -(-tiles * splits // slots)
-        return waves * (-(-chunks // splits) + _BLOCK_COST) + _SPLIT_COST * (splits > 1) * splits
+    def most_splits(tile_rows: int) -> int:
+        is_full = _tiles(rows, num_out, tile_rows) > 2 * _slots(tile_rows, num_sms)
+        return 1 if is_full else min(_MAX_SPLITS, chunks)
 
-    return tile_rows, min(range(1, min(_MAX_SPLITS, chunks) + 1), key=cost)
+    def cost(choice: tuple[int, int]) -> float:
+        tile_rows, splits = choice
+        blocks = _tiles(rows, num_out, tile_rows) * splits
+        turns = -(-blocks // _slots(tile_rows, num_sms))
+        inputs = turns * (-(-chunks // splits) + _BLOCK_COST) + _SPLIT_COST * (splits > 1) * splits
+        return inputs * (_INPUTS_COST + _ROW_COST * tile_rows)
+
+    # Two tiles of the second largest take less time than two of the largest: 384 rows.
+    sizes = fitting[:1] or library.TILE_ROWS[-2:]
+    return min(((n, s) for n in sizes for s in range(1, most_splits(n) + 1)), key=cost)
+
+
+def _slots(tile_rows: int, num_sms: int) -> int:
+    """Return how many blocks are on the GPU at one time."""
+    return num_sms * (2 if tile_rows <= 64 else 1)
