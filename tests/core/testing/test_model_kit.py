@@ -13,7 +13,8 @@ from quire.testing import ModelTests, check_model
 from quire.testing.kit_model import ModelSubject
 from quire.testing.kit_report import PROFILES, Report
 from quire.testing.model_cases import variations
-from quire.testing.model_oracle import MISTAKES, explain, logits_of, oracle_of
+from quire.testing.model_mistakes import MISTAKES
+from quire.testing.model_oracle import explain, logits_of, oracle_of
 
 # As many cases on a slow machine as on a fast one, and few: a model is dear to make.
 PATIENT = evolve(PROFILES["quick"], seconds=60, examples=60, longest=20, least=4)
