@@ -2,10 +2,13 @@
 
 Equal means: the same tokens, or at the first difference the two candidates lie so close together in
 float64 that float32 cannot tell them apart. Such ties are warnings, which pytest counts and prints.
+
+With QUIRE_TEST_DEVICE=cuda the engines run on a GPU, with the backend that `auto` takes there.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from quire_kernels.cpu import LIBRARY
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer.json. no such file")
 
+DEVICE = os.environ.get("QUIRE_TEST_DEVICE", "cpu")
 NUM_NEW, NUM_LONG = 12, 64
 VOCAB = 101
 SIZES: dict[str, Any] = {
@@ -300,8 +304,8 @@ def make_llm(checkpoint: Checkpoint, case: Case, attention: str = "sdpa") -> LLM
     return LLM(
         str(checkpoint.folder),
         dtype="float32",
-        device="cpu",
-        attention_backend=attention,
+        device=DEVICE,
+        attention_backend=attention if DEVICE == "cpu" else "auto",
         num_threads=1,
         max_model_len=max(PROMPT_LENS) + case.num_new,
         model_implementation="transformers" if "transformers" in checkpoint.name else "auto",
