@@ -30,7 +30,6 @@ from quire_kernels import head_token_kv
 MAX_SMS = 192
 LARGEST_GROUP = 64
 LN_2 = math.log(2)
-E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 
 
 @define(kw_only=True)
@@ -54,7 +53,6 @@ class FlashInferAttention(AttentionBackend):
     """Serve causal attention in bfloat16 and float16, as far as modules are built."""
 
     graph_support = GraphSupport.SINGLE_TOKEN
-    quantized_kv = (E5M2,)
 
     @classmethod
     def why_unsupported(cls, spec: AttentionSpec) -> str | None:
@@ -66,9 +64,7 @@ class FlashInferAttention(AttentionBackend):
             "ALiBi": spec.alibi,
             "bidirectional attention": not spec.causal,
             "batch invariance": spec.batch_invariant,
-            "KV cache in another dtype than the model's": not spec.has_quantized_kv
-            and spec.kv_dtype != spec.dtype,
-            f"KV cache of {E4M3}: its kernels read a NaN there as a number": spec.kv_dtype == E4M3,
+            "KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
             "values of another width than keys": spec.value_head_dim != spec.head_dim,
             f"{group} query heads a KV head, at most {LARGEST_GROUP}": group > LARGEST_GROUP,
             "scale of zero or less": spec.scale <= 0,
@@ -216,8 +212,6 @@ class FlashInferAttention(AttentionBackend):
                 "choose another with --attention-backend."
             )
         q = q if q.stride(-1) == 1 else q.contiguous()
-        if layer.k_scale is not None:
-            q = scaled(q, layer.k_scale, torch.empty(q.shape, dtype=q.dtype, device=q.device))
         whole = out if out.is_contiguous() else out.new_empty(out.shape)
         parts = plan.parts
         assert parts is not None, "a step is prepared before its layers"
@@ -228,8 +222,6 @@ class FlashInferAttention(AttentionBackend):
             parts = (self._planned_decode(plan), *parts)
         for part in parts:
             self._attend_part(layer, part, q, kv_cache, whole, lse)
-        if layer.v_scale is not None:
-            scaled(whole, layer.v_scale, whole)
         if whole is not out:
             out.copy_(whole)
 
@@ -277,22 +269,9 @@ def variant_of(spec: AttentionSpec) -> Variant:
     return Variant(
         dtype=spec.dtype,
         head_dim=spec.head_dim,
-        kv_dtype=spec.kv_dtype if spec.has_quantized_kv else None,
         window=spec.sliding_window is not None,
         softcap=spec.logit_softcap is not None,
     )
-
-
-def scaled(rows: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    """Put `rows` [tokens, heads, dim] times the scales [kv heads] of what they meet into `out`.
-
-    The kernels read a quantized cache as it is; its scales are put to the queries, and to what
-    comes out.
-    """
-    by_head = (len(scales), rows.shape[1] // len(scales))
-    given, into = rows.unflatten(1, by_head), out.unflatten(1, by_head)
-    torch.mul(given, scales[:, None, None], out=into)
-    return out
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

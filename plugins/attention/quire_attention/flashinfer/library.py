@@ -39,14 +39,10 @@ REMEDY = "`pip install 'quire[flashinfer]'` brings it"
 
 @frozen(kw_only=True)
 class Variant:
-    """What a compiled module is for; other things are arguments of a launch.
-
-    `kv_dtype` is that of a quantized cache, None where the cache has the model's.
-    """
+    """What a compiled module is for; other things are arguments of a launch."""
 
     dtype: str
     head_dim: int
-    kv_dtype: str | None = None
     window: bool = False
     softcap: bool = False
 
@@ -54,7 +50,6 @@ class Variant:
     def name(self) -> str:
         """Return its name in the record and in messages."""
         words = [self.dtype, str(self.head_dim)]
-        words += [] if self.kv_dtype is None else [self.kv_dtype]
         return "-".join(words + ["window"] * self.window + ["softcap"] * self.softcap)
 
     def kernels(self, capability: tuple[int, int]) -> tuple[str, ...]:
@@ -62,8 +57,7 @@ class Variant:
 
         FA2 serves decodes everywhere, and prompts where there is no FA3 kernel.
         """
-        is_plain = not (self.window or self.softcap) and self.kv_dtype is None
-        has_fa3 = capability == HOPPER and is_plain
+        has_fa3 = capability == HOPPER and not (self.window or self.softcap)
         return ("fa2", "fa3") if has_fa3 else ("fa2",)
 
 
@@ -79,7 +73,6 @@ VARIANTS = (
     Variant(dtype="bfloat16", head_dim=256, window=True),
     Variant(dtype="bfloat16", head_dim=256, softcap=True),
     Variant(dtype="bfloat16", head_dim=256, window=True, softcap=True),
-    Variant(dtype="bfloat16", head_dim=128, kv_dtype="float8_e5m2"),
 )
 
 
@@ -203,8 +196,7 @@ def module_arguments(variant: Variant) -> tuple[Any, ...]:
 
     dtype = getattr(torch, variant.dtype)
     # Query, keys and values, output, indices; sizes of keys and values; no encoding of positions.
-    kv_dtype = getattr(torch, variant.kv_dtype or variant.dtype)
-    kinds = (dtype, kv_dtype, dtype, torch.int32, variant.head_dim, variant.head_dim, 0)
+    kinds = (dtype, dtype, dtype, torch.int32, variant.head_dim, variant.head_dim, 0)
     return (*kinds, variant.window, variant.softcap, False)
 
 

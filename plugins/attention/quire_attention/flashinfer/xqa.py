@@ -26,7 +26,6 @@ def why_unsupported(spec: AttentionSpec, capability: tuple[int, int]) -> str | N
     reasons = {
         f"blocks of {spec.block_size}, only of {BLOCK_SIZES}": spec.block_size not in BLOCK_SIZES,
         "soft cap": spec.logit_softcap is not None,
-        "quantized KV cache": spec.has_quantized_kv,
         f"{group} query heads a KV head, at most {LARGEST_GROUP}": group > LARGEST_GROUP,
         f"kernels for compute capability {capability[0]}.{capability[1]}": capability[0]
         not in GENERATIONS,
