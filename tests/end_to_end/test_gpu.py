@@ -107,8 +107,8 @@ def test_greedy_tokens_on_a_gpu_equal_transformers(
     outputs = llm.generate(prompts(), params, use_tqdm=False)
 
     assert llm.engine.layout.limits.max_steps_in_flight == 2
-    # Where windows leave blocks behind, all sequences fit.
-    is_short = engine == "preempted" and getattr(oracle.config, "sliding_window", None) is None
+    # Where the windows of all layers leave blocks behind, all sequences fit.
+    is_short = engine == "preempted" and oracle.config.model_type not in ("mistral", "phi3")
     assert (llm.engine.scheduler.num_preemptions > 0) == is_short
     wanted = [greedy(oracle, prompt) for prompt in prompts()]
     assert [output.outputs[0].token_ids for output in outputs] == wanted
