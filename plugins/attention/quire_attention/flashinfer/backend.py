@@ -64,7 +64,8 @@ class FlashInferAttention(AttentionBackend):
             "ALiBi": spec.alibi,
             "bidirectional attention": not spec.causal,
             "batch invariance": spec.batch_invariant,
-            "KV cache in another dtype than the model's": spec.kv_dtype != spec.dtype,
+            "KV cache in another dtype than the model's; its kernels read a NaN of 8 bits as a "
+            "number": spec.kv_dtype != spec.dtype,
             "values of another width than keys": spec.value_head_dim != spec.head_dim,
             f"{group} query heads a KV head, at most {LARGEST_GROUP}": group > LARGEST_GROUP,
             "scale of zero or less": spec.scale <= 0,
