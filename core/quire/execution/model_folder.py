@@ -1,9 +1,11 @@
-"""Find the folder of a model: a path, a bundled checkpoint or a Hugging Face id. No torch."""
+"""Find the folder of a model: a path, a bundled checkpoint or the id of a hub. No torch."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -14,6 +16,8 @@ from quire.errors import ConfigError
 from quire.interfaces.model_config import shown
 
 CONFIG_FILE = "config.json"
+# Where it is 1, ids are ModelScope's.
+MODELSCOPE_VARIABLE = "QUIRE_USE_MODELSCOPE"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = "*.safetensors"
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -64,9 +68,26 @@ def _existing(model: str) -> Path | None:
         return None
 
 
-def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _hub() -> tuple[str, Callable[..., str]]:
+    """Return what the hub is called, and its download. Raises: ConfigError."""
+    wanted = os.environ.get(MODELSCOPE_VARIABLE, "")
+    if wanted.lower() in ("", "0", "false"):
+        from huggingface_hub import snapshot_download
 
+        return "Hugging Face", snapshot_download
+    if wanted.lower() not in ("1", "true"):
+        raise ConfigError(f"{MODELSCOPE_VARIABLE} is {wanted!r}; allowed: 1, true, 0, false.")
+    try:
+        return "ModelScope", importlib.import_module("modelscope").snapshot_download
+    except ImportError as error:
+        raise ConfigError(
+            f"{MODELSCOPE_VARIABLE} is set, and the package modelscope cannot be imported "
+            f"({error}); `pip install modelscope` brings it."
+        ) from error
+
+
+def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
+    hub, snapshot_download = _hub()
     patterns = [*_FILES, _WEIGHTS] if with_weights else list(_FILES)
     options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
     with contextlib.suppress(Exception):  # not in the cache: the network is asked next
@@ -79,7 +100,7 @@ def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ConfigError(
-            f"model {model!r}: no such folder here, and it could not be had from Hugging Face "
+            f"model {model!r}: no such folder here, and it could not be had from {hub} "
             f"({type(error).__name__}: {reason}). Check the name, the network and your access."
         ) from error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +139,23 @@ def test_weights_are_downloaded_only_where_they_are_wanted(
     # What is in the cache now has no weights, so that the network is asked for them.
     assert find("owner/name") == tmp_path
     assert asked[1:] == [(True, True), (False, True)]
+
+
+def test_ids_are_modelscopes_where_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QUIRE_USE_MODELSCOPE", "1")
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    assert "`pip install modelscope` brings it" in refusal("owner/name")
+
+    hub = SimpleNamespace(snapshot_download=lambda model, **_: str(tmp_path / model))
+    monkeypatch.setitem(sys.modules, "modelscope", hub)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/model.safetensors").write_text("")
+    assert find("owner/name") == tmp_path / "owner/name"
+
+    monkeypatch.setenv("QUIRE_USE_MODELSCOPE", "please")
+    assert "QUIRE_USE_MODELSCOPE is 'please'; allowed: 1, true, 0, false" in refusal("owner/name")
 
 
 @pytest.mark.parametrize(
