@@ -206,7 +206,10 @@ def experts(
         BLOCK=_block(x.shape[1], 1024),
         **shared,
     )
-    outputs = max(1, 16 // slots)
+    outputs, block = max(1, 16 // slots), 256
+    if size > 8 * block:
+        # The loop is unrolled: of long rows longer blocks, so that registers suffice.
+        outputs, block = 1, max(block, 4096 // slots)
     _down_kernel[(num_tokens, triton.cdiv(hidden_size, outputs))](
         hidden,
         down,
@@ -219,7 +222,7 @@ def experts(
         NUM_OUT=hidden_size,
         SLOTS=slots,
         OUTPUTS=outputs,
-        BLOCK=_block(size, 256 if size <= 2048 else 512),
+        BLOCK=_block(size, block),
         **shared,
     )
     return out

@@ -27,8 +27,8 @@ def wrong_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break the chosen backend where sequences have several tokens."""
     right = SdpaAttention._attend_alone
 
-    def wrong(self: Any, q: Tensor, *rest: Any) -> None:
-        right(self, q * 1.01, *rest)
+    def wrong(self: Any, layer: Any, q: Tensor, *rest: Any) -> None:
+        right(self, layer, q * 1.01, *rest)
 
     monkeypatch.setattr(SdpaAttention, "_attend_alone", wrong)
 

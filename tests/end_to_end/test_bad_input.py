@@ -58,7 +58,8 @@ def check(case: Case, code: int, err: str) -> None:
     assert len(lines) == 1, err[:2000]
     assert lines[0].startswith("quire: error: ")
     assert code == 2, err
-    assert len(lines[0]) < 1000
+    # All architectures that somebody builds are named.
+    assert len(lines[0]) < 2000
     for word in case.words:
         assert word in lines[0]
 

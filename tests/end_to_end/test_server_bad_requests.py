@@ -62,7 +62,7 @@ def test_odd_request_is_served(http: httpx.Client, case: tuple[str, str, Any]) -
     ("method", "path", "status", "code"),
     [
         ("GET", "/nope", 404, "not_found"),
-        ("POST", "/v1/embeddings", 404, "not_found"),
+        ("POST", "/v1/edits", 404, "not_found"),
         ("GET", "/health/", 404, "not_found"),
         ("POST", "/v1/completions/", 404, "not_found"),
         ("GET", "/v1/models/nope", 404, "model_not_found"),

@@ -64,7 +64,9 @@ class LayerBuilder:
         if why_not is not None:
             name = type(self._quantization).__name__
             is_mixture = isinstance(spec, ExpertsSpec)
-            remedy = " Experts are served in the model's own dtype." if is_mixture else ""
+            remedy = (
+                " Experts are served in the model's own dtype, or by fp8." if is_mixture else ""
+            )
             raise ConfigError(f"{name} cannot serve {spec.name!r}: {why_not}.{remedy}")
         method = self._quantization.method_for(spec)
         if method is None:
