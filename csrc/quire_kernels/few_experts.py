@@ -206,10 +206,9 @@ def experts(
         BLOCK=_block(x.shape[1], 1024),
         **shared,
     )
-    outputs, block = max(1, 16 // slots), 256
-    if size > 8 * block:
-        # The loop is unrolled: of long rows longer blocks, so that registers suffice.
-        outputs, block = 1, max(block, 4096 // slots)
+    # The loop is unrolled: of long rows longer blocks, so that registers suffice.
+    is_long = size > 2048
+    outputs, block = (1, max(256, 4096 // slots)) if is_long else (max(1, 16 // slots), 256)
     _down_kernel[(num_tokens, triton.cdiv(hidden_size, outputs))](
         hidden,
         down,

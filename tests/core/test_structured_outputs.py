@@ -110,8 +110,8 @@ def check_schemas(llm: LLM, seeds: range, prompt: str, *, max_tokens: int = 600)
     return num_ended
 
 
-def test_answers_of_80_schemas_parse_and_validate(llm: LLM) -> None:
-    assert check_schemas(llm, range(80), "a") > 60
+def test_answers_of_40_schemas_parse_and_validate(llm: LLM) -> None:
+    assert check_schemas(llm, range(40), "a") > 28
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_offline_counts_tokens_and_steps(folder: Path, capsys: pytest.CaptureFix
     assert {"checks", "weights"} <= set(found["start_s"])
 
 
+@pytest.mark.slow
 def test_offline_with_a_seed_draws_the_same_lengths(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

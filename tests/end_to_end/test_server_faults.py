@@ -109,6 +109,7 @@ def rss_of(server: Server) -> int:
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
 
 
+@pytest.mark.slow
 def test_200_clients_leave_at_random_and_memory_comes_back() -> None:
     # The system gives a KV cache its pages when they are first written, which is no leak: this one
     # is so small that the first turns write all of it.

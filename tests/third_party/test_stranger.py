@@ -210,7 +210,7 @@ def test_stranger_proves_its_backend_with_the_kit(environment: Environment, tmp_
     assert all("example: passed (quick on cpu, seed 0; " in stdout for stdout in checked)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", [pytest.param("gptq", marks=pytest.mark.slow), "awq"])
 def test_stranger_has_its_model_quantized(
     environment: Environment, checkpoint: Path, tmp_path: Path, method: str
 ) -> None:

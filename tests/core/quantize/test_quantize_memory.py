@@ -17,7 +17,9 @@ BLOCK = 4 * (3 * 384 * 384 + 3 * 384 * 1024)  # grouped heads: k and v have half
 MOST = 6 * BLOCK + 24 * MIB
 
 
-@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", "awq")), "int4"]
+)
 def test_memory_is_that_of_a_block(tmp_path: Path, calibration: Path, method: str) -> None:
     small = write_model(tmp_path / "small", hidden_size=128, intermediate_size=128)
     large = write_model(tmp_path / "large", **LARGE)

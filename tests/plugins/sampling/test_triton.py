@@ -148,7 +148,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS.keys())
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_row_that_is_not_finite_gets_a_status_and_the_others_their_tokens(
     bad: dict[int, float], temperature: float
 ) -> None:
@@ -187,7 +187,15 @@ def test_filters_among_more_equals_than_there_is_room_for_keep_the_first(
     check(torch.zeros(2, 9000), rows)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.5000001, 3), (1.0, 4)])
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        pytest.param(0.25, 1, marks=pytest.mark.slow),
+        pytest.param(0.5, 2, marks=pytest.mark.slow),
+        (0.5000001, 3),
+        (1.0, 4),
+    ],
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: int) -> None:
     logits = torch.full((6, VOCAB), -INF)
     logits[:, :4] = 0.0  # a quarter each, exactly
