@@ -1,7 +1,7 @@
 """Where tokens go in a mixture of experts, in Triton: the choice, and the plan of tiles.
 
-`mixtures.route` has what the choice means. Both kernels have a launch for what PyTorch makes in
-six or more.
+`mixtures.route` has what the choice means. It takes a launch, and so does a plan, or two of many
+pairs, for what PyTorch makes in six or more.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ def summarize(
         "busy_us": timeline.busy_us / steps,
         "gap_us": (timeline.span_us - timeline.busy_us) / steps,
         "rows": [_row(spent, steps, timeline.busy_us) for spent in timeline.spent[:MAX_ROWS]],
+        "others_us": sum(spent.us for spent in timeline.spent[MAX_ROWS:]) / steps,
     }
 
 

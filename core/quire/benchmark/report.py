@@ -73,6 +73,7 @@ def _profile_lines(profile: Mapping[str, Any]) -> list[str]:
         f"{'TFLOP/s':>9}{'GB/s':>8}{'ceiling':>9}  name",
     ]
     lines += [_profile_line(row) for row in profile["rows"]]
+    lines.append(f"  {profile['others_us']:8.1f}  by all others")
     return lines
 
 
