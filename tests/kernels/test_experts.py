@@ -20,7 +20,7 @@ SHAPES = {
     "one token": (1, 8, 2, 48, 24),
     "as many as have no plan": (few_experts.MAX_TOKENS, 7, 3, 40, 17),
     "one token more": (few_experts.MAX_TOKENS + 1, 6, 1, 40, 16),
-    "rows of several blocks": (2, 5, 2, 1500, 300),
+    "rows of several blocks": (2, 5, 2, 1500, 140),
     "more experts than pairs": (20, 64, 2, 72, 33),
     "all experts": (17, 3, 3, 16, 72),
     "one expert": (90, 1, 1, 24, 16),

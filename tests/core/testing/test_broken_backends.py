@@ -16,7 +16,7 @@ from gather_attention import GatherAttention
 from quire.testing.kit import PROFILES, Report, check_attention
 
 # As many cases on a slow machine as on a fast one.
-PATIENT = evolve(PROFILES["quick"], seconds=60, examples=240)
+PATIENT = evolve(PROFILES["quick"], seconds=60, examples=240, shrink_s=0.2)
 
 
 def failure_of(report: Report) -> str:

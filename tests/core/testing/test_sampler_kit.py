@@ -15,7 +15,7 @@ from quire.testing.sampler_cases import Row
 from quire.testing.sampler_formula import MISTAKES, Mistake, allowed, draw, philox
 
 # As many cases on a slow machine as on a fast one.
-PATIENT = evolve(PROFILES["quick"], seconds=60)
+PATIENT = evolve(PROFILES["quick"], seconds=60, shrink_s=0.2)
 
 
 class WithLogprobs(PlainSampler):

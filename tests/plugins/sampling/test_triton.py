@@ -32,7 +32,7 @@ class TestTriton(SamplerTests):
 
     sampler = TritonSampler
     device = DEVICE
-    profile = Profile(name="few", seconds=4, examples=12, longest=0, shrink_s=0, least=2)
+    profile = Profile(name="few", seconds=4, examples=6, longest=0, shrink_s=0, least=2)
     vocab_sizes = (12, 1, 70)
     num_draws = 100
 
