@@ -103,6 +103,27 @@ def test_right_backend_passes(backend: str, spec: str, dtype: str) -> None:
     check_attention([group], LIMITS)
 
 
+class OneByOne(GatherAttention):
+    """Adds the products of a score one after another, as a kernel's loop does."""
+
+    def scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        q, total = q.float().transpose(0, 1), torch.zeros(())
+        for dim in range(q.shape[-1]):
+            total = total + q[..., dim, None] * keys[..., None, :, dim]
+        return self.capped(total * self.spec.scale)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("scale", [1.0, 0.0625])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_backend_that_adds_one_by_one_passes_with_wide_heads(
+    num_kv_heads: int, scale: float, window: int | None
+) -> None:
+    heads = {"num_kv_heads": num_kv_heads, "head_dim": 256, "scale": scale}
+
+    check_attention([make_group(OneByOne, **heads, sliding_window=window)], LIMITS)
+
+
 @pytest.mark.parametrize("size", [1, 2, 64, 4096])
 def test_right_backend_passes_with_blocks_of_any_size(size: int) -> None:
     check_attention([make_group(ReferenceAttention, block_size=size)], LIMITS)
