@@ -29,7 +29,7 @@ from quire.execution.synthetic_batch import Span, batch_of, block_tables
 from quire.interfaces.attention import QUANTIZED_KV_DTYPES, AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch, GroupBatch
 from quire.layers.attention import normalise_and_rotate
-from quire.layers.dense_attention import dense_attention
+from quire.layers.dense_attention import dense_products, dense_sums
 from quire.patience import Wait, telling
 
 PLAIN_DTYPES = ("float32", "bfloat16", "float16")
@@ -219,14 +219,14 @@ class _Check:
         spec: AttentionSpec | None = None,
         in_turn: bool = False,
     ) -> Tensor:
+        spec, (q, k, v) = spec or self.spec, heads
         sinks, slopes = self.layer.sinks, self.layer.alibi_slopes
-        return dense_attention(
-            spec or self.spec,
-            *heads,
-            dtype=dtype,
+        return dense_sums(
+            spec,
+            dense_products(spec, q, k, dtype=dtype, in_turn=in_turn),
+            v,
             sinks=None if sinks is None else sinks.cpu(),
             alibi_slopes=None if slopes is None else slopes.cpu(),
-            in_turn=in_turn,
         )
 
     def _error(self, fact: str) -> KernelError:
