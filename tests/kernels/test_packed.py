@@ -29,7 +29,9 @@ DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 SHAPES = st.sampled_from([(32, 64, 32), (64, 128, 128), (96, 192, 64), (32, 192, 192)])
 
 
-def make_weight(outputs: int, inputs: int, group_size: int, seed: int = 0) -> TiledWeight:
+def make_weight(
+    outputs: int, inputs: int, group_size: int, seed: int = 0, *, is_short: bool = False
+) -> TiledWeight:
     """Return a weight of random codes, scales and zero points."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,11 +40,14 @@ def make_weight(outputs: int, inputs: int, group_size: int, seed: int = 0) -> Ti
 
     groups = inputs // group_size
     scales = torch.rand(groups, outputs, generator=generator) * inputs**-0.5
+    if is_short:
+        scales = scales.bfloat16()
     return TiledWeight(
         tiles=to_tiles(some_bytes(outputs, inputs // 2)).to(DEVICE),
         scales=scales.half().to(DEVICE),
         zeros=some_bytes(groups, outputs // 2).to(DEVICE),
         group_size=group_size,
+        has_short_scales=is_short,
     )
 
 
@@ -128,12 +133,21 @@ def test_triton_makes_the_weight_wide(shape: tuple[int, int, int], dtype: torch.
 
 
 def test_outputs_of_a_weight_are_rows_of_it() -> None:
-    weight = make_weight(96, 128, 32)
+    weight = make_weight(96, 128, 32, is_short=True)
 
     part = weight.outputs(32, 96)
 
     assert (part.out_features, part.in_features) == (64, 128)
+    assert part.has_short_scales
     assert torch.equal(widened(part), widened(weight)[32:96])
+
+
+@pytest.mark.parametrize(("scale", "is_short"), [(1 + 2**-7, True), (1 + 2**-8, False)])
+def test_scales_of_eight_bits_are_short(scale: float, is_short: bool) -> None:
+    scales = torch.tensor([[0.5, 2.0**-24, 0.0], [1.0, scale, 3.0]], dtype=torch.float16)
+
+    assert layout.are_short(scales) == is_short
+    assert layout.are_short(scales[:, ::2])
 
 
 def test_product_on_a_cpu_is_the_plain_one() -> None:
@@ -146,21 +160,16 @@ def test_product_on_a_cpu_is_the_plain_one() -> None:
 
 
 @given(st.integers(1, 9000), st.integers(1, 2000), st.integers(1, 500), st.sampled_from([78, 132]))
-def test_plan_splits_no_more_than_there_is(rows: int, tall: int, wide: int, num_sms: int) -> None:
-    tile_rows, splits = calls.plan(rows, 32 * tall, 64 * wide, num_sms)
+def test_plan_has_a_unit_for_each_block_and_sharers_together_on_the_gpu(
+    rows: int, tall: int, wide: int, num_sms: int
+) -> None:
+    tile_rows, blocks = calls.plan(rows, 32 * tall, 64 * wide, num_sms)
 
     assert tile_rows in library.TILE_ROWS
-    assert tile_rows >= min(rows, library.TILE_ROWS[-2])
-    assert 1 <= splits <= wide
-    # There is a counter for each tile that is split.
     tiles = -(-rows // tile_rows) * -(-32 * tall // 128)
-    assert splits == 1 or tiles <= 4 * num_sms
-
-
-@pytest.mark.parametrize("sizes", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
-def test_plan_makes_384_rows_of_two_tiles_of_192(sizes: tuple[int, int]) -> None:
-    assert calls.plan(384, *sizes, 132)[0] == 192
-    assert calls.plan(512, *sizes, 132)[0] == 256
+    assert 1 <= blocks <= tiles * -(-wide // 2)
+    # Those who share a tile wait for one another, and there is a counter for each.
+    assert blocks == tiles or blocks <= num_sms
 
 
 def test_struct_of_python_is_the_struct_of_the_kernels() -> None:
@@ -263,10 +272,11 @@ GPU_ROWS = [1, 3, 8, 16, 17, 64, 65, 150, 256, 300]
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", GPU_ROWS)
+@pytest.mark.parametrize("is_short", [False, True])
 def test_cuda_products_are_within_the_bound(
-    shape: tuple[int, int, int], dtype: torch.dtype, rows: int
+    shape: tuple[int, int, int], dtype: torch.dtype, rows: int, is_short: bool
 ) -> None:
-    kernels, weight = built_kernels(), make_weight(*shape)
+    kernels, weight = built_kernels(), make_weight(*shape, is_short=is_short)
     bias = draw(shape[0], dtype=dtype, seed=2)
     x = draw(rows, 2 * shape[1], dtype=dtype)[:, shape[1] :]
     exact, plain = exact_product(x, weight, bias), plain_product(x, weight, bias)
@@ -305,16 +315,16 @@ def test_cuda_makes_the_weight_wide(shape: tuple[int, int, int], dtype: torch.dt
 
 @pytest.mark.gpu
 @ON_A_GPU
-@pytest.mark.parametrize("splits", [1, 2, 5, 16])
-@pytest.mark.parametrize("rows", [16, 64, 150])
-def test_split_products_have_the_same_bits_each_time(
-    splits: int, rows: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 16, 31, 78])
+@pytest.mark.parametrize("rows", [16, 64, 150, 300])
+def test_products_with_shared_tiles_have_the_same_bits_each_time(
+    blocks: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels, weight = built_kernels(), make_weight(256, 2048, 128)
+    kernels, weight = built_kernels(), make_weight(352, 2048, 128)
     x = draw(rows, 2048, dtype=torch.bfloat16)
-    tile_rows = calls.plan(rows, 256, 2048, 132)[0]
-    monkeypatch.setattr(calls, "plan", lambda *sizes: (tile_rows, splits))
-    outs = [torch.empty(rows, 256, dtype=x.dtype, device=DEVICE) for _ in range(20)]
+    tile_rows = calls.plan(rows, 352, 2048, 132)[0]
+    monkeypatch.setattr(calls, "plan", lambda *sizes: (tile_rows, blocks))
+    outs = [torch.empty(rows, 352, dtype=x.dtype, device=DEVICE) for _ in range(20)]
     if not kernels.has_many_rows:
         pytest.skip("only Hopper has the kernels of many rows")
 
@@ -370,7 +380,7 @@ def test_silu_behind_a_product_of_many_rows_is_the_steps(rows: int, outputs: int
 
 @pytest.mark.gpu
 @ON_A_GPU
-@pytest.mark.parametrize("rows", [1, 8, 40, 1500])
+@pytest.mark.parametrize("rows", [1, 8, 40, 1500, 2500])
 def test_product_can_be_captured(rows: int) -> None:
     built_kernels()
     weight, x = make_weight(512, 1024, 128), draw(rows, 1024, dtype=torch.bfloat16)

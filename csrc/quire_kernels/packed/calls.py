@@ -12,16 +12,17 @@ from torch import Tensor
 from quire.errors import KernelError
 from quire_kernels import costs
 from quire_kernels.packed import library
-from quire_kernels.packed.layout import TILE_IN, TiledWeight, group_shift
+from quire_kernels.packed.layout import TiledWeight, group_shift
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_FEW_ROWS = 8
-_TILE_OUT = 128
-_MAX_SPLITS = 16
-# What a block costs beside its tiles of inputs, and each split more, in tiles of inputs.
-_BLOCK_COST, _SPLIT_COST = 6.0, 2.0
-# Microseconds of a tile of inputs, and of each row of it, on one H200.
-_INPUTS_COST, _ROW_COST = 0.27, 0.0018
+# Outputs of a tile of `many_rows`, and inputs of a unit of one.
+_TILE_OUT, _UNIT_IN = 128, 128
+# Microseconds on one H100, fitted to 13 numbers of rows through the products of Llama-3.1-8B: a
+# unit, each row of it more, and its square; a turn of tiles; what it costs that blocks share tiles,
+# and each block that shares one; each row, where blocks end with tiles and where they do not.
+_UNIT, _UNIT_ROW, _UNIT_SQUARE, _TURN = 0.497, 0.00214, 6.15e-6, 1.02
+_SHARED, _SHARER, _SHARED_ROW, _CUT_ROW = 3.6, 0.748, 0.0101, 0.0437
 Norm = tuple[Tensor, Tensor, float]
 
 
@@ -43,8 +44,8 @@ class Kernels:
         with torch.cuda.device(device):
             self._shared_bytes = loaded.quire_packed_shared_bytes()
         self.has_many_rows = is_hopper
-        # For each tile that is split. A launch leaves zeros, and follows the one before.
-        self._arrived = torch.zeros(4 * self._num_sms, dtype=torch.int32, device=device)
+        # For each block that begins a tile. A launch leaves zeros, and follows the one before.
+        self._arrived = torch.zeros(2 * self._num_sms, dtype=torch.int32, device=device)
 
     def takes_few_rows(self, x: Tensor, weight: TiledWeight, parts: int = 1) -> bool:
         """Answer whether `few_rows` takes these rows: they and a tile's sums have room."""
@@ -97,18 +98,20 @@ class Kernels:
         """Write the product of any number of rows into `out`; `gated` as in `few_rows`."""
         arguments = self._arguments(x, weight, bias, out)
         arguments.gated = gated
-        tile_rows, splits = plan(x.shape[0], weight.out_features, weight.in_features, self._num_sms)
-        arguments.tile_rows, arguments.splits = tile_rows, splits
-        if splits > 1:
-            tiles = _tiles(x.shape[0], weight.out_features, tile_rows)
-            shape = (tiles, splits, tile_rows, _TILE_OUT)
+        tile_rows, blocks = plan(x.shape[0], weight.out_features, weight.in_features, self._num_sms)
+        arguments.tile_rows, arguments.blocks = tile_rows, blocks
+        tiles = _tiles(x.shape[0], weight.out_features, tile_rows)
+        if blocks != tiles:
+            # A block leaves sums of the tile that it begins with; of that which it ends with too
+            # where others end with it.
+            shape = (2 if tiles < blocks else 1, blocks, tile_rows, _TILE_OUT)
             partial = torch.empty(shape, dtype=torch.float32, device=x.device)
             arguments.partial = partial.data_ptr()
             arguments.arrived = self._arrived.data_ptr()
         self._call(self._loaded.quire_packed_many_rows, arguments)
-        groups = _groups_of_a_tile(weight)
+        groups = 4 if group_shift(weight) < 7 else 1
         name = f"many_rows<{_type(x)}, {tile_rows}, {groups}>"
-        name += "(CUtensorMap_st, quire::PackedArguments)"
+        name += "(CUtensorMap_st, quire::PackedArguments, quire::Shares)"
         costs.tell(lambda: _cost(name, x, weight, out))
 
     def widen(self, weight: TiledWeight, dtype: torch.dtype) -> Tensor:
@@ -141,6 +144,7 @@ class Kernels:
             in_features=weight.in_features,
             group_shift=group_shift(weight),
             dtype=_DTYPES[x.dtype],
+            has_short_scales=weight.has_short_scales,
             num_sms=self._num_sms,
         )
 
@@ -184,26 +188,24 @@ def _tiles(rows: int, num_out: int, tile_rows: int) -> int:
 
 @functools.cache
 def plan(rows: int, num_out: int, size: int, num_sms: int) -> tuple[int, int]:
-    """Return the rows of a block's tile, and how many blocks share a tile's inputs."""
-    fitting = [n for n in library.TILE_ROWS if rows <= n]
-    chunks = size // TILE_IN
+    """Return the rows of a tile, and the blocks that share all tiles' units."""
+    fitting = [n for n in library.TILE_ROWS if rows <= n][:1]
+    units = -(-size // _UNIT_IN)
 
-    def most_splits(tile_rows: int) -> int:
-        is_full = _tiles(rows, num_out, tile_rows) > 2 * _slots(tile_rows, num_sms)
-        return 1 if is_full else min(_MAX_SPLITS, chunks)
+    def choices(tile_rows: int) -> set[int]:
+        tiles = _tiles(rows, num_out, tile_rows)
+        most = min(num_sms, tiles * units)
+        return {tiles, most, *range(2 * tiles, most + 1, tiles)}
 
     def cost(choice: tuple[int, int]) -> float:
-        tile_rows, splits = choice
-        blocks = _tiles(rows, num_out, tile_rows) * splits
-        turns = -(-blocks // _slots(tile_rows, num_sms))
-        inputs = turns * (-(-chunks // splits) + _BLOCK_COST) + _SPLIT_COST * (splits > 1) * splits
-        return inputs * (_INPUTS_COST + _ROW_COST * tile_rows)
+        tile_rows, blocks = choice
+        tiles = _tiles(rows, num_out, tile_rows)
+        unit = _UNIT + (_UNIT_ROW + _UNIT_SQUARE * tile_rows) * tile_rows
+        if blocks == tiles:
+            return -(-tiles // num_sms) * (units * unit + _TURN)
+        each = -(-tiles * units // blocks)
+        row = _CUT_ROW if blocks % tiles else _SHARED_ROW
+        return each * unit + _SHARED + _SHARER * units / each + row * tile_rows
 
-    # Two tiles of the second largest take less time than two of the largest: 384 rows.
-    sizes = fitting[:1] or library.TILE_ROWS[-2:]
-    return min(((n, s) for n in sizes for s in range(1, most_splits(n) + 1)), key=cost)
-
-
-def _slots(tile_rows: int, num_sms: int) -> int:
-    """Return how many blocks are on the GPU at one time."""
-    return num_sms * (2 if tile_rows <= 64 else 1)
+    pairs = ((n, blocks) for n in fitting or library.TILE_ROWS[4:] for blocks in choices(n))
+    return min(sorted(pairs), key=cost)

@@ -32,13 +32,15 @@ class TiledWeight:
 
     `tiles` int32 [out_features / 16, in_features / 64, 32, 4], `scales` float16
     [num_groups, out_features] and `zeros` uint8 [num_groups, out_features / 2], two a byte, the
-    first in the lower bits; the last two may be strided.
+    first in the lower bits; the last two may be strided. `has_short_scales`: bfloat16 holds all
+    scales, which takes less work in that dtype.
     """
 
     tiles: Tensor
     scales: Tensor
     zeros: Tensor
     group_size: int
+    has_short_scales: bool = False
 
     @property
     def out_features(self) -> int:
@@ -57,7 +59,13 @@ class TiledWeight:
             scales=self.scales[:, first:end],
             zeros=self.zeros[:, first // 2 : end // 2],
             group_size=self.group_size,
+            has_short_scales=self.has_short_scales,
         )
+
+
+def are_short(scales: Tensor) -> bool:
+    """Answer whether bfloat16 holds all scales, of float16. Waits for the device."""
+    return torch.equal(scales, scales.bfloat16().half())
 
 
 def why_not(out_features: int, in_features: int, group_size: int) -> str | None:

@@ -17,11 +17,13 @@ SHARED = FOLDER.parents[1] / "attention/cuda"
 LEAST_CAPABILITY = (8, 0)
 # Its products of warpgroups exist for no other GPU, older or newer.
 HOPPER = (9, 0)
-TILE_ROWS = (16, 32, 64, 96, 128, 192, 256)
+TILE_ROWS = (16, 32, 64, 96, 128, 160, 192, 224, 256)
 
 _POINTERS = "x residual norm total tiles scales zeros bias out partial arrived"
 _LONGS = "x_stride residual_stride out_stride scale_stride zero_stride"
-_INTEGERS = "rows num_out in_features group_shift dtype gated tile_rows splits num_sms all_at_once"
+_INTEGERS = (
+    "rows num_out in_features group_shift dtype gated has_short_scales tile_rows blocks num_sms"
+)
 
 
 class Arguments(ctypes.Structure):

@@ -12,9 +12,10 @@ from quire_kernels import ops
 from quire_kernels.packed import calls
 from quire_kernels.packed.layout import TILE_OUT, TiledWeight, widened
 
-# From so many rows on a wide weight and cuBLAS take less time than the codes. One H200, the four
-# products of a layer of Llama-3.1-8B: 698 us and 724 wide at 1,024 rows, 1,354 and 1,271 at 2,048.
-WIDE_ROWS = 1280
+# From so many rows on a wide weight and cuBLAS take less time than the codes. One H100, the four
+# products of a layer of Llama-3.1-8B: 1,243 us and 1,340 wide at 2,048 rows, 1,667 and 1,567 at
+# 2,304, where 14,336 inputs of them no longer fit into the L2.
+WIDE_ROWS = 2049
 # Numbers of a weight that are wide at one time: 128 MiB.
 WIDE_NUMBERS = 1 << 26
 _DTYPES = (torch.bfloat16, torch.float16)

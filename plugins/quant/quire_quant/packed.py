@@ -178,7 +178,7 @@ class PackedProduct(LayerMethod):
     def __init__(self, form: PackedForm) -> None:
         self.form = form
         self.num_orders = 0
-        self.is_tiled = False
+        self.is_tiled = self.has_short_scales = False
 
     def install(
         self,
@@ -201,6 +201,7 @@ class PackedProduct(LayerMethod):
         form = self.form
         self.is_tiled = tiled.lies_in_tiles(form, scales)
         if self.is_tiled:
+            self.has_short_scales = layout.are_short(scales)
             for name, tensor in tiled.to_tiles(form, values, scales, zeros).items():
                 layer.add_weight(name, tensor, ShardRule())
             return
@@ -225,6 +226,7 @@ class PackedProduct(LayerMethod):
             scales=layer.get_weight("scales"),
             zeros=layer.get_weight("zeros"),
             group_size=self.form.group_size,
+            has_short_scales=self.has_short_scales,
         )
 
     def _weight_on_cpu(self, layer: WeightLayer) -> on_cpu.PackedWeight:
@@ -378,21 +380,6 @@ def check_scales(layer: WeightLayer, scales: Tensor, form: PackedForm, name: str
         f"tensor {tensor_name(layer.spec, part, name)!r} gives a scale that is NaN or infinite, "
         f"at group {group} of output {output}; the file is damaged, download it again."
     )
-
-
-def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight float32 [out, in] to the nearest codes of its groups.
-
-    Returns codes uint8 [out, in], scales float16 [out, num_groups] and zeros uint8 of that shape.
-    Codes reach from a group's least to its greatest weight, zero among them.
-    """
-    groups, top = weight.unflatten(1, (-1, group_size)), 2**bits - 1
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / top).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
-    wide = scales.float()
-    zeros = (-low / wide).round().clamp(0, top)
-    codes = (groups / wide[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
-    return codes.flatten(1).to(torch.uint8), scales, zeros.to(torch.uint8)
 
 
 def settle_scales(scales: Tensor, bits: int) -> None:

@@ -1,7 +1,8 @@
-"""Round weights to whole numbers in groups of inputs, for checkpoints that are written.
+"""Round weights to whole numbers in groups of inputs, on the fly and for checkpoints.
 
-Shared by the quantizers of this package; not a plugin. Weights are float32 [outputs, inputs], seen
-as [outputs, groups, inputs of a group]; scales and zero points are float32 [outputs, groups].
+Shared by the methods and quantizers of this package; not a plugin. Weights are float32 [outputs,
+inputs], seen as [outputs, groups, inputs of a group]; scales and zero points are float32 [outputs,
+groups].
 """
 
 from __future__ import annotations
@@ -123,6 +124,24 @@ def _search_piece(groups: Tensor, own: Tensor, rounding: Rounding) -> tuple[Tens
         best = new, scales, zeros
     assert best is not None
     return best[1], best[2]
+
+
+def quantize(
+    weight: Tensor, bits: int, group_size: int, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight float32 [out, in] to the nearest codes of its groups.
+
+    Returns codes uint8 [out, in], scales float16 [out, num_groups] and zeros uint8 of that shape.
+    Codes reach from a group's least to its greatest weight, zero among them. Scales are numbers of
+    `dtype` too: products in bfloat16 take less work with those that it holds.
+    """
+    groups, top = weight.unflatten(1, (-1, group_size)), 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / top).clamp(min=torch.finfo(torch.float16).tiny).to(dtype).half()
+    wide = scales.float()
+    zeros = (-low / wide).round().clamp(0, top)
+    codes = (groups / wide[..., None]).round_().add_(zeros[..., None]).clamp_(0, top)
+    return codes.flatten(1).to(torch.uint8), scales, zeros.to(torch.uint8)
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:

@@ -11,6 +11,7 @@ from quire.errors import CheckpointError
 from quire.interfaces.quantization import EmbeddingSpec, KVCacheSpec, LinearSpec
 from quire.layers.linear import Linear
 from quire.testing import QuantizationMethodTests
+from quire_kernels.packed.layout import are_short
 from quire_quant.int4.method import Int4
 
 METHOD = Int4({})
@@ -63,6 +64,16 @@ def test_weight_is_rounded_to_nearest_in_the_largest_groups_that_fit(in_features
     assert torch.equal(
         layer.method.dequantize(layer).double(), round_weight(weight, 4, groups).weight
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_are_numbers_of_the_models_dtype(dtype: str) -> None:
+    layer = empty_layer(evolve(SPEC, dtype=dtype))
+    layer.get_weight("weight").data.normal_(generator=torch.Generator().manual_seed(0))
+
+    layer.finish_loading()
+
+    assert are_short(layer.get_weight("scales")) == (dtype == "bfloat16")
 
 
 def test_bytes_are_known_before_loading_and_the_wide_weight_has_none() -> None:

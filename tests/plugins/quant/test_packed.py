@@ -13,7 +13,8 @@ from quire.interfaces.quantization import LinearSpec
 from quire.layers.linear import Linear
 from quire_kernels.packed import product
 from quire_quant import packed, tiled
-from quire_quant.packed import PackedForm, PackedProduct, num_bytes, pack, quantize, unpack
+from quire_quant.packed import PackedForm, PackedProduct, num_bytes, pack, unpack
+from quire_quant.rounding import quantize
 
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 

@@ -12,6 +12,8 @@ constexpr int FLOAT16 = 1;
 constexpr int TILE_OUT = 16;
 constexpr int TILE_IN = 64;
 constexpr int TILE_BYTES = TILE_OUT * TILE_IN / 2;
+// Inputs of a unit of `many_rows`.
+constexpr int UNIT_IN = 2 * TILE_IN;
 
 struct PackedArguments {
     // x, residual, total [rows, in_features], out [rows, num_out]; rows may be strided.
@@ -28,7 +30,8 @@ struct PackedArguments {
     // [num_out] or null.
     const void* bias;
     void* out;
-    // Sums of splits, and how many blocks of a tile have stored theirs and gone: zeros before and after.
+    // Sums of tiles that blocks share, for each block those of two tiles; and how many blocks of a tile
+    // have stored theirs and gone: zeros before and after.
     float* partial;
     int32_t* arrived;
     // Strides in elements, of zeros in bytes.
@@ -45,12 +48,13 @@ struct PackedArguments {
     int32_t dtype;
     // The second half of the outputs is multiplied with silu of the first.
     int32_t gated;
-    // Columns of a block's tile, and how many blocks share its inputs.
+    // Whether bfloat16 holds all scales.
+    int32_t has_short_scales;
+    // Rows of a block's tile, and the blocks. Where they share tiles all of them are on the GPU at the
+    // same time.
     int32_t tile_rows;
-    int32_t splits;
+    int32_t blocks;
     int32_t num_sms;
-    // Whether all blocks of `many_rows` are on the GPU at the same time; the launch says so.
-    int32_t all_at_once;
     float eps;
 };
 

@@ -64,14 +64,19 @@ __device__ __forceinline__ typename Number<T>::Pair code_pair(uint32_t word, int
 }
 
 // A scale that pairs of codes are multiplied with, as if it were exact and rounded once: bfloat16
-// keeps 8 of float16's 11 bits, so what is left is kept apart.
+// keeps 8 of float16's 11 bits, so what is left is kept apart. IS_SHORT: nothing is left.
 template <typename T>
 struct PairScale;
 
 template <>
 struct PairScale<__half> {
+    static constexpr bool IS_SPLIT = false;
     __half2 all;
-    __device__ __forceinline__ explicit PairScale(__half scale) : all(__half2half2(scale)) {}
+    template <bool IS_SHORT>
+    static __device__ __forceinline__ PairScale of(__half scale) {
+        return {__half2half2(scale)};
+    }
+    template <bool IS_SHORT>
     __device__ __forceinline__ uint32_t times(__half2 codes) const {
         return bits_as<uint32_t>(__hmul2(codes, all));
     }
@@ -79,15 +84,21 @@ struct PairScale<__half> {
 
 template <>
 struct PairScale<__nv_bfloat16> {
-    __nv_bfloat162 most, rest;
-    __device__ __forceinline__ explicit PairScale(__half scale) {
+    static constexpr bool IS_SPLIT = true;
+    // What is kept, and what is left.
+    __nv_bfloat162 parts;
+    template <bool IS_SHORT>
+    static __device__ __forceinline__ PairScale of(__half scale) {
         const float wide = __half2float(scale);
-        const __nv_bfloat16 high = __float2bfloat16_rn(wide);
-        most = __bfloat162bfloat162(high);
-        rest = __float2bfloat162_rn(wide - __bfloat162float(high));
+        if (IS_SHORT) return {__float2bfloat162_rn(wide)};
+        const __nv_bfloat16 most = __float2bfloat16_rn(wide);
+        return {__halves2bfloat162(most, __float2bfloat16_rn(wide - __bfloat162float(most)))};
     }
+    template <bool IS_SHORT>
     __device__ __forceinline__ uint32_t times(__nv_bfloat162 codes) const {
-        return bits_as<uint32_t>(__hfma2(codes, most, __hmul2(codes, rest)));
+        const __nv_bfloat162 most = __low2bfloat162(parts);
+        if (IS_SHORT) return bits_as<uint32_t>(__hmul2(codes, most));
+        return bits_as<uint32_t>(__hfma2(codes, most, __hmul2(codes, __high2bfloat162(parts))));
     }
 };
 

@@ -14,7 +14,9 @@ cudaError_t multiply_rows_32(const PackedArguments& a, cudaStream_t stream);
 cudaError_t multiply_rows_64(const PackedArguments& a, cudaStream_t stream);
 cudaError_t multiply_rows_96(const PackedArguments& a, cudaStream_t stream);
 cudaError_t multiply_rows_128(const PackedArguments& a, cudaStream_t stream);
+cudaError_t multiply_rows_160(const PackedArguments& a, cudaStream_t stream);
 cudaError_t multiply_rows_192(const PackedArguments& a, cudaStream_t stream);
+cudaError_t multiply_rows_224(const PackedArguments& a, cudaStream_t stream);
 cudaError_t multiply_rows_256(const PackedArguments& a, cudaStream_t stream);
 #endif
 
@@ -53,7 +55,9 @@ int quire_packed_many_rows(const PackedArguments* a, void* stream) {
         case 64: return quire::multiply_rows_64(*a, on);
         case 96: return quire::multiply_rows_96(*a, on);
         case 128: return quire::multiply_rows_128(*a, on);
+        case 160: return quire::multiply_rows_160(*a, on);
         case 192: return quire::multiply_rows_192(*a, on);
+        case 224: return quire::multiply_rows_224(*a, on);
         case 256: return quire::multiply_rows_256(*a, on);
     }
 #endif

@@ -1,173 +1,120 @@
 // Products of more than a few rows on compute capability 9.0a.
 //
-// A block of 3 warpgroups makes 128 outputs of ROWS rows, of all inputs or, split, of some. The first
-// has rows of x copied into a ring in shared memory, 64 inputs at a time. The other two own 64 outputs
-// each, the rows of their products: a warp has its tiles of codes copied and makes factors of them in
-// registers, while the products with those before run; x is the other factor as it lies in shared
-// memory. Having codes copied for all, ten copies of 512 bytes or less a step, took 0.7 us a step.
-//
-// Blocks that share outputs and rows leave each other sums. Where all are on the GPU at once each adds
-// those of some rows, else the last of them to come those of all; always in their order.
+// A block of 3 warpgroups makes tiles of 128 outputs and ROWS rows, the first and the last of them from
+// some of the inputs: see shares.cuh. The first warpgroup has rows of x copied into a ring in shared memory,
+// 64 inputs at a time, from tile to tile without a pause. The other two own 64 outputs each, the rows of
+// their products: a warp has its codes copied, 128 inputs at a time, and makes factors of them in
+// registers, 64 at a time, while the products with those before run; x is the other factor as it lies in
+// shared memory. Having codes copied for all, ten copies of 512 bytes or less a step, took 0.7 us a step.
 //
 // Gated, a block makes 64 outputs of each part: the first warpgroup silu's argument, the second what
 // it is multiplied with.
 #pragma once
 
+#include "many_rows_memory.cuh"
 #include "register_products.cuh"
-#include "ring.cuh"
 
 namespace quire {
-
-template <int ROWS, int GROUPS>
-struct ManyShape {
-    static constexpr int OUTPUTS = 128;
-    static constexpr int THREADS = 384;
-    static constexpr int CONSUMERS = 256;
-    static constexpr int X_BYTES = ROWS * 128;
-    static constexpr int BLOCKS = ROWS <= 64 ? 2 : 1;
-    using Ring = TileRing<GROUPS, 8>;
-    static constexpr int RING_BYTES = CONSUMERS / 32 * Ring::BYTES;
-    static constexpr int FIT = (230000 / BLOCKS - RING_BYTES - 2048) / X_BYTES;
-    static constexpr int SLOTS = FIT < 8 ? FIT : 8;
-    // The last 1,024 are for the alignment of the first slot.
-    static constexpr int SHARED_BYTES = SLOTS * X_BYTES + RING_BYTES + 256 + 1024;
-    // Numbers between two rows of the output in shared memory, so that banks differ.
-    static constexpr int OUT_STRIDE = OUTPUTS + 8;
-    static_assert(ROWS * OUT_STRIDE * 2 <= SLOTS * X_BYTES, "the output takes the slots' place");
-};
-
-template <typename Shape>
-struct ManyMemory {
-    uint8_t *x, *rings;
-    uint64_t *full, *empty;
-    int* is_last;
-
-    __device__ __forceinline__ explicit ManyMemory(uint8_t* raw) {
-        x = raw + (1024 - (shared_address(raw) & 1023)) % 1024;
-        rings = x + Shape::SLOTS * Shape::X_BYTES;
-        full = reinterpret_cast<uint64_t*>(rings + Shape::RING_BYTES);
-        empty = full + Shape::SLOTS;
-        is_last = reinterpret_cast<int*>(empty + Shape::SLOTS);
-    }
-};
-
-// What a block works on: 128 outputs (gated, from `output` of each part 64), ROWS rows and the tiles
-// of inputs [first, end).
-struct ManyPlace {
-    int output, row, first, end, number;
-
-    // The first of 16 outputs, by their number in the block, and whether there are any.
-    __device__ __forceinline__ int first_of(const PackedArguments& a, int tile) const {
-        if (!a.gated) return output + tile * TILE_OUT;
-        return tile / 4 * (a.num_out / 2) + output + tile % 4 * TILE_OUT;
-    }
-
-    __device__ __forceinline__ bool has(const PackedArguments& a, int tile) const {
-        return a.gated ? output + tile % 4 * TILE_OUT < a.num_out / 2
-                       : output + tile * TILE_OUT < a.num_out;
-    }
-
-    template <int ROWS>
-    static __device__ __forceinline__ ManyPlace of(const PackedArguments& a) {
-        const int row_tiles = (a.rows + ROWS - 1) / ROWS;
-        const int number = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
-        const int chunks = a.in_features / TILE_IN;
-        return {number / row_tiles * (a.gated ? 64 : 128), number % row_tiles * ROWS,
-                int(int64_t(chunks) * split / a.splits),
-                int(int64_t(chunks) * (split + 1) / a.splits), number};
-    }
-};
-
-__device__ __forceinline__ void copy_rows(void* to, const CUtensorMap* map, int column, int row,
-                                          uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
-        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
-        : "memory");
-}
-
-// Have all rows of a block copied, by one thread.
-template <typename Shape>
-__device__ __forceinline__ void copy_all(const CUtensorMap* map, const ManyMemory<Shape>& memory,
-                                         const ManyPlace& place) {
-    int slot = 0, parity = 1;
-    for (int chunk = place.first; chunk < place.end; ++chunk) {
-        barrier_wait(&memory.empty[slot], parity);
-        barrier_expect(&memory.full[slot], Shape::X_BYTES);
-        copy_rows(memory.x + slot * Shape::X_BYTES, map, chunk * TILE_IN, place.row,
-                  &memory.full[slot]);
-        if (++slot == Shape::SLOTS) slot = 0, parity ^= 1;
-    }
-}
 
 template <typename T, int ROWS, int GROUPS>
 struct ManyConsumer {
     using Shape = ManyShape<ROWS, GROUPS>;
     using Ring = typename Shape::Ring;
     using N = Number<T>;
+    static constexpr int AHEAD = Ring::AHEAD;
     const PackedArguments& a;
+    const Shares& shares;
     const ManyMemory<Shape>& memory;
-    const ManyPlace& place;
     const int thread, tile, lane;
     Ring ring;
     float sums[ROWS / 2];
-    int slot = 0, parity = 0, fetched;
-    // Eights of rows that this block writes.
-    int first_eight = 0, end_eight = ROWS / 8;
-    const bool has_outputs;
+    int slot = 0, parity = 0;
+    // The slot of x that the products on their way read.
+    uint64_t* before;
+    // The scales and zero points of the outputs lane / 4 and lane / 4 + 8 in the group that is next.
+    PairScale<T> scales[2];
+    uint32_t offsets[2];
+    // Which unit is asked for next: its number in its tile, and how many are left with it.
+    int number, left;
+    // What is written: where it begins, and which eights of rows.
+    ManyPlace place;
+    int first_eight, end_eight;
 
     // The first tiles are on their way while the kernel before ends.
-    __device__ __forceinline__ ManyConsumer(const PackedArguments& a,
-                                            const ManyMemory<Shape>& memory,
-                                            const ManyPlace& place)
+    __device__ __forceinline__ ManyConsumer(const PackedArguments& a, const Shares& shares,
+                                            const ManyMemory<Shape>& memory, const Units& units)
         : a(a),
+          shares(shares),
           memory(memory),
-          place(place),
           thread(threadIdx.x - 128),
           tile(thread / 32),
           lane(thread % 32),
           ring(a, memory.rings + tile * Ring::BYTES, lane),
-          fetched(place.first),
-          has_outputs(place.has(a, tile)) {
-        ring.go_to(a, has_outputs ? place.first_of(a, tile) / TILE_OUT : 0);
-        for (int i = 0; i < Ring::BYTES / Ring::SLOT_BYTES - 1; ++i) fetch();
+          before(memory.unused),
+          number(units.number),
+          left(units.left) {
+        go_to_codes();
+#pragma unroll 1
+        for (int i = 0; i < AHEAD; ++i) fetch();
+    }
+
+    // Of the next tile. Numbers that few need are found again: registers are few.
+    __device__ __forceinline__ void go_to_codes() {
+        const int which = (shares.first_of(blockIdx.x + 1) - left) / shares.units_of_tile;
+        const ManyPlace next(a, shares, which, ROWS);
+        // Where a warp has no outputs it makes others that nobody writes.
+        ring.go_to(a, next.has(a, tile) ? next.first_of(a, tile) / TILE_OUT : 0);
     }
 
     __device__ __forceinline__ void fetch() {
-        const bool is_wanted = fetched < place.end && has_outputs;
-        ring.fetch(is_wanted ? fetched : 0, is_wanted);
-        ++fetched;
+        ring.fetch(number, left > 0);
+        --left;
+        if (++number == shares.units_of_tile) {
+            number = 0;
+            go_to_codes();
+        }
     }
 
-    // Make the 4 factors of each of 4 products of the next tile's codes.
-    __device__ __forceinline__ void widen(uint32_t (&factors)[16]) {
+    // Have the next unit's codes ready, and ask for another's.
+    __device__ __forceinline__ void take() {
         ring.wait();
         fetch();
-        const uint4 codes = ring.codes();
-        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const PairScale<T> scales[2] = {PairScale<T>(ring.scale(group, 0)),
-                                            PairScale<T>(ring.scale(group, 1))};
-            const uint32_t offsets[2] = {ring.template offset<T>(group, 0),
-                                         ring.template offset<T>(group, 1)};
-#pragma unroll
-            for (int step = group * 4 / GROUPS; step < (group + 1) * 4 / GROUPS; ++step) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    factors[4 * step + i] =
-                        scales[i % 2].times(code_pair<T>(words[step], i, offsets[i % 2]));
-                }
-            }
-        }
-        ring.advance();
+        // The slot that is filled next is the oldest one's.
+        ring.head = ring.tail;
     }
 
-    // Multiply with the slot's x; when the products before have ended, free their slot and widen the
-    // next tile's codes into their factors.
-    __device__ __forceinline__ void advance(int chunk, uint32_t (&own)[16],
-                                            uint32_t (&other)[16]) {
+    template <bool IS_SHORT>
+    __device__ __forceinline__ void read_group(int group) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            scales[i] = PairScale<T>::template of<IS_SHORT>(ring.scale(group, i));
+            offsets[i] = ring.template offset<T>(group, i);
+        }
+    }
+
+    // Make the 4 factors of each of 4 products of the codes of half a unit: the first of the next one, or
+    // the second of that.
+    template <bool IS_SHORT>
+    __device__ __forceinline__ void widen(int half, uint32_t (&factors)[16]) {
+        if (half == 0) take();
+        const uint4 codes = ring.codes(half);
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        if (GROUPS == 1 && half == 0) read_group<IS_SHORT>(0);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            if (GROUPS == 4 && step % 2 == 0) read_group<IS_SHORT>(2 * half + step / 2);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const auto codes = code_pair<T>(words[step], i, offsets[i % 2]);
+                factors[4 * step + i] = scales[i % 2].template times<IS_SHORT>(codes);
+            }
+        }
+    }
+
+    // Multiply with the next slot's x; when the products before have ended, free their slot and make
+    // factors of half a unit where theirs were: the second of the current unit, or the first of the next.
+    template <bool IS_SHORT, int HALF>
+    __device__ __forceinline__ void advance(const uint32_t (&own)[16], uint32_t (&other)[16]) {
         const uint64_t x = matrix_at(memory.x + slot * Shape::X_BYTES, 16, 1024);
         barrier_wait(&memory.full[slot], parity);
         pin(sums);
@@ -180,80 +127,106 @@ struct ManyConsumer {
         products_wait<1>();
 #pragma unroll
         for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(other[i])::"memory");
-        if (chunk > place.first && lane == 0) {
-            barrier_arrive(&memory.empty[slot == 0 ? Shape::SLOTS - 1 : slot - 1]);
-        }
+        if (lane == 0) barrier_arrive(before);
+        before = &memory.empty[slot];
         if (++slot == Shape::SLOTS) slot = 0, parity ^= 1;
-        if (chunk + 1 < place.end) widen(other);
+        widen<IS_SHORT>(HALF, other);
     }
 
-    __device__ __forceinline__ void multiply_all() {
+    // Multiply the next `count` units. The factors of their first half are there, and then those of the
+    // unit behind them.
+    template <bool IS_SHORT>
+    __device__ __forceinline__ void multiply(int count, uint32_t (&first)[16]) {
+        uint32_t second[16] = {};
 #pragma unroll
         for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.0f;
-        uint32_t even[16], odd[16] = {};
-        widen(even);
-        int chunk = place.first;
-        for (; chunk + 1 < place.end; chunk += 2) {
-            advance(chunk, even, odd);
-            advance(chunk + 1, odd, even);
+#pragma unroll 1
+        for (; count > 0; --count) {
+            advance<IS_SHORT, 1>(first, second);
+            advance<IS_SHORT, 0>(second, first);
         }
-        if (chunk < place.end) advance(chunk, even, odd);
         products_wait<0>();
         pin(sums);
     }
 
-    // Leave the sums to the others, and replace those of the rows that this block writes by all
-    // blocks'. Returns whether there are such rows.
-    __device__ __forceinline__ bool gather() {
-        const int64_t all = int64_t(place.number) * a.splits;
-        float4* partial = reinterpret_cast<float4*>(a.partial);
-        const auto at = [&](int split, int i) {
-            return partial + ((all + split) * (ROWS / 8) + i) * Shape::CONSUMERS + thread;
-        };
-        const int split = blockIdx.x % a.splits;
-        if (a.all_at_once) {
-            first_eight = ROWS / 8 * split / a.splits;
-            end_eight = ROWS / 8 * (split + 1) / a.splits;
+    // The next unit to multiply: its first half's codes are factors already.
+    __device__ __forceinline__ int next_unit() const {
+        return shares.first_of(blockIdx.x + 1) - (left + AHEAD + 1);
+    }
+
+    // Make all of the block's tiles.
+    __device__ __forceinline__ void work() {
+        const bool is_short = !PairScale<T>::IS_SPLIT || a.has_short_scales;
+        uint32_t factors[16];
+        widen<false>(0, factors);
+        wait_for_previous();
+        const int end = shares.first_of(blockIdx.x + 1);
+        for (int unit = next_unit(); unit < end; unit = next_unit()) {
+            const int which = unit / shares.units_of_tile;
+            const int count = min(end, (which + 1) * shares.units_of_tile) - unit;
+            if (is_short) {
+                multiply<true>(count, factors);
+            } else {
+                multiply<false>(count, factors);
+            }
+            finish(which);
         }
+    }
+
+    // Write a tile, or this block's rows of it if it was made by several.
+    __device__ __forceinline__ void finish(int which) {
+        place = ManyPlace(a, shares, which, ROWS);
+        first_eight = 0;
+        end_eight = (min(ROWS, a.rows - place.row) + 7) / 8;
+        const TileShares of = shares.of_tile(which, blockIdx.x);
+        if (of.end - of.first == 1 || gather(of)) write();
+    }
+
+    // Leave sums to the others of a tile, and replace those of the rows that this block writes by all
+    // blocks'. Returns whether there are such rows.
+    __device__ __forceinline__ bool gather(const TileShares& of) {
+        float4* partial = reinterpret_cast<float4*>(a.partial);
+        const auto at = [&](int block) {
+            const int64_t place = shares.place_of(of, block);
+            return partial + place * (ROWS / 8) * Shape::CONSUMERS + thread;
+        };
+        const int writers = of.end_writer - of.first, own = blockIdx.x - of.first;
+        const bool is_writer = own < writers;
+        const int eights = end_eight;
+        first_eight = is_writer ? eights * own / writers : 0;
+        end_eight = is_writer ? eights * (own + 1) / writers : 0;
+        float4* to = at(blockIdx.x);
 #pragma unroll
         for (int i = 0; i < ROWS / 8; ++i) {
-            if (a.all_at_once && i >= first_eight && i < end_eight) continue;
-            __stcg(at(split, i), make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2],
-                                             sums[4 * i + 3]));
+            if (i >= eights || (i >= first_eight && i < end_eight)) continue;
+            __stcg(to + i * Shape::CONSUMERS, make_float4(sums[4 * i], sums[4 * i + 1],
+                                                          sums[4 * i + 2], sums[4 * i + 3]));
         }
-        __threadfence();
+        memory_fence();
         consumers_meet();
-        int* arrived = a.arrived + place.number;
+        int* arrived = a.arrived + of.first;
         if (thread == 0) {
-            const int before = atomicAdd(arrived, 1);
-            *memory.is_last = a.all_at_once || before == a.splits - 1;
-            if (a.all_at_once) {
-                while (*static_cast<volatile int*>(arrived) < a.splits) {
+            atomicAdd(arrived, 1);
+            if (is_writer) {
+                const int all = of.end - of.first;
+                while (*static_cast<volatile int*>(arrived) < all) {
                 }
                 // Who leaves last makes it zero again.
-                if (atomicAdd(arrived, 1) == 2 * a.splits - 1) *arrived = 0;
-            } else if (before == a.splits - 1) {
-                *arrived = 0;
+                if (atomicAdd(arrived, 1) == all + writers - 1) *arrived = 0;
             }
         }
+        if (!is_writer) return false;
         consumers_meet();
-        if (!*memory.is_last) return false;
-        __threadfence();
-        // The order of the sum must not depend on who came last.
-        if (!a.all_at_once) {
-#pragma unroll
-            for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.0f;
-        }
-        for (int other = 0; other < a.splits; ++other) {
-            if (a.all_at_once && other == split) continue;
-            add_sums(at(other, 0));
+        memory_fence();
+        for (int other = of.first; other < of.end; ++other) {
+            if (other != blockIdx.x) add_sums(at(other));
         }
         return first_eight < end_eight;
     }
 
     // Add a block's sums of the rows that this block writes; several are on their way at a time.
     __device__ __forceinline__ void add_sums(const float4* from) {
-        constexpr int BATCH = ROWS % 64 == 0 ? 8 : ROWS % 32 == 0 ? 4 : 2;
+        constexpr int BATCH = ROWS <= 128 ? ROWS / 8 : ROWS == 256 ? 8 : ROWS / 16;
         static_assert(ROWS / 8 % BATCH == 0, "whole batches");
 #pragma unroll
         for (int first = 0; first < ROWS / 8; first += BATCH) {
@@ -277,6 +250,11 @@ struct ManyConsumer {
         }
     }
 
+    // What this thread wrote before is there for whoever sees what it writes after; not all in one order.
+    static __device__ __forceinline__ void memory_fence() {
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    }
+
     static __device__ __forceinline__ void consumers_meet() {
         asm volatile("bar.sync 1, 256;" ::: "memory");
     }
@@ -284,30 +262,44 @@ struct ManyConsumer {
     // Turn the output round in shared memory, so that rows of it are written 16 bytes at a time.
     __device__ __forceinline__ void write() {
         const int output = place.first_of(a, tile) + lane / 4;
-        if (a.bias != nullptr && has_outputs) {
+        if (a.bias != nullptr && place.has(a, tile)) {
             const T* bias = static_cast<const T*>(a.bias) + output;
             const float low = N::wide(bias[0]), high = N::wide(bias[8]);
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) sums[i] += i & 2 ? high : low;
         }
-        T* turned = reinterpret_cast<T*>(memory.x);
-        consumers_meet();
+        T* turned = reinterpret_cast<T*>(memory.turned);
         const int row = lane / 16 * 8 + lane % 8;
         const uint32_t to = shared_address(turned + row * Shape::OUT_STRIDE + tile * TILE_OUT +
                                            lane / 8 % 2 * 8);
+        // Rows are written by the same instructions each time: they are many, and used once a tile.
+#pragma unroll 1
+        for (int first = 0; first < ROWS; first += Shape::TURNED) {
+            if (8 * first_eight >= first + Shape::TURNED || 8 * end_eight <= first) continue;
+            consumers_meet();
 #pragma unroll
-        for (int i = 0; i < ROWS / 16; ++i) {
-            const float* four = sums + 8 * i;
-            asm volatile(
-                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                    to + i * 16 * Shape::OUT_STRIDE * 2),
-                "r"(N::pack(four[0], four[1])), "r"(N::pack(four[2], four[3])),
-                "r"(N::pack(four[4], four[5])), "r"(N::pack(four[6], four[7]))
-                : "memory");
+            for (int i = 0; i < ROWS / 16; ++i) {
+                if (i * 16 / Shape::TURNED * Shape::TURNED == first) turn(to, i);
+            }
+            consumers_meet();
+            write_turned(turned, first);
         }
-        consumers_meet();
+    }
+
+    __device__ __forceinline__ void turn(uint32_t to, int sixteen) {
+        const float* four = sums + 8 * sixteen;
+        asm volatile(
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                to + sixteen % (Shape::TURNED / 16) * 16 * Shape::OUT_STRIDE * 2),
+            "r"(N::pack(four[0], four[1])), "r"(N::pack(four[2], four[3])),
+            "r"(N::pack(four[4], four[5])), "r"(N::pack(four[6], four[7]))
+            : "memory");
+    }
+
+    // Write rows that lie turned round, from the tile's row number `first` on.
+    __device__ __forceinline__ void write_turned(const T* turned, int first) {
         if (a.gated) {
-            write_rows<Shape::OUTPUTS / 16>(turned, a.num_out / 2, [](const T* from) {
+            write_rows<Shape::OUTPUTS / 16>(turned, first, a.num_out / 2, [](const T* from) {
                 uint4 found = *reinterpret_cast<const uint4*>(from);
                 const uint4 factors = *reinterpret_cast<const uint4*>(from + Shape::OUTPUTS / 2);
                 T* values = reinterpret_cast<T*>(&found);
@@ -321,57 +313,57 @@ struct ManyConsumer {
                 return found;
             });
         } else {
-            write_rows<Shape::OUTPUTS / 8>(turned, a.num_out, [](const T* from) {
+            write_rows<Shape::OUTPUTS / 8>(turned, first, a.num_out, [](const T* from) {
                 return *reinterpret_cast<const uint4*>(from);
             });
         }
     }
 
-    // Write this block's rows, of VECTORS vectors of eight outputs each, which `take` reads.
+    // Write VECTORS vectors of eight outputs of each row, which `take` reads.
     template <int VECTORS, typename Take>
-    __device__ __forceinline__ void write_rows(const T* turned, int num_out, Take take) {
-        const int column = thread % VECTORS * 8, first = place.output + column;
-        const int end = min(8 * end_eight, a.rows - place.row);
-        if (first >= num_out) return;
-        T* out = static_cast<T*>(a.out) + place.row * a.out_stride + first;
-        for (int n = 8 * first_eight + thread / VECTORS; n < end; n += Shape::CONSUMERS / VECTORS) {
+    __device__ __forceinline__ void write_rows(const T* turned, int first, int num_out, Take take) {
+        const int column = thread % VECTORS * 8, output = place.output + column;
+        const int begin = max(8 * first_eight, first);
+        const int end = min(min(8 * end_eight, first + Shape::TURNED), a.rows - place.row);
+        if (output >= num_out) return;
+        T* out = static_cast<T*>(a.out) + place.row * a.out_stride + output;
+#pragma unroll 1
+        for (int n = begin + thread / VECTORS; n < end; n += Shape::CONSUMERS / VECTORS) {
             *reinterpret_cast<uint4*>(out + n * a.out_stride) =
-                take(turned + n * Shape::OUT_STRIDE + column);
+                take(turned + (n - first) * Shape::OUT_STRIDE + column);
         }
     }
 };
 
-// GROUPS: how many groups of inputs a tile crosses.
+// GROUPS: how many groups of inputs a unit has place for.
 template <typename T, int ROWS, int GROUPS>
-__global__ void __launch_bounds__(ManyShape<ROWS, GROUPS>::THREADS,
-                                  ManyShape<ROWS, GROUPS>::BLOCKS)
-    many_rows(const __grid_constant__ CUtensorMap map, const PackedArguments a) {
+__global__ void __launch_bounds__(ManyShape<ROWS, GROUPS>::THREADS, 1)
+    many_rows(const __grid_constant__ CUtensorMap map, const __grid_constant__ PackedArguments a,
+              const __grid_constant__ Shares shares) {
     using Shape = ManyShape<ROWS, GROUPS>;
     extern __shared__ uint8_t shared[];
     let_next_begin();
     const ManyMemory<Shape> memory(shared);
-    const ManyPlace place = ManyPlace::of<ROWS>(a);
+    const Units units = shares.of_block(blockIdx.x);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::SLOTS; ++i) {
             barrier_init(&memory.full[i], 1);
             barrier_init(&memory.empty[i], Shape::CONSUMERS / 32);
         }
+        barrier_init(memory.unused, Shape::CONSUMERS / 32);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fence_async_proxy();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        give_registers<Shape::BLOCKS == 2 ? 40 : 24>();
+        const int row = ManyPlace(a, shares, units.tile, ROWS).row;
+        give_registers<24>();
         wait_for_previous();
-        if (threadIdx.x == 0) copy_all<Shape>(&map, memory, place);
+        if (threadIdx.x == 0) copy_all<Shape, ROWS>(&map, memory, a, units, row);
         return;
     }
-    take_registers<Shape::BLOCKS == 2 ? 96 : 240>();
-    ManyConsumer<T, ROWS, GROUPS> consumer(a, memory, place);
-    wait_for_previous();
-    consumer.multiply_all();
-    if (a.splits > 1 && !consumer.gather()) return;
-    consumer.write();
+    take_registers<240>();
+    ManyConsumer<T, ROWS, GROUPS>(a, shares, memory, units).work();
 }
 
 }  // namespace quire

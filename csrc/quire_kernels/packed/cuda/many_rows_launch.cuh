@@ -37,23 +37,18 @@ cudaError_t launch_many(const PackedArguments& a, cudaStream_t stream) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  Shape::SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    // Gated, a block makes half as many of half the outputs.
-    const int outputs = Shape::OUTPUTS / (a.gated ? 2 : 1), num_out = a.num_out / (a.gated ? 2 : 1);
-    const int out_tiles = (num_out + outputs - 1) / outputs;
-    const dim3 grid(out_tiles * ((a.rows + ROWS - 1) / ROWS) * a.splits);
-    PackedArguments given = a;
-    given.all_at_once = int(grid.x) <= Shape::BLOCKS * a.num_sms;
-    return launch_overlapping(kernel, grid, Shape::THREADS, Shape::SHARED_BYTES, stream, map, given);
+    return launch_overlapping(kernel, dim3(a.blocks), Shape::THREADS, Shape::SHARED_BYTES, stream, map,
+                              a, Shares(a, ROWS));
 }
 
 template <int ROWS>
 cudaError_t launch_many_of(const PackedArguments& a, cudaStream_t stream) {
-    const bool crosses = a.group_shift == 5;
+    const bool crosses = a.group_shift < 7;
     if (a.dtype == BFLOAT16) {
-        return crosses ? launch_many<__nv_bfloat16, ROWS, 2>(a, stream)
+        return crosses ? launch_many<__nv_bfloat16, ROWS, 4>(a, stream)
                        : launch_many<__nv_bfloat16, ROWS, 1>(a, stream);
     }
-    return crosses ? launch_many<__half, ROWS, 2>(a, stream)
+    return crosses ? launch_many<__half, ROWS, 4>(a, stream)
                    : launch_many<__half, ROWS, 1>(a, stream);
 }
 

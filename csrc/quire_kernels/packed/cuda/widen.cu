@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(32 * WIDEN_WARPS) widen(const PackedArguments 
         for (int side = 0; side < 2; ++side) {
             const int input = chunk * TILE_IN + side * 32 * (GROUPS - 1);
             const int group = input >> a.group_shift;
-            const PairScale<T> scale(
+            const auto scale = PairScale<T>::template of<false>(
                 bits_as<__half>(a.scales[group * a.scale_stride + output]));
             const uint32_t zero = a.zeros[group * a.zero_stride + output / 2] >> output % 2 * 4;
             const uint32_t offset = offset_of<T>(zero & 15);
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(32 * WIDEN_WARPS) widen(const PackedArguments 
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t word = words[2 * side + i / 2];
-                pairs[i] = scale.times(code_pair<T>(word, h + i % 2 * 2, offset));
+                pairs[i] = scale.template times<false>(code_pair<T>(word, h + i % 2 * 2, offset));
             }
             pieces[h][side] = transposed_in_quad(pairs, lane);
         }

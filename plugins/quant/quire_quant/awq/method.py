@@ -34,10 +34,10 @@ from quire_quant.packed import (
     check_scales,
     pack,
     part_names,
-    quantize,
     settle_scales,
     unpack,
 )
+from quire_quant.rounding import quantize
 
 BITS = 4
 WORD = 8  # codes in an int32

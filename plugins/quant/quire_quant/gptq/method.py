@@ -21,7 +21,8 @@ from quire.interfaces.quantization import (
 from quire_quant.config_values import multiple_needed
 from quire_quant.gptq.product import GptqProduct
 from quire_quant.gptq.settings import GptqSettings, ModuleSettings, only_settings
-from quire_quant.packed import PackedForm, pack, part_names, quantize
+from quire_quant.packed import PackedForm, pack, part_names
+from quire_quant.rounding import quantize
 
 
 class Gptq(QuantizationMethod):

@@ -14,7 +14,8 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_quant.config_values import multiple_needed
-from quire_quant.packed import PackedForm, PackedProduct, check_scales, num_bytes, pack, quantize
+from quire_quant.packed import PackedForm, PackedProduct, check_scales, num_bytes, pack
+from quire_quant.rounding import quantize
 
 BITS = 4
 GROUP_SIZES = (128, 64, 32, 16)
@@ -49,7 +50,9 @@ class Int4Product(PackedProduct):
         scales = weight.new_empty(groups, rows, dtype=torch.float16)
         zeros = weight.new_empty(groups, rows, dtype=torch.uint8)
         for outputs in form.pieces():
-            rounded = quantize(weight[outputs].float(), BITS, form.group_size)
+            rounded = quantize(
+                weight[outputs].float(), BITS, form.group_size, getattr(torch, form.dtype)
+            )
             values[outputs] = pack(rounded[0], BITS)
             scales[:, outputs], zeros[:, outputs] = rounded[1].T, rounded[2].T
         check_scales(layer, scales, form, "weight")

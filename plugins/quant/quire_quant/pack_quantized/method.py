@@ -23,7 +23,8 @@ from quire_quant import compressed
 from quire_quant.config_values import group_size_of, multiple_needed
 from quire_quant.module_names import part_names
 from quire_quant.pack_quantized.product import PackQuantizedProduct
-from quire_quant.packed import PackedForm, pack, quantize
+from quire_quant.packed import PackedForm, pack
+from quire_quant.rounding import quantize
 
 FORMAT = "pack-quantized"
 BITS = (4, 8)
