@@ -172,6 +172,7 @@ class Starter:
             draw_weights(model, seed=self.config.device.seed)
         else:
             load_weights(model, self.prepared.checkpoint)
+            model.finish_loading()
 
     def _set_scales(self, model: Model, layout: Layout, source: str) -> None:
         checkpoint = self.prepared.checkpoint
