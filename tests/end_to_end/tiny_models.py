@@ -48,7 +48,7 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
 SPECIAL: dict[str, dict[str, Any]] = {
     "AXK1ForCausalLM": LATENT,
     "AXK2ForCausalLM": LATENT,
-    "BailingHybridForCausalLM": {"layer_group_size": 2},
+    "BailingHybridForCausalLM": {"layer_group_size": 2, "num_experts_per_tok": 2, "n_group": 2},
     "BambaForCausalLM": MAMBA,
     "BertGenerationDecoder": DECODER,
     "BertLMHeadModel": DECODER,

@@ -14,8 +14,8 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
-from quire.errors import ConfigError
 from quire.interfaces.model import AttentionOptions
+from quire_models.transformers.config import Refusal
 
 ATTENTION = "quire"
 SEEN = "quire_seen"
@@ -53,13 +53,13 @@ class Mask:
     is_served: bool = True
 
     def _refuse(self, *_given: Any, **_more: Any) -> Any:
-        raise ConfigError(OWN_MASK)
+        raise Refusal(OWN_MASK)
 
     __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = __getattr__ = _refuse
 
     @classmethod
     def __torch_function__(cls, *_given: Any, **_more: Any) -> Any:
-        raise ConfigError(OWN_MASK)
+        raise Refusal(OWN_MASK)
 
 
 @frozen(kw_only=True)
@@ -112,7 +112,7 @@ def described_mask(mask_function: Callable[..., Tensor], **_given: Any) -> Mask:
     with torch.device("cpu"):  # the class itself runs on `meta`
         try:
             return Mask(_window_of(mask_function))
-        except ConfigError:
+        except Refusal:
             return Mask(None, is_served=False)
 
 
@@ -133,7 +133,7 @@ def _window_of(mask_function: Callable[..., Tensor]) -> int | None:
         distance = query - keys
         wanted = (distance >= 0) & (distance < first)
         if not torch.equal(_sees(mask_function, query, keys), wanted):
-            raise ConfigError(NO_WINDOW)
+            raise Refusal(NO_WINDOW)
     return None if first == FAR else first
 
 
@@ -143,7 +143,7 @@ def _sees(mask_function: Callable[..., Tensor], query: int, keys: Tensor) -> Ten
         found = mask_function(zero, zero, torch.tensor(query), keys)
         return torch.as_tensor(found).bool().expand(keys.shape)
     except Exception as error:
-        raise ConfigError(NO_WINDOW) from error
+        raise Refusal(NO_WINDOW) from error
 
 
 @contextlib.contextmanager
@@ -172,7 +172,7 @@ def register() -> None:
 
 
 def look_at(net: Any, decoder: Any, look: Look) -> None:
-    """Run a class on `meta`, and write down what its layers ask. Raises: ConfigError."""
+    """Run a class on `meta`, and write down what its layers ask. Raises: Refusal."""
     hooks = []
     for name, module in net.named_modules():
         bind(module, partial(_look, look, name, module))
@@ -192,7 +192,7 @@ def look_at(net: Any, decoder: Any, look: Look) -> None:
 def check_cache(net: Any, look: Look, max_len: int) -> None:
     """Compare windows with those of Transformers' own cache, which forgets what leaves them.
 
-    Raises: ConfigError where it forgets what a mask still shows, and sequences get that long.
+    Raises: Refusal where it forgets what a mask still shows, and sequences get that long.
     """
     from transformers import DynamicCache
 
@@ -204,7 +204,7 @@ def check_cache(net: Any, look: Look, max_len: int) -> None:
         forgets = getattr(kept[index], "sliding_window", None)
         window = look.layers[name][0].options.sliding_window or FAR
         if isinstance(forgets, int) and forgets < min(window, max_len):
-            raise ConfigError(
+            raise Refusal(
                 f"has a sliding_window of {forgets} that only the cache of Transformers keeps to, "
                 f"not its mask; --max-model-len {forgets} does without it"
             )
@@ -230,20 +230,22 @@ def _look(
     window = options.get("sliding_window")
     if isinstance(mask, Mask):
         if not mask.is_served:
-            raise ConfigError(NO_WINDOW)
+            raise Refusal(NO_WINDOW)
         window = mask.window
     elif mask is not None:
-        raise ConfigError(f"has {type(module).__name__}, which adds a bias to scores.")
+        raise Refusal(f"has {type(module).__name__}, which adds a bias to scores.")
     else:
         is_causal = options.get("is_causal")
         if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
-            raise ConfigError(f"has {name}, which sees what comes after a token.")
+            raise Refusal(f"has {name}, which sees what comes after a token.")
+        if window is not None:
+            raise Refusal(f"has {name} with a sliding_window that its mask does not show.")
     for unknown, given in options.items():
         if given is not None and given is not False and unknown not in HARMLESS:
-            raise ConfigError(f"has {name} with {unknown!r}, which is not passed on.")
+            raise Refusal(f"has {name} with {unknown!r}, which is not passed on.")
     scale, sinks = options.get("scaling"), options.get("s_aux")
     if sinks is not None and sinks.numel() != num_heads:
-        raise ConfigError(f"has {name} with {sinks.numel()} sinks for {num_heads} heads.")
+        raise Refusal(f"has {name} with {sinks.numel()} sinks for {num_heads} heads.")
     asked = AttentionOptions(
         layer_index=look.num_calls,
         num_heads=num_heads,
@@ -263,9 +265,9 @@ def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     of_tokens = all(len(s) == 4 and (s[0], s[2]) == (1, NUM_TOKENS) for s in shapes)
     if not of_tokens or key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
         found = ", ".join(str(list(shape)) for shape in shapes)
-        raise ConfigError(
+        raise Refusal(
             f"has {name}, which attends with other than one query, key and value a token and head: "
             f"{found} for {NUM_TOKENS} tokens."
         )
     if query.shape[1] % key.shape[1]:
-        raise ConfigError(f"has {name} with {query.shape[1]} heads for {key.shape[1]} of keys.")
+        raise Refusal(f"has {name} with {query.shape[1]} heads for {key.shape[1]} of keys.")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quire.errors import ConfigError
+from quire_models.transformers.config import Refusal
 
 # Shares of the logits' spread that rounding may make, in 16 bits and in more: in another order, and
 # in steps of other sizes, where rounded inputs of quantized products may fall to the other side.
@@ -46,15 +46,15 @@ def takes_embeddings(own: Own, ours: Ours, vocab_size: int, device: torch.device
 def check_tokens_alone(own: Own, ours: Ours, vocab_size: int, device: torch.device) -> None:
     """Compare what a class makes of a prompt with what Quire lets it make of the same tokens.
 
-    Raises: ConfigError where they differ.
+    Raises: Refusal where they differ.
     """
     ids, positions = _tokens(vocab_size, device)
     order = torch.tensor(ORDER, device=device)
     plain = own(ids)
     if _error(plain, ours(ids, positions)) > _allowed(plain):
-        raise ConfigError("counts positions otherwise than from 0 on.")
+        raise Refusal("counts positions otherwise than from 0 on.")
     if _error(plain[order], ours(ids[order], positions[order])) > _allowed(plain):
-        raise ConfigError(
+        raise Refusal(
             "sees other tokens than through attention (a state, a convolution, an average), or "
             "counts positions by itself."
         )
@@ -78,13 +78,24 @@ def check_cache(
     """Compare a class with itself: a prompt at once, and token by token with its own cache.
 
     `whole(token_ids)` gives logits [num_tokens, vocab_size], and `cached(token_ids, n)` those of a
-    prompt of n tokens and then of one after another. Raises: ConfigError where they differ: Quire
+    prompt of n tokens and then of one after another. Raises: Refusal where they differ: Quire
     serves what the class makes without its cache, `generate` what it makes with it.
     """
     ids, _ = _tokens(vocab_size, device)
     plain = whole(ids)
     if _error(plain, cached(ids, len(ORDER) // 2)) > _allowed(plain, NARROW_DRIFT, WIDE_DRIFT):
-        raise ConfigError("makes other tokens with its own cache than without one")
+        raise Refusal("makes other tokens with its own cache than without one")
+
+
+def check_attention(whole: Own, ours: Ours, vocab_size: int, device: torch.device) -> None:
+    """Compare a class's own attention with what it was seen to ask for, written out as a formula.
+
+    Raises: Refusal where they differ.
+    """
+    ids, positions = _tokens(vocab_size, device)
+    plain = whole(ids)
+    if _error(plain, ours(ids, positions)) > _allowed(plain):
+        raise Refusal("attends otherwise than by what it asks of its attention function")
 
 
 def _error(expected: Tensor, found: Tensor) -> float:

@@ -13,12 +13,13 @@ from typing import Any, Self
 from attrs import field, frozen
 
 from quire.errors import ConfigError
-from quire.interfaces.model_config import ModelConfig, shown
+from quire.interfaces.model_config import ModelConfig, refuse, shown
 
 AUTO_MODELS = "models/auto/modeling_auto.py"
 NAMES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 CAUSAL = "AutoModelForCausalLM"
 HEADS = "num_attention_heads"
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # What classes call the longest context.
 LENGTHS = (
     "max_position_embeddings",
@@ -27,6 +28,10 @@ LENGTHS = (
     "max_target_positions",
     "seq_length",
 )
+
+
+class Refusal(ConfigError):
+    """Why a class is not served: what follows "it" in the error that a user sees."""
 
 
 def is_causal_model(architecture: str) -> bool:
@@ -74,6 +79,7 @@ class AnyConfig(ModelConfig):
             kv_heads = 1
         hidden = _needed(text, "hidden_size")
         head_dim = _own_head_dim(text) or hidden // heads
+        _check_experts(text)
         ends = getattr(text, "eos_token_id", None)
         ends = () if ends is None else ends
         dtype = getattr(found, "dtype", None)
@@ -153,6 +159,15 @@ def named_true(given: Mapping[str, Any], word: str) -> list[str]:
         if isinstance(part, Mapping):
             found += [f"{name}.{key}" for key in named_true(part, word)]
     return found
+
+
+def _check_experts(config: Any) -> None:
+    """Raise ConfigError where a token is to have more experts than there are."""
+    counts = (getattr(config, name, None) for name in NUM_EXPERTS)
+    most = next((count for count in counts if isinstance(count, int)), None)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if isinstance(top_k, int) and most and top_k > most:
+        raise refuse(config._source, "num_experts_per_tok", top_k, f"up to {most}, all experts")
 
 
 def _own_head_dim(config: Any) -> int | None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from quire.errors import ConfigError
 from quire.interfaces.model import BuildContext
+from quire.interfaces.quantization import ExpertsMethod, ExpertsSpec, ShardRule, WeightLayer
+from quire.layers.experts import Experts
 from quire_kernels import ops
+from quire_models.transformers.config import Refusal
 
 EXPERTS = "quire"
 SERVED = "_quire_experts"
@@ -54,36 +57,73 @@ def bind(module: nn.Module, served: Any) -> None:
     object.__setattr__(module, SERVED, served)
 
 
+class OwnGate(ExpertsMethod):
+    """Keep the experts of a module in the model's dtype, under any quantization, for its gate."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # In a tuple: the layer is a child of the module.
+        self._module = (module,)
+
+    def create_weights(self, layer: WeightLayer) -> None:
+        """Register gates and ups, and the way back: [num_experts, outputs, inputs]."""
+        spec = layer.spec
+        for name, shape in (
+            (STORED[GATE_UP], (2 * spec.intermediate_size, spec.hidden_size)),
+            (STORED[DOWN], (spec.hidden_size, spec.intermediate_size)),
+        ):
+            dtype = getattr(torch, spec.dtype)
+            weight = torch.empty(spec.num_experts, *shape, dtype=dtype, device=spec.device)
+            layer.add_weight(name, weight, ShardRule(output_dim=1, input_dim=2))
+
+    def apply_experts(
+        self, layer: WeightLayer, x: Tensor, weights: Tensor, expert_ids: Tensor
+    ) -> Tensor:
+        """Return the weighted sums."""
+        return serve_any(self._module[0], x, expert_ids, weights)
+
+
 def exchange(net: Any, top_k: dict[str, int], build: BuildContext) -> None:
     """Let experts be served by Quire: as layers of its own where files have each of them apart.
 
-    Raises: ConfigError where the device, or a quantization, has no experts.
+    Raises: Refusal where the device, or a quantization, has no experts.
     """
-    for name, module in list(net.named_modules()):
-        if not are_experts(module):
-            continue
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found = {name: m for name, m in net.named_modules() if are_experts(m)}
+    rules = get_model_conversion_mapping(net, add_legacy=False) if found else []
+    for name, module in found.items():
         why_not = ops.why_no_experts(str(build.device))
         if why_not is not None:
-            raise ConfigError(f"has {name}, experts, which {build.device} has not: {why_not}.")
-        parts = None if module.is_transposed or module.has_bias else parts_in_files(net, name)
-        serve_own = serve_plain if is_plain(module) else serve_any
+            raise Refusal(f"has {name}, experts, which {build.device} has not: {why_not}.")
+        is_odd = module.is_transposed or module.has_bias or not module.has_gate
+        parts = None if is_odd else parts_in_files(rules, name)
         if parts is None:
-            bind(module, partial(serve_own, module))
+            bind(module, partial(serve_plain if is_plain(module) else serve_any, module))
             continue
-        num_experts, size, hidden = (module.down_proj.shape[i] for i in (0, 2, 1))
-        layer = build.experts(name, num_experts, hidden, size, top_k=top_k[name], parts=parts)
+        layer = _layer(name, module, top_k[name], parts, build)
         for own in (GATE_UP, DOWN):
             del module._parameters[own]
         module.add_module("layer", layer)
-        if is_plain(module):
-            bind(module, partial(_serve_layer, layer))
-            continue
-        for own in (GATE_UP, DOWN):
-            if getattr(layer, STORED[own]).dtype != build.dtype:
-                raise ConfigError(
-                    f"has {name}, experts with a gate of their own, which no quantization packs"
-                )
-        bind(module, partial(serve_any, module))
+        bind(module, partial(_serve_layer, layer))
+
+
+def _layer(
+    name: str, module: Any, top_k: int, parts: tuple[str, str, str], build: BuildContext
+) -> nn.Module:
+    num_experts, hidden, size = module.down_proj.shape
+    if is_plain(module):
+        return build.experts(name, num_experts, hidden, size, top_k=top_k, parts=parts)
+    spec = ExpertsSpec(
+        name=name,
+        num_experts=num_experts,
+        hidden_size=hidden,
+        intermediate_size=size,
+        dtype=str(build.dtype).removeprefix("torch."),
+        device=str(build.device),
+        top_k=top_k,
+        parts=parts,
+    )
+    return Experts(spec, OwnGate(module))
 
 
 def is_plain(module: Any) -> bool:
@@ -95,12 +135,10 @@ def is_plain(module: Any) -> bool:
     return type(getattr(module, "act_fn", None)).__name__ in _SILU
 
 
-def parts_in_files(net: Any, name: str) -> tuple[str, str, str] | None:
+def parts_in_files(rules: list[Any], name: str) -> tuple[str, str, str] | None:
     """Return what files call gate, up and down of one expert; None: all lie in one tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     found: dict[str, list[str]] = {}
-    for rule in get_model_conversion_mapping(net, add_legacy=False):
+    for rule in rules:
         [target, *more] = rule.target_patterns
         operations = [type(one).__name__ for one in getattr(rule, "operations", ())]
         for own, wanted in (
@@ -145,7 +183,7 @@ def serve_any(module: Any, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Te
 def _product(module: Any, name: str, x: Tensor, expert_ids: Tensor, top_k: int) -> Tensor:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     layer = getattr(module, "layer", None)
-    weight = getattr(module, name) if layer is None else getattr(layer, STORED[name])
+    weight = getattr(module, name) if layer is None else layer.get_weight(STORED[name])
     return ops.expert_products(
         x,
         weight,

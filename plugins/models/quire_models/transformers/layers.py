@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.errors import ConfigError
 from quire.interfaces.model import BuildContext
+from quire_models.transformers.config import Refusal
 
 
 class Flat(nn.Module):
@@ -103,7 +103,7 @@ def fill_parameters(net: Any, build: BuildContext) -> list[str]:
             if id(parameter) not in made:
                 made[id(parameter)] = _empty(net, full, parameter, build)
             elif not _is_tied(net, full):
-                raise ConfigError(f"shares {full} with another weight, which it does not declare")
+                raise Refusal(f"shares {full} with another weight, which it does not declare")
             module._parameters[own] = made[id(parameter)]
     return _leave_out_tied(net, modules)
 
@@ -161,7 +161,7 @@ def pin_rotation(net: nn.Module, max_len: int | None) -> None:
     """Let rotations be those for sequences of `max_len` tokens, whatever a step holds.
 
     Transformers changes them with the longest sequence of a batch. None: leave the numbers, of a
-    class on `meta`. Raises: ConfigError where they differ from layer to layer.
+    class on `meta`. Raises: Refusal where they differ from layer to layer.
     """
     for module in net.modules():
         kind = getattr(module, "rope_type", None)
@@ -169,7 +169,7 @@ def pin_rotation(net: nn.Module, max_len: int | None) -> None:
         if not changes:
             continue
         if isinstance(kind, dict):
-            raise ConfigError(
+            raise Refusal(
                 f"has rope_parameters of type {changes[0]!r} that differ from layer to layer."
             )
         if max_len is not None:

@@ -26,9 +26,13 @@ from torch.nn import functional
 from quire.errors import ConfigError
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import BuildContext, Model, WeightNames
+from quire.layers.attention import Attention
+from quire.layers.dense_attention import dense_attention
+from quire.layers.embedding import NoHead
 from quire_models.transformers import attention, experts
 from quire_models.transformers.attention import Look, Seen
 from quire_models.transformers.check import (
+    check_attention,
     check_cache,
     check_tokens_alone,
     stand_in,
@@ -36,6 +40,7 @@ from quire_models.transformers.check import (
 )
 from quire_models.transformers.config import (
     AnyConfig,
+    Refusal,
     model_class,
     named_true,
     transformers_config,
@@ -58,7 +63,7 @@ class TransformersModel(Model):
         # Some look more up of a token than its embedding.
         self._takes_ids = look.takes_ids
         self.attention = nn.ModuleList()
-        self._layers: dict[str, list[tuple[nn.Module, Seen]]] = {}
+        self._layers: dict[str, list[tuple[Attention, Seen]]] = {}
         for name, seen in look.layers.items():
             self._layers[name] = [(_attention_layer(name, one, build), one) for one in seen]
             self.attention.extend(layer for layer, _ in self._layers[name])
@@ -70,6 +75,7 @@ class TransformersModel(Model):
             experts.exchange(self.net, look.top_k, build)
             ignored = exchange_layers(self.net, look.called, config.tie_word_embeddings, build)
             ignored += fill_parameters(self.net, build)
+        self._has_head = not any(isinstance(one, NoHead) for one in self.net.modules())
         self.weight_names = WeightNames(  # type: ignore[misc]
             renamed={r"^net\.": ""},
             ignored=(*IGNORED, *ignored),
@@ -92,16 +98,12 @@ class TransformersModel(Model):
         options: dict[str, Any],
     ) -> Tensor:
         """Return [1, num_tokens, heads, value_dim] for [1, heads, num_tokens, dim] of each."""
-        layer, seen = self._layers[name][self._calls[name]]
-        self._calls[name] += 1
-        if seen.options.sinks:
-            assert isinstance(layer.sinks, Tensor), name
-            layer.sinks.copy_(options["s_aux"].reshape(-1))
+        layer, seen = self._next_layer(name, options)
         size = seen.options.head_dim
         heads = torch.cat([_wide(x, size) for x in (query, key, value)], dim=1)[0]
         qkv = heads.transpose(0, 1).reshape(heads.shape[1], -1)
         out: Tensor = layer(qkv, self._batch[0])
-        return out.view(1, len(out), query.shape[1], -1)[..., : seen.value_dim]
+        return out.view(1, len(out), query.shape[1], -1)[..., : seen.value_dim].contiguous()
 
     def finish_loading(self) -> None:
         """Check that the class does with Quire's attention and cache what it does with its own.
@@ -113,34 +115,74 @@ class TransformersModel(Model):
         for name in self._layers:
             attention.bind(self.net.get_submodule(name), _alone)
         with told(self.config), torch.inference_mode():
-            if not takes_embeddings(self._own_logits, self._our_logits, *given):
+            if not takes_embeddings(self._own_whole, self._ours, *given):
                 self._takes_ids = True
-            check_tokens_alone(self._own_logits, self._our_logits, *given)
-        self._bind_layers()
-        # Of Transformers' forms of attention the one that every class has.
-        self.net.config._attn_implementation = "eager"
+            check_tokens_alone(self._own_whole, self._ours, *given)
+        for name in self._layers:
+            attention.bind(self.net.get_submodule(name), partial(self._attend_densely, name))
         with told(self.config, "cannot go on with a cache of its own: "), torch.inference_mode():
-            check_cache(self._own_logits, self._cached_logits, *given)
-        self.net.config._attn_implementation = attention.ATTENTION
+            check_cache(self._in_own_form, self._cached, *given)
+            check_attention(self._in_own_form, self._ours, *given)
+        self._bind_layers()
 
-    def _own_logits(self, token_ids: Tensor) -> Tensor:
-        logits: Tensor = self.net(input_ids=token_ids[None], use_cache=False).logits[0]
-        return logits
+    def _attend_densely(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _mask: Any,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attend as a layer of Quire's is asked to, by the formula."""
+        layer, seen = self._next_layer(name, options)
+        dtype = str(query.dtype).removeprefix("torch.")
+        spec = layer.spec(dtype=dtype, kv_dtype=dtype, block_size=1, device=query.device.type)
+        heads = [_wide(x, seen.options.head_dim)[0].transpose(0, 1) for x in (query, key, value)]
+        out = dense_attention(spec, *heads, dtype=query.dtype, sinks=layer.sinks)
+        return out[None, ..., : seen.value_dim].contiguous()
 
-    def _cached_logits(self, token_ids: Tensor, num_first: int) -> Tensor:
-        is_new = "cache" in inspect.signature(self.net.forward).parameters
+    def _next_layer(self, name: str, options: dict[str, Any]) -> tuple[Attention, Seen]:
+        """Return the layer for the next call of a module, its sinks as the class has them."""
+        layer, seen = self._layers[name][self._calls[name]]
+        self._calls[name] += 1
+        if seen.options.sinks:
+            assert isinstance(layer.sinks, Tensor), name
+            layer.sinks.copy_(options["s_aux"].reshape(-1))
+        return layer, seen
+
+    def _in_own_form(self, token_ids: Tensor) -> Tensor:
+        with own_attention(self.net):
+            return self._own_whole(token_ids)
+
+    def _own(self, token_ids: Tensor, **options: Any) -> tuple[Any, Tensor]:
+        """Return what the class itself makes of tokens: its output, and logits or hidden states."""
+        if self._has_head:
+            found = self.net(input_ids=token_ids[None], **options)
+            return found, found.logits[0]
+        found = self._decoder[0](input_ids=token_ids[None], **options)
+        return found, found.last_hidden_state[0]
+
+    def _own_whole(self, token_ids: Tensor) -> Tensor:
+        return self._own(token_ids, use_cache=False)[1]
+
+    def _cached(self, token_ids: Tensor, num_first: int) -> Tensor:
+        called = self.net if self._has_head else self._decoder[0]
+        is_new = "cache" in inspect.signature(called.forward).parameters
         name = "cache" if is_new else "past_key_values"
         cache, made = None, []
-        for piece in (token_ids[:num_first], *token_ids[num_first:].split(1)):
-            found = self.net(input_ids=piece[None], use_cache=True, **{name: cache})
-            cache = getattr(found, name, None) or getattr(found, "past_key_values", None)
-            if cache is None:  # a class that computes all again for each token
-                return self._own_logits(token_ids)
-            made.append(found.logits[0])
+        with own_attention(self.net):
+            for piece in (token_ids[:num_first], *token_ids[num_first:].split(1)):
+                found, states = self._own(piece, use_cache=True, **{name: cache})
+                cache = getattr(found, name, None) or getattr(found, "past_key_values", None)
+                if cache is None:  # a class that computes all again for each token
+                    return self._own_whole(token_ids)
+                made.append(states)
         return torch.cat(made)
 
-    def _our_logits(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        return self.logits(self._hidden(self.embed(token_ids), token_ids, positions))
+    def _ours(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden = self._hidden(self.embed(token_ids), token_ids, positions)
+        return self.logits(hidden) if self._has_head else hidden
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the embeddings of int32 `token_ids` [num_tokens]."""
@@ -166,8 +208,9 @@ class TransformersModel(Model):
         return behind_decoder(self.net, hidden)
 
 
-def _attention_layer(name: str, seen: Seen, build: BuildContext) -> nn.Module:
+def _attention_layer(name: str, seen: Seen, build: BuildContext) -> Attention:
     layer = build.attention(name, seen.options)
+    assert isinstance(layer, Attention), type(layer)
     if seen.options.sinks:
         # The class has them among its own weights, whatever it calls them.
         del layer.sinks
@@ -205,6 +248,16 @@ def make(config: AnyConfig, attention_name: str) -> Any:
     if decoder_of(net) is None:
         raise refused(config, "has no decoder that gives hidden states")
     return net
+
+
+@contextlib.contextmanager
+def own_attention(net: Any) -> Iterator[None]:
+    """Let a class attend by itself, in the form of Transformers' that every class has."""
+    net.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        net.config._attn_implementation = attention.ATTENTION
 
 
 @contextlib.contextmanager
@@ -253,7 +306,7 @@ def _look_at(net: Any, decoder: Any) -> Look:
             experts.bind(module, partial(experts.note_top_k, look.top_k, name))
         try:
             attention.look_at(net, decoder, look)
-        except ConfigError:
+        except Refusal:
             raise
         except Exception:
             if takes_ids:
@@ -268,10 +321,10 @@ def told(config: AnyConfig, before: str = "does not run: ") -> Iterator[None]:
     """Say of any error which model cannot be built, and where."""
     try:
         yield
-    except ConfigError as error:
-        if config.source in str(error):
-            raise
+    except Refusal as error:
         raise refused(config, str(error)) from error
+    except ConfigError:
+        raise
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
