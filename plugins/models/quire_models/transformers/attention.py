@@ -22,6 +22,7 @@ SEEN = "quire_seen"
 # Of attention layers: what they call with queries, keys and values.
 CALLED = "_quire_attention"
 NUM_TOKENS = 4
+ALL_TOKENS = slice(None).indices(NUM_TOKENS)
 # Beyond any context: a window of so many tokens is none.
 FAR = 1 << 30
 # Tokens from which masks are looked at, and how far back.
@@ -55,7 +56,14 @@ class Mask:
     def _refuse(self, *_given: Any, **_more: Any) -> Any:
         raise Refusal(OWN_MASK)
 
-    __getitem__ = __add__ = __radd__ = __mul__ = __rmul__ = __getattr__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __getattr__ = _refuse
+
+    def __getitem__(self, index: Any) -> Mask:
+        """Return the mask where all of it is taken."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(p, slice) and p.indices(NUM_TOKENS) == ALL_TOKENS for p in parts):
+            return self
+        raise Refusal(OWN_MASK)
 
     @classmethod
     def __torch_function__(cls, *_given: Any, **_more: Any) -> Any:
@@ -76,13 +84,14 @@ class Look:
 
     `layers`: what each module asks of attention, once for each time it is called; `top_k`: how many
     experts of a module serve a token; `called`: its linear layers that are called. `takes_ids`: it
-    is given tokens, not their embeddings.
+    is given tokens, not their embeddings; `hidden_size`: what its decoder gives its head.
     """
 
     layers: dict[str, list[Seen]] = field(factory=dict)
     top_k: dict[str, int] = field(factory=dict)
     called: set[str] = field(factory=set)
     takes_ids: bool = False
+    hidden_size: int = 0
 
     @property
     def num_calls(self) -> int:
@@ -104,7 +113,7 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Serve as an attention function of Transformers."""
-    return getattr(module, CALLED)(query, key, value, attention_mask, options), None
+    return getattr(module, CALLED)((query, key, value), attention_mask, options), None
 
 
 def described_mask(mask_function: Callable[..., Tensor], **_given: Any) -> Mask:
@@ -184,7 +193,8 @@ def look_at(net: Any, decoder: Any, look: Look) -> None:
         given = {"inputs_embeds": net.get_input_embeddings()(tokens)}
         if look.takes_ids:
             given = {"input_ids": tokens}
-        decoder(**given, position_ids=torch.zeros_like(tokens), use_cache=False)
+        found = decoder(**given, position_ids=torch.zeros_like(tokens), use_cache=False)
+        look.hidden_size = found.last_hidden_state.shape[-1]
     for hook in hooks:
         hook.remove()
 
@@ -218,13 +228,12 @@ def _look(
     look: Look,
     name: str,
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
     mask: Any,
     options: dict[str, Any],
 ) -> Tensor:
     """Write down what a layer asks."""
+    query, key, value = heads
     num_heads, query_dim, value_dim = query.shape[1], query.shape[-1], value.shape[-1]
     _check_shapes(name, query, key, value)
     window = options.get("sliding_window")

@@ -73,13 +73,13 @@ class AnyConfig(ModelConfig):
         found = transformers_config(architecture, given, source)
         text = found.get_text_config()
         text._source = source
+        _check_sizes(text)
         heads, layers = _needed(text, HEADS), _needed(text, "num_hidden_layers")
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         if getattr(text, "multi_query", False):
             kv_heads = 1
         hidden = _needed(text, "hidden_size")
         head_dim = _own_head_dim(text) or hidden // heads
-        _check_experts(text)
         ends = getattr(text, "eos_token_id", None)
         ends = () if ends is None else ends
         dtype = getattr(found, "dtype", None)
@@ -161,8 +161,26 @@ def named_true(given: Mapping[str, Any], word: str) -> list[str]:
     return found
 
 
-def _check_experts(config: Any) -> None:
-    """Raise ConfigError where a token is to have more experts than there are."""
+def undivided(config: Any) -> list[str]:
+    """Return what does not divide, and explains what a class may fail with, by its keys."""
+    heads = getattr(config, HEADS, None)
+    found = []
+    for name, divides in (("num_key_value_heads", False), ("hidden_size", True)):
+        value = config.__dict__.get(name)
+        if not (isinstance(heads, int) and isinstance(value, int)):
+            continue
+        rest = value % heads if divides else heads % value
+        if rest and not (divides and config.__dict__.get("head_dim")):
+            found.append(f"{name} is {value}, {HEADS} {heads}")
+    return found
+
+
+def _check_sizes(config: Any) -> None:
+    """Raise ConfigError for what no class can have, and would not name."""
+    for name in ("num_key_value_heads", "head_dim"):
+        value = config.__dict__.get(name)
+        if isinstance(value, int) and value < 1:
+            raise refuse(config._source, name, value, "whole numbers from 1 or null")
     counts = (getattr(config, name, None) for name in NUM_EXPERTS)
     most = next((count for count in counts if isinstance(count, int)), None)
     top_k = getattr(config, "num_experts_per_tok", None)

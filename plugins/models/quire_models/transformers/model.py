@@ -44,10 +44,14 @@ from quire_models.transformers.config import (
     model_class,
     named_true,
     transformers_config,
+    undivided,
 )
 from quire_models.transformers.decoder import behind_decoder, decoder_of
 from quire_models.transformers.layers import exchange_layers, fill_parameters, pin_rotation
 from quire_models.transformers.names import IGNORED, aliases
+
+# Queries, keys and values of a step, as Transformers has them: [1, heads, num_tokens, dim] each.
+Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class TransformersModel(Model):
@@ -91,19 +95,17 @@ class TransformersModel(Model):
     def _attend(
         self,
         name: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        heads: Heads,
         _mask: Any,
         options: dict[str, Any],
     ) -> Tensor:
         """Return [1, num_tokens, heads, value_dim] for [1, heads, num_tokens, dim] of each."""
         layer, seen = self._next_layer(name, options)
         size = seen.options.head_dim
-        heads = torch.cat([_wide(x, size) for x in (query, key, value)], dim=1)[0]
-        qkv = heads.transpose(0, 1).reshape(heads.shape[1], -1)
+        rows = torch.cat([_wide(x, size) for x in heads], dim=1)[0]
+        qkv = rows.transpose(0, 1).reshape(rows.shape[1], -1)
         out: Tensor = layer(qkv, self._batch[0])
-        return out.view(1, len(out), query.shape[1], -1)[..., : seen.value_dim].contiguous()
+        return out.view(1, len(out), heads[0].shape[1], -1)[..., : seen.value_dim].contiguous()
 
     def finish_loading(self) -> None:
         """Check that the class does with Quire's attention and cache what it does with its own.
@@ -128,18 +130,17 @@ class TransformersModel(Model):
     def _attend_densely(
         self,
         name: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        heads: Heads,
         _mask: Any,
         options: dict[str, Any],
     ) -> Tensor:
         """Attend as a layer of Quire's is asked to, by the formula."""
         layer, seen = self._next_layer(name, options)
-        dtype = str(query.dtype).removeprefix("torch.")
-        spec = layer.spec(dtype=dtype, kv_dtype=dtype, block_size=1, device=query.device.type)
-        heads = [_wide(x, seen.options.head_dim)[0].transpose(0, 1) for x in (query, key, value)]
-        out = dense_attention(spec, *heads, dtype=query.dtype, sinks=layer.sinks)
+        kind, device = heads[0].dtype, heads[0].device.type
+        dtype = str(kind).removeprefix("torch.")
+        spec = layer.spec(dtype=dtype, kv_dtype=dtype, block_size=1, device=device)
+        rows = [_wide(x, seen.options.head_dim)[0].transpose(0, 1) for x in heads]
+        out = dense_attention(spec, *rows, dtype=kind, sinks=layer.sinks)
         return out[None, ..., : seen.value_dim].contiguous()
 
     def _next_layer(self, name: str, options: dict[str, Any]) -> tuple[Attention, Seen]:
@@ -225,8 +226,8 @@ def _wide(heads: Tensor, size: int) -> Tensor:
     return functional.pad(heads, (0, missing)) if missing else heads
 
 
-def _alone(query: Tensor, key: Tensor, value: Tensor, _mask: Any, _options: Any) -> Tensor:
-    return stand_in(query, key, value)
+def _alone(heads: Heads, _mask: Any, _options: Any) -> Tensor:
+    return stand_in(*heads)
 
 
 def make(config: AnyConfig, attention_name: str) -> Any:
@@ -285,7 +286,7 @@ def seen_of(config: AnyConfig, max_len: int) -> Look:
     with told(config, "does not run on shapes alone: "), torch.device("meta"):
         pin_rotation(net, None)
         look = _look_at(net, decoder_of(net))
-        behind_decoder(net, torch.empty(2, config.hidden_size))
+        behind_decoder(net, torch.empty(2, look.hidden_size))
     if look.num_calls < config.num_hidden_layers:
         raise refused(
             config,
@@ -343,6 +344,7 @@ def _keys_behind(config: AnyConfig, why: str) -> str:
     else:
         kinds = getattr(read.get_text_config(), "layer_types", None) or ()
         found = [f"layer_types: {', '.join(dict.fromkeys(kinds))}"] if "layers, of" in why else []
+        found += undivided(read.get_text_config())
     return f" ({'; '.join(found)})" if found else ""
 
 
