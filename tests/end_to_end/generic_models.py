@@ -54,7 +54,7 @@ def generated(oracle: Any, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def start(folder: Path) -> LLM:
+def start(folder: Path, **options: Any) -> LLM:
     """Start the plugin on a folder, with steps that cut prompts and blocks that are small."""
     return LLM(
         str(folder),
@@ -69,6 +69,7 @@ def start(folder: Path) -> LLM:
         max_num_seqs=3,
         kv_cache_memory_bytes=1 << 22,
         skip_tokenizer_init=True,
+        **options,
     )
 
 

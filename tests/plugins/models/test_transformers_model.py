@@ -105,6 +105,17 @@ def test_its_linear_layers_are_quantized_like_any(tmp_path: Path) -> None:
     assert logits[complete(llm)[0]] >= logits.max() - 0.5 * logits.std()
 
 
+def test_it_gives_vectors_without_a_head(tmp_path: Path) -> None:
+    oracle = save(tmp_path, "StableLm")
+
+    [output] = start(tmp_path, task="embed").embed([{"prompt_token_ids": PROMPT}])
+
+    last = oracle.model(torch.tensor([PROMPT])).last_hidden_state[0, -1]
+    expected = torch.nn.functional.normalize(last, dim=-1)
+    found = torch.tensor(output.outputs.embedding)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Jamba": ({"mamba_dt_rank": 4}, "of which 0 call Transformers' attention interface"),
     "Falcon": ({}, "forms of attention of its own instead of Transformers' attention interface"),
