@@ -196,7 +196,7 @@ class ModelOptions:
         "auto", "how to embed: cls, mean, max, lasttoken and others; auto: as the checkpoint says"
     )
     trust_remote_code: bool = flag_setting(
-        False, "allow code that a checkpoint carries; no installed plugin runs any today"
+        False, "run code that a checkpoint carries, where nobody else builds its model"
     )
 
 

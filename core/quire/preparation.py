@@ -30,6 +30,7 @@ from quire.hooks.parser_choice import require_reasoning_parser, require_tool_cal
 from quire.hooks.registry import Registry, load_plugins
 from quire.hooks.selection import (
     AUTO,
+    RemoteCode,
     parse_attention_options,
     select_model,
     select_quantization,
@@ -109,11 +110,7 @@ def _prepare(config: EngineConfig) -> Prepared:
     folder = transformer_folder(root)
     path = folder / CONFIG_FILE
     raw, quantization_path = find_quantization(read_config(folder), folder)
-    with _naming(path, "architectures"):
-        model, model_choice = select_model(
-            registry, architectures(raw, path), config.plugins.model_implementation
-        )
-    _refuse_remote_code(raw, path, trusted=config.model.trust_remote_code)
+    model, model_choice = _select_model(config, registry, raw, path)
     model_config = model.config_class.from_json(raw, source=str(path))
     _check_attention_options(config, registry)
     with _naming(quantization_path, "quantization_config"):
@@ -154,11 +151,28 @@ def _prepare(config: EngineConfig) -> Prepared:
     )
 
 
+def _select_model(
+    config: EngineConfig, registry: Registry, raw: dict[str, Any], path: Path
+) -> tuple[ModelPlugin, Selection]:
+    """Choose what builds the model. Raises: ConfigError, for code that is not trusted, too."""
+    is_trusted = config.model.trust_remote_code
+    with _naming(path, "architectures"):
+        found = select_model(
+            registry,
+            architectures(raw, path),
+            config.plugins.model_implementation,
+            remote_code=_remote_code(raw, trusted=is_trusted),
+        )
+    _refuse_remote_code(raw, path, trusted=is_trusted)
+    return found
+
+
 def _find_root(config: EngineConfig, registry: Registry, *, with_weights: bool) -> Path:
     return find_folder(
         config.model.model,
         revision=config.model.revision,
         with_weights=with_weights,
+        with_code=config.model.trust_remote_code,
         bundled=registry.names("checkpoint"),
         open_bundled=registry.checkpoint,
     )
@@ -235,10 +249,17 @@ def _check_attention_options(config: EngineConfig, registry: Registry) -> None:
 def _refuse_remote_code(raw: dict[str, Any], path: Path, *, trusted: bool) -> None:
     if raw.get("auto_map") and not trusted:
         raise ConfigError(
-            f"{path}: key 'auto_map' asks for code that the checkpoint carries, which Quire does "
-            "not run. Pass --trust-remote-code to use Quire's own implementation regardless, or "
-            "remove the key."
+            f"{path}: key 'auto_map' asks for code that the checkpoint carries, which is not run "
+            "unasked. Remove the key, or pass --trust-remote-code: Quire's own implementation is "
+            "then used where there is one, as here, and the checkpoint's code where there is none."
         )
+
+
+def _remote_code(raw: dict[str, Any], *, trusted: bool) -> RemoteCode:
+    auto_map = raw.get("auto_map")
+    if not isinstance(auto_map, dict) or "AutoModelForCausalLM" not in auto_map:
+        return RemoteCode.NONE
+    return RemoteCode.TRUSTED if trusted else RemoteCode.DISTRUSTED
 
 
 def _quant_method(raw: dict[str, Any], path: Path) -> str | None:

@@ -172,6 +172,7 @@ class Starter:
             draw_weights(model, seed=self.config.device.seed)
         else:
             load_weights(model, self.prepared.checkpoint)
+            model.finish_loading()
 
     def _set_scales(self, model: Model, layout: Layout, source: str) -> None:
         checkpoint = self.prepared.checkpoint
@@ -273,6 +274,8 @@ class Starter:
         )
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
+            # Weights may have their memory already; they are counted below, not here.
+            free += torch.cuda.memory_reserved(self.device)
             measured.total = int(free * self.config.cache.gpu_memory_utilization)
         return measured
 

@@ -219,6 +219,36 @@ def clamped_experts(
     return sum_over_experts(x, weights, expert_ids, len(gate_up[0]), one)
 
 
+def expert_products(
+    x: Tensor,
+    weight: Tensor,
+    expert_ids: Tensor,
+    *,
+    top_k: int,
+    bias: Tensor | None = None,
+    is_transposed: bool = False,
+) -> Tensor:
+    """Return weight[e] @ x + bias[e] for each pair of a token and an expert, [num_pairs, outputs].
+
+    Pair p has row p // top_k of `x`, and the expert `expert_ids.flatten()[p]`; `weight`
+    [num_experts, outputs, inputs], with `is_transposed` [num_experts, inputs, outputs], and `bias`
+    [num_experts, outputs]. On CUDA nothing is read back.
+    """
+    flat = expert_ids.flatten()
+    if x.is_cuda:
+        made: Tensor = kernels("pairs").products(x, weight, flat, top_k, bias, is_transposed)
+        return made
+    out = x.new_empty(len(flat), weight.shape[2 if is_transposed else 1])
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=len(weight)).tolist()
+    for number, own in enumerate(order.split(counts)):
+        if len(own):
+            factor = weight[number].t() if is_transposed else weight[number]
+            added = None if bias is None else bias[number]
+            out[own] = functional.linear(x[own // top_k], factor, added)
+    return out
+
+
 def why_no_experts(device: str) -> str | None:
     """Return why `experts` does not run on a device, in a sentence; None: it does."""
     is_served = torch.device(device).type != "cuda" or kernels("experts") is not None

@@ -23,6 +23,7 @@ experts = mixtures.experts
 route = mixtures.route
 route_in_groups = mixtures.route_in_groups
 clamped_experts = mixtures.clamped_experts
+expert_products = mixtures.expert_products
 why_no_experts = mixtures.why_no_experts
 silu_mul = smooth.silu_mul
 gelu_mul = smooth.gelu_mul

@@ -154,14 +154,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("Bloom", {}),
     # What nobody claims, with the class of Transformers itself.
-    "gemma2 in transformers": (
-        "Gemma2",
-        {"head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 6},
+    "gpt-oss in transformers": (
+        "GptOss",
+        {"head_dim": 16, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "gpt2 in transformers": ("GPT2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "cohere2": ("Cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
-    "gptbigcode": ("GPTBigCode", {}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
 }
 FULL_NAMES = {
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
@@ -284,7 +284,7 @@ def num_kv_heads(config: Any) -> int:
     kind, heads = config.model_type, SIZES["num_attention_heads"]
     if kind == "falcon" and config.new_decoder_architecture:
         return int(config.num_kv_heads)
-    is_one = kind == "gpt_bigcode" or (kind == "falcon" and config.multi_query)
+    is_one = kind == "falcon" and config.multi_query
     if is_one or kind in ("gpt2", "opt", "falcon", "bloom"):
         return 1 if is_one else heads
     return int(SIZES["num_key_value_heads"])

@@ -12,7 +12,7 @@ from quire.config import nearest
 from quire.errors import ConfigError
 from quire.hooks.builds import not_built
 from quire.hooks.kinds import KINDS
-from quire.hooks.registry import load_plugins
+from quire.hooks.registry import Registry, load_plugins
 from quire.hooks.validation import Registered
 
 COLUMNS = ("kind", "name", "plugin", "distribution", "version", "api_version", "usable", "summary")
@@ -21,6 +21,9 @@ COLUMNS = ("kind", "name", "plugin", "distribution", "version", "api_version", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `quire plugins`."""
     parser.add_argument("--kind", metavar="KIND", help=f"only one kind: {', '.join(KINDS)}")
+    parser.add_argument(
+        "--architectures", action="store_true", help="list what models claim, and who builds it"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     add_option(parser, "disable_plugin")
     below = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
@@ -41,11 +44,25 @@ def run(arguments: argparse.Namespace) -> int:
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"--kind is {kind!r}; allowed: {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     disabled = given_options(arguments).get("disable_plugin", ())
+    if arguments.architectures:
+        return _list_architectures(load_plugins(disabled), as_json=arguments.json)
     rows = [_row(entry) for entry in load_plugins(disabled).entries(kind)]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
         _print_table(rows)
+    return 0
+
+
+def _list_architectures(registry: Registry, *, as_json: bool) -> int:
+    """Print each architecture that is claimed, and the models that build it, the best first."""
+    found = {name: [m.name for m in registry.models_for(name)] for name in registry.architectures()}
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    width = max(map(len, found), default=0)
+    for name, models in found.items():
+        print(f"{name:<{width}}  {', '.join(models)}")
     return 0
 
 

@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 MODELSCOPE_VARIABLE = "QUIRE_USE_MODELSCOPE"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = "*.safetensors"
+_CODE = "*.py"
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 # Where tools wrote what belongs into config.json's `quantization_config`, and its `quant_method`.
 _QUANTIZATION_FILES = {
@@ -36,11 +37,12 @@ def find_folder(
     bundled: Collection[str],
     open_bundled: Callable[[str], Path],
     with_weights: bool = True,
+    with_code: bool = False,
 ) -> Path:
     """Return the folder that MODEL names.
 
     A folder that exists comes first, then a bundled checkpoint, then a Hugging Face id, which is
-    downloaded, its weights only if they are wanted. Raises: ConfigError, saying which of the
+    downloaded, weights and code only if they are wanted. Raises: ConfigError, saying which of the
     three was tried.
     """
     folder = _existing(model)
@@ -51,7 +53,8 @@ def find_folder(
     if folder is not None:
         raise ConfigError(f"{model} is a file; MODEL names the folder that holds config.json.")
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _download(model, revision, with_weights=with_weights)
+        patterns = [*_FILES, *([_WEIGHTS] * with_weights), *([_CODE] * with_code)]
+        return _download(model, revision, patterns)
     names = ", ".join(sorted(bundled)) or "none"
     raise ConfigError(
         f"model {shown(model)}: no such folder, and no bundled checkpoint of that name (bundled: "
@@ -86,14 +89,13 @@ def _hub() -> tuple[str, Callable[..., str]]:
         ) from error
 
 
-def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     hub, snapshot_download = _hub()
-    patterns = [*_FILES, _WEIGHTS] if with_weights else list(_FILES)
     options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
     with contextlib.suppress(Exception):  # not in the cache: the network is asked next
         folder = Path(snapshot_download(model, local_files_only=True, **options))
-        # Weights may be missing, after a start that wanted none.
-        if not with_weights or any(folder.glob(_WEIGHTS)):
+        # Weights and code may be missing, after a start that wanted none.
+        if all(_has(folder, one) for one in patterns):
             return folder
     try:
         return Path(snapshot_download(model, **options))
@@ -103,6 +105,13 @@ def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:
             f"model {model!r}: no such folder here, and it could not be had from {hub} "
             f"({type(error).__name__}: {reason}). Check the name, the network and your access."
         ) from error
+
+
+def _has(folder: Path, pattern: str) -> bool:
+    """Answer whether a folder of the cache has files of a kind, as far as it needs them."""
+    if pattern == _CODE and b"auto_map" not in (folder / CONFIG_FILE).read_bytes():
+        return True
+    return pattern in _FILES or any(folder.glob(pattern))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _ignored_names(model: Model, checkpoint: Checkpoint) -> set[str]:
 
 
 def _check_names(expected: Mapping[str, Place], checkpoint: Checkpoint, ignored: set[str]) -> None:
-    given = set(checkpoint.tensors) - ignored
+    given = set(checkpoint.tensors) - (ignored - set(expected))
     problems = []
     missing = sorted(set(expected) - given)
     unexpected = sorted(given - set(expected))

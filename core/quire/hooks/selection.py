@@ -6,6 +6,8 @@ a specification; models, quantization methods and checkpoints are chosen by thei
 
 from __future__ import annotations
 
+import difflib
+import enum
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +36,16 @@ from quire.interfaces.plugin import (
 from quire.interfaces.sampling import LogitsProcessor, Sampler
 
 AUTO = "auto"
+
+
+class RemoteCode(enum.Enum):
+    """Whether a checkpoint carries code for its model, and whether the user trusts it."""
+
+    NONE = enum.auto()
+    DISTRUSTED = enum.auto()
+    TRUSTED = enum.auto()
+
+
 NO_QUANTIZATION = "none"
 
 Claimant = TypeVar("Claimant", ModelPlugin, QuantizationPlugin)
@@ -159,15 +171,22 @@ def select_logits_processors(
 
 
 def select_model(
-    registry: Registry, architectures: Sequence[str], requested: str = AUTO
+    registry: Registry,
+    architectures: Sequence[str],
+    requested: str = AUTO,
+    *,
+    remote_code: RemoteCode = RemoteCode.NONE,
 ) -> tuple[ModelPlugin, Selection]:
     """Choose the model implementation for the architectures that config.json names.
 
+    Trusted code of the checkpoint's own comes after all plugins that build them without.
     Raises: ConfigError where nobody claims one of them, or the requested one does not.
     """
+    is_trusted = remote_code is RemoteCode.TRUSTED
     if requested != AUTO:
         plugin = _require(registry, "model", registry.model(requested))
-        _check_claim(plugin, architectures)
+        if not (is_trusted and plugin.runs_remote_code):
+            _check_claim(plugin, architectures)
         return plugin, _as_asked("model", requested)
     passed_over: list[tuple[str, str]] = []
     for architecture in architectures:
@@ -178,7 +197,16 @@ def select_model(
             if architecture not in found.architectures:
                 why = f"nobody claims {architecture}, and it can build it, only slower"
             return found, _by_itself("model", found, why, passed_over)
-    raise ConfigError(_nobody_builds(registry, architectures, passed_over))
+    if is_trusted:
+        models = [registry.model(name) for name in registry.names("model")]
+        runners = [model for model in models if model.runs_remote_code]
+        found = _first_usable(registry, "model", runners, passed_over)
+        if found is not None:
+            why = (
+                f"nobody claims {_listed(architectures)}; it runs the checkpoint's own code, slower"
+            )
+            return found, _by_itself("model", found, why, passed_over)
+    raise ConfigError(_nobody_builds(registry, architectures, passed_over, remote_code))
 
 
 def select_quantization(
@@ -315,14 +343,20 @@ def _check_format(plugin: QuantizationPlugin, quant_method: str | None) -> None:
 
 
 def _nobody_builds(
-    registry: Registry, architectures: Sequence[str], passed_over: list[tuple[str, str]]
+    registry: Registry,
+    architectures: Sequence[str],
+    passed_over: list[tuple[str, str]],
+    remote_code: RemoteCode,
 ) -> str:
     known = registry.architectures()
-    hint = nearest(architectures[0], known) if architectures else ""
+    close = difflib.get_close_matches(architectures[0], known, n=3, cutoff=0.6)
+    hint = f" Nearest: {_listed(close)}." if close else ""
+    if remote_code is RemoteCode.DISTRUSTED:
+        hint += " The checkpoint carries code for it, which --trust-remote-code runs."
     return (
         f"no installed plugin builds {_listed(architectures)}.{hint}{_reasons(passed_over)} "
-        f"Registered architectures: {_listed(known)}. To add one, install a plugin that claims "
-        f"it, or write one: docs/write-a-plugin.md shows how."
+        f"{len(known)} architectures are claimed; `quire plugins --architectures` lists them. "
+        f"Install a plugin that claims it, or write one: docs/write-a-plugin.md."
     )
 
 

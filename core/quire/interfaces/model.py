@@ -161,6 +161,12 @@ class Model(nn.Module, abc.ABC):
         super().__init__()
         self.config = config
 
+    def finish_loading(self) -> None:
+        """Check or prepare what needs a checkpoint's weights; called once they are all there.
+
+        Raises: ConfigError, which ends the start.
+        """
+
     @abc.abstractmethod
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the hidden states [num_tokens, hidden_size] that enter the first layer."""

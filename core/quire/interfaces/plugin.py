@@ -250,7 +250,8 @@ class ModelPlugin(Descriptor):
     one, priority settles it. `config_class` declares the config's keys. `also` names a function,
     "module:function", which answers of an architecture that nobody claims whether it can be built.
     `task` is what its architectures are for: "generate", "embed" or "classify". What generates
-    can be asked to embed.
+    can be asked to embed. `runs_remote_code`: it builds what nobody claims from the code that a
+    checkpoint carries (`auto_map` in config.json), where a user trusts it.
     """
 
     architectures: tuple[str, ...] = field(converter=_to_names, validator=_check_names)
@@ -258,6 +259,7 @@ class ModelPlugin(Descriptor):
     priority: int = field(default=0, validator=_check_integer)
     also: str | None = field(default=None, validator=_check_function)
     task: str = field(default="generate", validator=_check_task)
+    runs_remote_code: bool = False
 
     def builds(self, architecture: str) -> bool:
         """Answer whether it claims the architecture or, asked, can build it all the same.

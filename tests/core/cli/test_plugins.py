@@ -61,6 +61,21 @@ def test_plugins_table_has_one_line_a_plugin(
     assert "it needs a GPU  One pass" in fast
 
 
+def test_plugins_architectures_are_listed_with_who_builds_them(
+    two_plugins: Installed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = [model("better", "PlainForCausalLM", priority=5), model("other", "OtherForCausalLM")]
+    two_plugins.plugin("models-better", "gamma", quire_models=returning(best))
+
+    assert main(["plugins", "--architectures"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["OtherForCausalLM", "other"], ["PlainForCausalLM", "better, plain"]]
+
+    assert main(["plugins", "--architectures", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"OtherForCausalLM": ["other"], "PlainForCausalLM": ["better", "plain"]}
+
+
 def test_plugins_kind_shows_only_that_kind(
     two_plugins: Installed, capsys: pytest.CaptureFixture[str]
 ) -> None:

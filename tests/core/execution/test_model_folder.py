@@ -13,14 +13,14 @@ from quire.errors import ConfigError
 from quire.execution.model_folder import architectures, find_folder, find_quantization, read_config
 
 
-def find(model: str, bundled: dict[str, Path] | None = None, *, with_weights: bool = True) -> Path:
+def find(model: str, bundled: dict[str, Path] | None = None, **wanted: bool) -> Path:
     bundled = bundled or {}
     return find_folder(
         model,
         revision=None,
         bundled=bundled,
         open_bundled=bundled.__getitem__,
-        with_weights=with_weights,
+        **wanted,
     )
 
 
@@ -139,6 +139,29 @@ def test_weights_are_downloaded_only_where_they_are_wanted(
     # What is in the cache now has no weights, so that the network is asked for them.
     assert find("owner/name") == tmp_path
     assert asked[1:] == [(True, True), (False, True)]
+
+
+@pytest.mark.parametrize(("auto_map", "asks_again"), [('"auto_map": {}', True), ("", False)])
+def test_code_is_downloaded_where_it_is_wanted_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_map: str, asks_again: bool
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(
+        model: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: object
+    ) -> str:
+        asked.append((local_files_only, "*.py" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "config.json").write_text(f"{{{auto_map}}}")
+    (tmp_path / "model.safetensors").touch()
+
+    assert find("owner/name") == find("owner/name", with_code=True) == tmp_path
+
+    assert asked == [(True, False), (True, True), *[(False, True)] * asks_again]
 
 
 def test_ids_are_modelscopes_where_that_is_asked(

@@ -89,9 +89,9 @@ def test_select_model_says_what_is_registered_and_how_to_add_one(installed: Inst
         select_model(registry, ["LamaForCausalLM"])
 
     assert str(caught.value) == (
-        "no installed plugin builds LamaForCausalLM. Did you mean 'LlamaForCausalLM'? Registered "
-        "architectures: LlamaForCausalLM, MistralForCausalLM. To add one, install a plugin that "
-        "claims it, or write one: docs/write-a-plugin.md shows how."
+        "no installed plugin builds LamaForCausalLM. Nearest: LlamaForCausalLM, "
+        "MistralForCausalLM. 2 architectures are claimed; `quire plugins --architectures` lists "
+        "them. Install a plugin that claims it, or write one: docs/write-a-plugin.md."
     )
 
 

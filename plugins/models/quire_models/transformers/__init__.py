@@ -28,6 +28,7 @@ def quire_models() -> list[ModelPlugin]:
             also="quire_models.transformers.config:is_causal_model",
             config_class=AnyConfig,
             why_unusable=_why_unusable,
+            runs_remote_code=True,
             summary="what nobody else builds: the class of Transformers itself, slower",
         )
     ]
