@@ -216,10 +216,12 @@ def test_a_limited_row_is_in_both_steps_in_flight(
     llm = start(folder)
     engine, seen, order = llm.engine, [], []
     schedule, collect, sample = engine.schedule, engine.collect, engine.runner.sample
+    begin = engine.runner.begin_masks
 
     def watched() -> Any:
         output = schedule()
         if output is not None:
+            order.append(("planned", output.step_id))
             seen.append((engine.scheduler.num_steps_in_flight, len(output.num_scheduled_tokens)))
         return output
 
@@ -231,17 +233,25 @@ def test_a_limited_row_is_in_both_steps_in_flight(
         order.append(("sampled", forwarded.step_id))
         return sample(forwarded)
 
+    def begun(forwarded: Forwarded) -> None:
+        order.append(("begun", forwarded.step_id))
+        begin(forwarded)
+
     monkeypatch.setattr(engine, "schedule", watched)
     monkeypatch.setattr(engine, "collect", collected)
+    monkeypatch.setattr(engine.runner, "begin_masks", begun)
     monkeypatch.setattr(engine.runner, "sample", sampled)
     params = [drawn(None, max_tokens=12), drawn({"regex": "[ab]{11}"}, max_tokens=12)]
     llm.generate(["p", "q"], params, **QUIET)
 
     assert (2, 2) in seen
-    # Its masks are those of the token before: each step is sampled when that was collected.
+    # Its masks are those of the token before: they are begun when that was collected, and filled
+    # while the next step is planned.
     steps = [step for what, step in order if what == "sampled"]
     for step in steps[1:8]:
-        assert order.index(("collected", step - 1)) < order.index(("sampled", step))
+        wanted = [("collected", step - 1), ("begun", step), ("planned", step + 1)]
+        places = [order.index(one) for one in [*wanted, ("sampled", step)]]
+        assert places == sorted(places)
     llm.frontend.close()
 
 
