@@ -63,6 +63,8 @@ class Engine:
             vocab_size=prepared.model_config.vocab_size,
             registry=prepared.registry,
         )
+        # Begins to compile a form that was checked and will be asked for; safe for threads.
+        self.begin_grammar = self._grammars.begin_source
         self.runner.grammars.compile = self._grammars.compiled
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]

@@ -128,6 +128,24 @@ def test_answers_of_1000_schemas_of_the_demo_parse_and_validate() -> None:
     llm.frontend.close()
 
 
+def test_each_form_is_compiled_once_and_begun_when_it_was_checked(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate("a", drawn({"regex": "[ab]{2}"}), **QUIET)  # the grammar engine is loaded
+    assert llm.engine._grammars._compiler is not None
+    engine, compiled, begun = llm.engine._grammars._compiler.engine(), [], []
+    compile_one, begin = engine.compile, llm.engine.begin_grammar
+    monkeypatch.setattr(engine, "compile", lambda one: compiled.append(one) or compile_one(one))
+    monkeypatch.setattr(llm.engine, "begin_grammar", lambda *a: begun.append(a[0]) or begin(*a))
+    params = [drawn({"regex": f"[ab]{{2}}{i % 5}"}) for i in range(10)]
+
+    llm.generate(["a"] * 10, params, **QUIET)
+
+    sources = {one.structured_outputs.source for one in params if one.structured_outputs}
+    assert len(compiled) == len(begun) == len(sources) == 5
+    assert set(compiled) == set(begun) == sources
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form)))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_kind_of_form_is_kept_by_each_of_several_answers(

@@ -156,16 +156,28 @@ class GrammarChecker:
         with self._lock:
             return params.source in self._answers
 
-    def check_all(self, asked: Sequence[StructuredOutputsParams]) -> None:
-        """Check grammars side by side, so that `check` has their answers; says nothing itself."""
+    def check_all(
+        self,
+        asked: Sequence[StructuredOutputsParams],
+        on_honoured: Callable[[GrammarSource], object] = lambda _: None,
+    ) -> None:
+        """Check grammars side by side, so that `check` has their answers; says nothing itself.
+
+        `on_honoured` is called for each that can be honoured, while others are checked.
+        """
         new = list({one.source: one for one in asked if not self.knows(one)}.values())
         if len(new) > 1:
             with ThreadPoolExecutor(num_processes(), "quire-forms") as threads:
-                list(threads.map(self._check_quietly, new[:MAX_KEPT]))
+                checks = [threads.submit(self._is_honoured, one) for one in new[:MAX_KEPT]]
+                for one, is_honoured in zip(new, checks, strict=False):
+                    if is_honoured.result():
+                        on_honoured(one.source)
 
-    def _check_quietly(self, params: StructuredOutputsParams) -> None:
+    def _is_honoured(self, params: StructuredOutputsParams) -> bool:
         with contextlib.suppress(RequestError):
             self.check(params)
+            return True
+        return False
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""

@@ -14,7 +14,7 @@ import tiny_llama
 from tiny_llama import OPTIONS, has_all_blocks
 
 from quire import LLM, SamplingParams
-from quire.constraints import StructuredOutputsParams
+from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import ConfigError, RequestError
 from quire.structured import checker
 from quire.structured.check_process import _allowed_from
@@ -234,8 +234,10 @@ def test_several_grammars_are_checked_before_their_answers_are_asked_for(
 ) -> None:
     good = [StructuredOutputsParams(regex=f"side by side {i}") for i in range(6)]
     bad = StructuredOutputsParams(regex="side by side ((")
-    own.check_all([*good, bad, good[0]])
+    honoured: list[GrammarSource] = []
+    own.check_all([*good, bad, good[0]], honoured.append)
     assert all(map(own.knows, [*good, bad]))
+    assert honoured == [one.source for one in good]
     monkeypatch.setattr(checker.CheckProcess, "ask", lambda *_: "asked again")
 
     for one in good:
