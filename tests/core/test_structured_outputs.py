@@ -377,16 +377,16 @@ def test_a_matcher_that_fails_ends_its_own_row_alone(
 ) -> None:
     from quire_grammar.llguidance import engine
 
-    fill = engine._Matcher.fill_mask
-    calls = []
+    fill, calls = engine._Matcher.fill_masks, []
 
-    def failing(self: Any, mask: Any) -> None:
-        calls.append(self)
-        if len(calls) > 4 and self is calls[0]:
-            raise GrammarStuck("a limit was met")
-        fill(self, mask)
+    def failing(_: type, matchers: list[Any], masks: Any) -> Any:
+        calls.append(matchers[0])
+        raised = fill(matchers, masks)
+        if len(calls) > 4 and calls[0] in matchers:
+            raised[matchers.index(calls[0])] = GrammarStuck("a limit was met")
+        return raised
 
-    monkeypatch.setattr(engine._Matcher, "fill_mask", failing)
+    monkeypatch.setattr(engine._Matcher, "fill_masks", classmethod(failing))
     params = [drawn({"regex": "[ab]{12}"}), drawn({"regex": "[cd]{12}"}), drawn(None, max_tokens=9)]
     with pytest.warns(UserWarning, match="the grammar cannot go on: a limit was met"):
         outputs = llm.generate(["p", "q", "r"], params, **QUIET)
