@@ -20,7 +20,7 @@ from quire.request import Request, SamplingParams
 from quire.request_checks import NO_TOKEN_LEFT, tokens_left
 from quire.structured.compiler import GrammarCompiler, GrammarSetup
 
-MOST_THREADS = 8
+MOST_THREADS = 4
 
 
 @define(kw_only=True)
