@@ -270,6 +270,16 @@ def test_a_limited_row_is_in_both_steps_in_flight(
         wanted = [("collected", step - 1), ("begun", step), ("planned", step + 1)]
         places = [order.index(one) for one in [*wanted, ("sampled", step)]]
         assert places == sorted(places)
+    # A step that waits for its end when its only request is aborted ends too.
+    asked = drawn({"regex": "[ab]{11}"}, max_tokens=12)
+    engine.add_request(llm.frontend.inputs.process("p", asked, request_id="aborted"))
+    for _ in range(3):
+        engine.step()
+    assert engine._late is not None
+    engine.abort("aborted")
+    engine.step()
+    assert not engine.has_unfinished()
+    assert has_all_blocks(engine)
     llm.frontend.close()
 
 
