@@ -63,6 +63,8 @@ class Engine:
             vocab_size=prepared.model_config.vocab_size,
             registry=prepared.registry,
         )
+        # Begins to compile a form that was checked and will be asked for; safe for threads.
+        self.begin_grammar = self._grammars.begin_source
         self.runner.grammars.compile = self._grammars.compiled
         self.max_model_len = self.layout.kv_size.max_model_len
         self.selections = [*prepared.selections, *self.layout.selections]
@@ -76,6 +78,8 @@ class Engine:
         self.scheduler = Scheduler(options, self.block_manager, self.max_model_len, clock)
         self._depth = self.layout.limits.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, InFlight]] = deque()
+        # Launched but for its end, which waits for masks; what was before it is collected.
+        self._late: tuple[SchedulerOutput, Forwarded] | None = None
         self._failure: Exception | None = None
         self._last_step = 0  # that was dispatched or collected
         self.timing = StepTiming()
@@ -110,7 +114,8 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether there is work, steps in flight included."""
-        return self.scheduler.has_unfinished() or bool(self._in_flight)
+        is_underway = bool(self._in_flight) or self._late is not None
+        return is_underway or self.scheduler.has_unfinished()
 
     def step(self) -> list[SequenceUpdate]:
         """Keep the device busy and return what the oldest step in flight gave.
@@ -122,22 +127,21 @@ class Engine:
         self.timing.started.clear()
         waited, updates = 0.0, []
         try:
-            late = self._launch()
+            self._launch()
             if not self._in_flight:
                 self.timing.note_collected(None)
                 return []
             results = []
-            # What ends late needs the tokens of all before it, and the device waits for its end.
-            for _ in range(1 if late is None else len(self._in_flight)):
+            # What ends late needs the tokens of all before it.
+            for _ in range(1 if self._late is None else len(self._in_flight)):
                 output, in_flight = self._in_flight.popleft()
                 self.timing.note_collected(output)
                 self._last_step = output.step_id
                 before = time.perf_counter()
                 results.append(self.collect(in_flight))
                 waited += time.perf_counter() - before
-            if late is not None:
-                self._last_step = late[0].step_id
-                self._in_flight.append((late[0], self.runner.sample(late[1])))
+            if self._late is not None:
+                self.runner.begin_masks(self._late[1])
             for result in results:
                 updates += self.scheduler.update(result)
             self.timing.step_s = time.perf_counter() - begin
@@ -150,21 +154,31 @@ class Engine:
                 f"{self._attention()}: {type(error).__name__}: {error}"
             ) from error
 
-    def _launch(self) -> tuple[SchedulerOutput, Forwarded] | None:
-        """Launch steps until enough are in flight.
+    def _launch(self) -> None:
+        """Launch steps until enough are in flight, or one ends late.
 
-        Returns one that is launched but for its end: its forms go on by tokens that are in flight.
+        That one's forms go on by tokens in flight: masks are begun when those are collected, and
+        filled while the scheduler, and whoever takes the updates, go on.
         """
-        while len(self._in_flight) < self._depth:
+        while len(self._in_flight) + (self._late is not None) < self._depth:
             output = self.schedule()
+            self._end_late()
             if output is None:
-                break
+                return
             self._last_step = output.step_id
             self.timing.note_dispatched(output)
             if self._in_flight and self.runner.grammars.limit(output.samples):
-                return output, self.runner.forward(output)
+                self._late = output, self.runner.forward(output)
+                return
             self._in_flight.append((output, self.dispatch(output)))
-        return None
+
+    def _end_late(self) -> None:
+        """Launch the end of the step that waits for its masks."""
+        if self._late is not None:
+            output, forwarded = self._late
+            self._last_step = output.step_id
+            self._in_flight.append((output, self.runner.sample(forwarded)))
+            self._late = None
 
     def _attention(self) -> str:
         return ", ".join(s.used for s in self.layout.selections if s.kind == "attention")

@@ -5,12 +5,12 @@ Opening it checks options, plugins, files, tokenizer and chat template; torch is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
-from quire.constraints import StructuredOutputsParams
+from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import ConfigError
 from quire.phases import Phases
 from quire.pooling_setup import PoolingSetup
@@ -31,6 +31,7 @@ from quire.text.pooling_input import PoolingInputs
 from quire.text.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
+BeginGrammar = Callable[[GrammarSource, frozenset[int]], object]
 
 
 class Frontend:
@@ -197,12 +198,15 @@ class Frontend:
             return False
         return self._grammars.knows(asked)
 
-    def check_forms(self, params: Iterable[Any]) -> None:
-        """Check the forms of several requests side by side; what is wrong is said one by one."""
+    def check_forms(self, params: Iterable[Any], begin: BeginGrammar) -> None:
+        """Check the forms of several requests side by side; what is wrong is said one by one.
+
+        `begin` is the engine's `begin_grammar`, called for each that can be honoured.
+        """
         given = [one for one in params if isinstance(one, SamplingParams)]
         asked = [one.structured_outputs for one in given if one.structured_outputs is not None]
         if isinstance(self._grammars, GrammarChecker) and len(asked) > 1:
-            self._grammars.check_all(asked)
+            self._grammars.check_all(asked, lambda source: begin(source, self._eos))
 
     def serve(self, max_model_len: int) -> None:
         """Take over the context length that the engine settled on."""

@@ -95,7 +95,7 @@ class LLM(PoolingDoor):
                 f"{len(priorities)} priorities for {len(items)} prompts; give one each.",
                 parameter="priority",
             )
-        self.frontend.check_forms(params)
+        self.frontend.check_forms(params, self.engine.begin_grammar)
         requests = []
         for prompt, own, rank in zip(items, params, priorities, strict=True):
             requests.append((self._request(prompt, own, rank), prompt_text(prompt)))

@@ -6,9 +6,12 @@ Every request has a schema of its own, new to both processes, and the same numbe
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
 from concurrent.futures import wait
+from pathlib import Path
 
 from quire import LLM, SamplingParams
 
@@ -33,6 +36,20 @@ def fields(number: int) -> dict[str, object]:
     return {"type": "array", "minItems": 200, "items": item}
 
 
+def plain(number: int) -> dict[str, object]:
+    """Return an ordinary schema: names, numbers, choices and texts without a bound."""
+    address = _object({"street": {"type": "string"}, "zip": {"type": "string"}})
+    return _object(
+        {
+            f"name{number}": {"type": "string"},
+            "address": address,
+            "kind": {"enum": ["a", "b", f"c{number}"]},
+            "count": {"type": "integer"},
+            "tags": {"type": "array", "items": {"type": "string"}, "minItems": 50},
+        }
+    )
+
+
 def _object(properties: dict[str, object]) -> dict[str, object]:
     return {
         "type": "object",
@@ -43,7 +60,7 @@ def _object(properties: dict[str, object]) -> dict[str, object]:
 
 
 # Answers are longer than what is generated.
-FORMS = {"text": text, "fields": fields}
+FORMS = {"text": text, "fields": fields, "plain": plain}
 
 
 def run(llm: LLM, params: list[SamplingParams]) -> dict[str, float]:
@@ -53,7 +70,7 @@ def run(llm: LLM, params: list[SamplingParams]) -> dict[str, float]:
     """
     inputs, engine = llm.frontend.inputs, llm.engine
     begin = time.perf_counter()
-    llm.frontend.check_forms(params)
+    llm.frontend.check_forms(params, engine.begin_grammar)
     requests = [
         inputs.process(f"Hello {i}", own, request_id=str(next(llm._numbers)))
         for i, own in enumerate(params)
@@ -82,8 +99,17 @@ def run(llm: LLM, params: list[SamplingParams]) -> dict[str, float]:
     }
 
 
+def with_end_token(folder: Path, into: Path) -> Path:
+    """Return a folder whose config.json names an end token: this one, or a copy of that file."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("eos_token_id") is not None:
+        return folder
+    (into / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    return into
+
+
 def main() -> None:
-    """Print one line a round."""
+    """Start the engine that was asked for, and measure."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, default=64)
@@ -92,9 +118,18 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default="text")
     parser.add_argument("--tokenizer", help="a folder, for a model with random weights")
     given = parser.parse_args()
-    options = {} if given.tokenizer is None else {"tokenizer": given.tokenizer}
-    load_format = "auto" if given.tokenizer is None else "dummy"
-    llm = LLM(given.model, max_num_seqs=given.batch, load_format=load_format, **options)
+    if given.tokenizer is None:
+        measure(LLM(given.model, max_num_seqs=given.batch), given)
+        return
+    # Of a model with random weights no more than config.json is needed.
+    with tempfile.TemporaryDirectory() as made:
+        model = str(with_end_token(Path(given.model), Path(made)))
+        options = {"tokenizer": given.tokenizer, "load_format": "dummy"}
+        measure(LLM(model, max_num_seqs=given.batch, **options), given)
+
+
+def measure(llm: LLM, given: argparse.Namespace) -> None:
+    """Print one line a round and kind of request."""
     # The first form starts a process and loads the engine.
     run(llm, [SamplingParams(max_tokens=8, structured_outputs={"regex": "[ab]{20}"})])
     for number in range(given.rounds):

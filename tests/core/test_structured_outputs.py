@@ -128,6 +128,24 @@ def test_answers_of_1000_schemas_of_the_demo_parse_and_validate() -> None:
     llm.frontend.close()
 
 
+def test_each_form_is_compiled_once_and_begun_when_it_was_checked(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate("a", drawn({"regex": "[ab]{2}"}), **QUIET)  # the grammar engine is loaded
+    assert llm.engine._grammars._compiler is not None
+    engine, compiled, begun = llm.engine._grammars._compiler.engine(), [], []
+    compile_one, begin = engine.compile, llm.engine.begin_grammar
+    monkeypatch.setattr(engine, "compile", lambda one: compiled.append(one) or compile_one(one))
+    monkeypatch.setattr(llm.engine, "begin_grammar", lambda *a: begun.append(a[0]) or begin(*a))
+    params = [drawn({"regex": f"[ab]{{2}}{i % 5}"}) for i in range(10)]
+
+    llm.generate(["a"] * 10, params, **QUIET)
+
+    sources = {one.structured_outputs.source for one in params if one.structured_outputs}
+    assert len(compiled) == len(begun) == len(sources) == 5
+    assert set(compiled) == set(begun) == sources
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form)))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_kind_of_form_is_kept_by_each_of_several_answers(
@@ -216,10 +234,12 @@ def test_a_limited_row_is_in_both_steps_in_flight(
     llm = start(folder)
     engine, seen, order = llm.engine, [], []
     schedule, collect, sample = engine.schedule, engine.collect, engine.runner.sample
+    begin = engine.runner.begin_masks
 
     def watched() -> Any:
         output = schedule()
         if output is not None:
+            order.append(("planned", output.step_id))
             seen.append((engine.scheduler.num_steps_in_flight, len(output.num_scheduled_tokens)))
         return output
 
@@ -231,17 +251,35 @@ def test_a_limited_row_is_in_both_steps_in_flight(
         order.append(("sampled", forwarded.step_id))
         return sample(forwarded)
 
+    def begun(forwarded: Forwarded) -> None:
+        order.append(("begun", forwarded.step_id))
+        begin(forwarded)
+
     monkeypatch.setattr(engine, "schedule", watched)
     monkeypatch.setattr(engine, "collect", collected)
+    monkeypatch.setattr(engine.runner, "begin_masks", begun)
     monkeypatch.setattr(engine.runner, "sample", sampled)
     params = [drawn(None, max_tokens=12), drawn({"regex": "[ab]{11}"}, max_tokens=12)]
     llm.generate(["p", "q"], params, **QUIET)
 
     assert (2, 2) in seen
-    # Its masks are those of the token before: each step is sampled when that was collected.
+    # Its masks are those of the token before: they are begun when that was collected, and filled
+    # while the next step is planned.
     steps = [step for what, step in order if what == "sampled"]
     for step in steps[1:8]:
-        assert order.index(("collected", step - 1)) < order.index(("sampled", step))
+        wanted = [("collected", step - 1), ("begun", step), ("planned", step + 1)]
+        places = [order.index(one) for one in [*wanted, ("sampled", step)]]
+        assert places == sorted(places)
+    # A step that waits for its end when its only request is aborted ends too.
+    asked = drawn({"regex": "[ab]{11}"}, max_tokens=12)
+    engine.add_request(llm.frontend.inputs.process("p", asked, request_id="aborted"))
+    for _ in range(3):
+        engine.step()
+    assert engine._late is not None
+    engine.abort("aborted")
+    engine.step()
+    assert not engine.has_unfinished()
+    assert has_all_blocks(engine)
     llm.frontend.close()
 
 
@@ -349,16 +387,16 @@ def test_a_matcher_that_fails_ends_its_own_row_alone(
 ) -> None:
     from quire_grammar.llguidance import engine
 
-    fill = engine._Matcher.fill_mask
-    calls = []
+    fill, calls = engine._Matcher.fill_masks, []
 
-    def failing(self: Any, mask: Any) -> None:
-        calls.append(self)
-        if len(calls) > 4 and self is calls[0]:
-            raise GrammarStuck("a limit was met")
-        fill(self, mask)
+    def failing(_: type, matchers: list[Any], masks: Any) -> Any:
+        calls.append(matchers[0])
+        raised = fill(matchers, masks)
+        if len(calls) > 4 and calls[0] in matchers:
+            raised[matchers.index(calls[0])] = GrammarStuck("a limit was met")
+        return raised
 
-    monkeypatch.setattr(engine._Matcher, "fill_mask", failing)
+    monkeypatch.setattr(engine._Matcher, "fill_masks", classmethod(failing))
     params = [drawn({"regex": "[ab]{12}"}), drawn({"regex": "[cd]{12}"}), drawn(None, max_tokens=9)]
     with pytest.warns(UserWarning, match="the grammar cannot go on: a limit was met"):
         outputs = llm.generate(["p", "q", "r"], params, **QUIET)

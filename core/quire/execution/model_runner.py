@@ -201,6 +201,10 @@ class ModelRunner:
         built = self._builder.build(output)
         return self._logits(output.step_id, built, self._hidden(built.batch))
 
+    def begin_masks(self, forwarded: Forwarded) -> None:
+        """Begin to fill the masks that `sample` needs, once the tokens before are collected."""
+        self.grammars.begin(forwarded.built.sampled_rows)
+
     def _hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states of a step that is not captured."""
         batch.plans = [backend.plan(batch, i) for i, backend in enumerate(self._backends)]

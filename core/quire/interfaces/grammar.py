@@ -34,7 +34,10 @@ class GrammarVocabulary:
 
     `tokens[i]` are the bytes that token i adds to a text, empty for ids that must never come.
     `special_token_ids` are no text. `eos_token_ids` end an answer. `vocab_size` is the model's,
-    at least `len(tokens)`. `encode` gives the token ids of a text.
+    at least `len(tokens)`. `encode` gives the token ids of a text that others stand before: their
+    bytes are the text's; it raises ValueError where no tokens can write it. `tokenizer_json` writes
+    the tokenizer as a Hugging Face `tokenizer.json`, for libraries that read one; None where there
+    is none, or grammars are only checked.
     """
 
     tokens: Sequence[bytes]
@@ -42,6 +45,7 @@ class GrammarVocabulary:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     encode: Callable[[str], list[int]]
+    tokenizer_json: Callable[[], str] | None = None
 
 
 class GrammarMatcher(abc.ABC):

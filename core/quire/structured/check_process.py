@@ -37,6 +37,7 @@ def main() -> None:
         folder=Path(first["folder"]),
         vocab_size=first["vocab_size"],
         eos_token_ids=tuple(first["eos_token_ids"]),
+        is_for_checks=True,
     )
     compiler = GrammarCompiler(setup, load_plugins(first["disabled"]))
     compiler.engine()

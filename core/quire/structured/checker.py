@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +27,8 @@ MOST_PROCESSES = 4
 MAX_KEPT = 1024
 MAX_KEPT_CHARS = 2**23
 MAX_ANSWER_BYTES = 2**16
+# Of a grammar that is sent while a child works: it has to fit into a pipe that nobody reads.
+AHEAD_CHARS = 2**12
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simplify it"
 
@@ -34,6 +36,9 @@ TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simpl
 def num_processes() -> int:
     """Return how many children are kept: two, on large machines more."""
     return min(max(2, len(os.sched_getaffinity(0)) // 4), MOST_PROCESSES)
+
+
+OnHonoured = Callable[[GrammarSource], object]
 
 
 class CheckStopped(Exception):
@@ -57,6 +62,7 @@ class CheckProcess:
             env=_environment(),
             start_new_session=True,
         )
+        self._unread = b""  # of its answers
         self._finalizer = weakref.finalize(self, _end, self._process)
         on_begin(self)  # it may be ended from now on, while it loads
         first = {
@@ -81,10 +87,22 @@ class CheckProcess:
 
     def ask(self, message: object, seconds: float) -> str:
         """Return the answer to a message. Raises: CheckStopped; the child is gone then."""
+        self.send(message)
+        return self.receive(seconds)
+
+    def send(self, message: object) -> None:
+        """Send a message; one may be sent while another is answered. Raises: CheckStopped."""
         assert self._process.stdin is not None, "it was opened with a pipe"
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
+        except (OSError, ValueError) as error:
+            self.close()
+            raise CheckStopped(str(error)) from error
+
+    def receive(self, seconds: float) -> str:
+        """Return the answer to the first message that has none. Raises: CheckStopped."""
+        try:
             answer: str = json.loads(self._line(seconds))
             return answer
         except (OSError, ValueError, TimeoutError) as error:
@@ -94,13 +112,14 @@ class CheckProcess:
     def _line(self, seconds: float) -> bytes:
         assert self._process.stdout is not None, "it was opened with a pipe"
         source = self._process.stdout.fileno()
-        until, line = time.monotonic() + seconds, b""
-        while not line.endswith(b"\n"):
+        until = time.monotonic() + seconds
+        while b"\n" not in self._unread:
             ready, _, _ = select.select([source], [], [], max(until - time.monotonic(), 0))
             part = os.read(source, MAX_ANSWER_BYTES) if ready else b""
             if not part:
                 raise TimeoutError("no answer")
-            line += part
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
         return line
 
     def close(self) -> None:
@@ -121,6 +140,26 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         if pipe is not None:
             with contextlib.suppress(OSError):  # what was still to be written
                 pipe.close()
+
+
+def _message(source: GrammarSource) -> dict[str, str]:
+    return {"kind": source.kind, "text": source.text}
+
+
+def _send_next(
+    process: CheckProcess, left: deque[GrammarSource], most_chars: int | None = None
+) -> GrammarSource | None:
+    """Send a child the next grammar; None where none is left, it is too long or the child gone."""
+    try:
+        source = left.popleft()
+    except IndexError:  # another thread was faster
+        return None
+    with contextlib.suppress(CheckStopped):
+        if most_chars is None or len(source.text) <= most_chars:
+            process.send(_message(source))
+            return source
+    left.appendleft(source)
+    return None
 
 
 class GrammarChecker:
@@ -156,16 +195,52 @@ class GrammarChecker:
         with self._lock:
             return params.source in self._answers
 
-    def check_all(self, asked: Sequence[StructuredOutputsParams]) -> None:
-        """Check grammars side by side, so that `check` has their answers; says nothing itself."""
-        new = list({one.source: one for one in asked if not self.knows(one)}.values())
-        if len(new) > 1:
-            with ThreadPoolExecutor(num_processes(), "quire-forms") as threads:
-                list(threads.map(self._check_quietly, new[:MAX_KEPT]))
+    def check_all(
+        self,
+        asked: Sequence[StructuredOutputsParams],
+        on_honoured: OnHonoured = lambda _: None,
+    ) -> None:
+        """Check grammars side by side, so that `check` has their answers; says nothing itself.
 
-    def _check_quietly(self, params: StructuredOutputsParams) -> None:
-        with contextlib.suppress(RequestError):
-            self.check(params)
+        `on_honoured` is called for each that can be honoured, in threads, while others are checked.
+        """
+        new = {one.source: one.source for one in asked if not self.knows(one)}
+        left = deque(list(new)[:MAX_KEPT])
+        if len(left) > 1:
+            count = min(num_processes(), len(left))
+            with ThreadPoolExecutor(count, "quire-forms") as threads:
+                parts = [threads.submit(self._check_some, left, on_honoured) for _ in range(count)]
+            for part in parts:
+                part.result()
+
+    def _check_some(self, left: deque[GrammarSource], on_honoured: OnHonoured) -> None:
+        """Check grammars until none is left, with another child where one was killed."""
+        with contextlib.suppress(CheckStopped):  # none starts, which `check` says
+            while left:
+                with self._pool.lend() as process:
+                    self._check_with(process, left, on_honoured)
+
+    def _check_with(
+        self, process: CheckProcess, left: deque[GrammarSource], on_honoured: OnHonoured
+    ) -> None:
+        """Check until none is left or the child is gone, sending one while another is checked.
+
+        What takes too long is left without an answer: `check` tries again, alone.
+        """
+        current = _send_next(process, left)
+        while current is not None:
+            # Where there are few, other children take them.
+            ahead = _send_next(process, left, AHEAD_CHARS) if len(left) > MOST_PROCESSES else None
+            try:
+                answer = process.receive(CHECK_S)
+            except CheckStopped:
+                if ahead is not None:
+                    left.appendleft(ahead)
+                return
+            self._keep(current, answer)
+            if not answer:
+                on_honoured(current)
+            current = ahead if ahead is not None else _send_next(process, left)
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""
@@ -198,7 +273,7 @@ class GrammarChecker:
 
     def _answer(self, process: CheckProcess, source: GrammarSource) -> str:
         try:
-            return process.ask({"kind": source.kind, "text": source.text}, CHECK_S)
+            return process.ask(_message(source), CHECK_S)
         except CheckStopped:
             return TOO_LONG
 

@@ -28,12 +28,16 @@ MAX_MARK_SHOWN = 80
 
 @frozen(kw_only=True)
 class GrammarSetup:
-    """What a compiler is made of: the engine's name, the tokenizer's folder and its end tokens."""
+    """What a compiler is made of: the engine's name, the tokenizer's folder and its end tokens.
+
+    `is_for_checks`: no token is drawn, so that it may load less.
+    """
 
     backend: str
     folder: Path
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    is_for_checks: bool = False
 
 
 def _check_grammar(source: GrammarSource) -> None:
@@ -126,7 +130,10 @@ class GrammarCompiler:
             if self._engine is None:
                 setup = self._setup
                 vocabulary = read_vocabulary(
-                    setup.folder, vocab_size=setup.vocab_size, eos_token_ids=setup.eos_token_ids
+                    setup.folder,
+                    vocab_size=setup.vocab_size,
+                    eos_token_ids=setup.eos_token_ids,
+                    is_for_checks=setup.is_for_checks,
                 )
                 self._engine = load_grammar_engine(self._registry, setup.backend)(vocabulary)
             return self._engine

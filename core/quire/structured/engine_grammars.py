@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from attrs import define
+from attrs import Factory, define
 
+from quire.constraints import GrammarSource
 from quire.errors import CONTRADICTION, RequestError
 from quire.hooks.registry import Registry
 from quire.interfaces.grammar import CompiledGrammar
@@ -18,7 +20,7 @@ from quire.request import Request, SamplingParams
 from quire.request_checks import NO_TOKEN_LEFT, tokens_left
 from quire.structured.compiler import GrammarCompiler, GrammarSetup
 
-MOST_THREADS = 8
+MOST_THREADS = 4
 
 
 @define(kw_only=True)
@@ -35,6 +37,8 @@ class EngineGrammars:
     registry: Registry
     _compiler: GrammarCompiler | None = None
     _threads: ThreadPoolExecutor | None = None
+    _begun: dict[GrammarSource, Future[None]] = Factory(dict)
+    _lock: threading.RLock = Factory(threading.RLock)
 
     def begin(self, request: Request) -> Future[None] | None:
         """Begin to compile a request's grammar in a thread; None where it has none to compile.
@@ -42,18 +46,32 @@ class EngineGrammars:
         What is wrong with it is `admit`'s to say.
         """
         asked = request.params.structured_outputs
-        if asked is None or self.backend is None or not request.eos_token_ids:
-            return None
-        if self._compiler_for(request, self.backend).knows(asked.source):
-            return None
-        if self._threads is None:
-            count = min(max(1, len(os.sched_getaffinity(0)) // 2), MOST_THREADS)
-            self._threads = ThreadPoolExecutor(count, "quire-grammars")
-        return self._threads.submit(self._admit_quietly, request)
+        return None if asked is None else self.begin_source(asked.source, request.eos_token_ids)
 
-    def _admit_quietly(self, request: Request) -> None:
-        with contextlib.suppress(RequestError):
-            self.admit(request)
+    def begin_source(
+        self, source: GrammarSource, eos_token_ids: frozenset[int]
+    ) -> Future[None] | None:
+        """Begin to compile a grammar that a request will ask for; safe for threads."""
+        if self.backend is None or not eos_token_ids:
+            return None
+        with self._lock:
+            compiler = self._compiler_for(eos_token_ids, self.backend)
+            if compiler.knows(source):
+                return None
+            begun = self._begun.get(source)
+            if begun is None:
+                if self._threads is None:
+                    count = min(max(1, len(os.sched_getaffinity(0)) // 2), MOST_THREADS)
+                    self._threads = ThreadPoolExecutor(count, "quire-grammars")
+                begun = self._threads.submit(self._compile_quietly, compiler, source)
+                self._begun[source] = begun
+            return begun
+
+    def _compile_quietly(self, compiler: GrammarCompiler, source: GrammarSource) -> None:
+        with contextlib.suppress(Exception):  # `admit` meets it again
+            compiler.compile(source)
+        with self._lock:
+            del self._begun[source]
 
     def admit(self, request: Request) -> None:
         """Compile a request's grammar. Raises: RequestError."""
@@ -62,7 +80,7 @@ class EngineGrammars:
             return
         if self.backend is None or not request.eos_token_ids:
             raise asked.error("needs a grammar engine and a checkpoint with an end token")
-        compiler = self._compiler_for(request, self.backend)
+        compiler = self._compiler_for(request.eos_token_ids, self.backend)
         try:
             grammar = compiler.compile(asked.source)
             is_left = not limits_tokens(request) or self._leaves_tokens(grammar, request)
@@ -73,17 +91,18 @@ class EngineGrammars:
         if not is_left:
             raise RequestError(f"{CONTRADICTION}{NO_TOKEN_LEFT}", parameter=asked.asked_as)
 
-    def _compiler_for(self, request: Request, backend: str) -> GrammarCompiler:
+    def _compiler_for(self, eos_token_ids: frozenset[int], backend: str) -> GrammarCompiler:
         """Return the compiler, made with the end tokens of the first request that needs it."""
-        if self._compiler is None:
-            setup = GrammarSetup(
-                backend=backend,
-                folder=self.folder(),
-                vocab_size=self.vocab_size,
-                eos_token_ids=tuple(sorted(request.eos_token_ids)),
-            )
-            self._compiler = GrammarCompiler(setup, self.registry)
-        return self._compiler
+        with self._lock:
+            if self._compiler is None:
+                setup = GrammarSetup(
+                    backend=backend,
+                    folder=self.folder(),
+                    vocab_size=self.vocab_size,
+                    eos_token_ids=tuple(sorted(eos_token_ids)),
+                )
+                self._compiler = GrammarCompiler(setup, self.registry)
+            return self._compiler
 
     def _leaves_tokens(self, grammar: CompiledGrammar, request: Request) -> bool:
         """Whether other parameters leave any first token of a form."""

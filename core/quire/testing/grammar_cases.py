@@ -51,7 +51,10 @@ class GrammarCase:
 
 
 def vocabulary(*, parts: bool) -> GrammarVocabulary:
-    """Return every byte, two end tokens, a special token, and ids of no token."""
+    """Return every byte, two end tokens, a special token, and ids of no token.
+
+    The one without longer tokens comes with the JSON of such a tokenizer.
+    """
     tokens = [bytes([i]) for i in range(NUM_BYTES)] + [b"<end>", b"<turn>", b"<tool>"]
     tokens += PARTS if parts else ()
     return GrammarVocabulary(
@@ -60,7 +63,34 @@ def vocabulary(*, parts: bool) -> GrammarVocabulary:
         eos_token_ids=(END, SECOND_END),
         vocab_size=len(tokens) + PADDING,
         encode=_encode_with(PARTS if parts else ()),
+        tokenizer_json=None if parts else _tokenizer_json,
     )
+
+
+def _tokenizer_json() -> str:
+    """Return a byte-level tokenizer without merges, as `tokenizer.json` has it.
+
+    Source: GPT-2's characters of bytes: printable ones as they are, others from 256 on.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(NUM_BYTES) if byte not in shown]
+    chars = {byte: chr(byte) for byte in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+    special = {"special": True, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    named = ((END, "<end>"), (SECOND_END, "<turn>"), (SPECIAL, "<tool>"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text, **special, **flags} for i, text in named],
+        "pre_tokenizer": {**byte_level, "use_regex": False},
+        "decoder": {**byte_level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "vocab": {chars[byte]: byte for byte in range(NUM_BYTES)},
+            "merges": [],
+        },
+    }
+    return json.dumps(tokenizer)
 
 
 def _encode_with(parts: tuple[bytes, ...]) -> Callable[[str], list[int]]:

@@ -196,6 +196,10 @@ class Tokenizer:
             piece = piece.replace(plan.metaspace, " ")
         return (plan.separator + piece).encode()
 
+    def to_json(self) -> str:
+        """Return it as a `tokenizer.json`, with what its class and its settings change."""
+        return str(self._backend.to_str())
+
     def check_fits(self, model_vocab_size: int) -> None:
         """Refuse a tokenizer with ids that the model cannot embed.
 

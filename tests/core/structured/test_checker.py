@@ -14,7 +14,7 @@ import tiny_llama
 from tiny_llama import OPTIONS, has_all_blocks
 
 from quire import LLM, SamplingParams
-from quire.constraints import StructuredOutputsParams
+from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import ConfigError, RequestError
 from quire.structured import checker
 from quire.structured.check_process import _allowed_from
@@ -234,14 +234,33 @@ def test_several_grammars_are_checked_before_their_answers_are_asked_for(
 ) -> None:
     good = [StructuredOutputsParams(regex=f"side by side {i}") for i in range(6)]
     bad = StructuredOutputsParams(regex="side by side ((")
-    own.check_all([*good, bad, good[0]])
+    honoured: list[GrammarSource] = []
+    own.check_all([*good, bad, good[0]], honoured.append)
     assert all(map(own.knows, [*good, bad]))
+    assert sorted(one.text for one in honoured) == sorted(one.source.text for one in good)
     monkeypatch.setattr(checker.CheckProcess, "ask", lambda *_: "asked again")
 
     for one in good:
         own.check(one)
     with pytest.raises(RequestError, match="unclosed group"):
         own.check(bad)
+
+
+@pytest.mark.parametrize("bad", ["hang", "crash"])
+def test_a_grammar_that_ends_its_child_keeps_no_other_from_its_answer(
+    strange: GrammarChecker, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    monkeypatch.setattr(checker, "CHECK_S", 0.3)
+    monkeypatch.setattr(checker, "AHEAD_CHARS", 60)
+    # Some are sent while another is checked, some are too long for that.
+    good = [StructuredOutputsParams(regex=f"{i}" + "x" * (7 * i)) for i in range(14)]
+    ends = StructuredOutputsParams(regex=bad)
+    honoured: list[GrammarSource] = []
+
+    strange.check_all([*good[:3], ends, *good[3:]], honoured.append)
+
+    assert {one.text for one in honoured} == {one.source.text for one in good}
+    assert [strange.knows(one) for one in (*good, ends)] == [True] * 14 + [False]
 
 
 def test_a_child_that_was_prepared_is_the_one_that_is_asked(folder: Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("llguidance")
-from llguidance import LLExecutor
 
 from quire.interfaces.grammar import (
     GrammarKind,
@@ -51,7 +50,7 @@ def masks_of(matchers: list[GrammarMatcher]) -> tuple[np.ndarray, list[Any]]:
 def test_masks_in_threads_are_those_of_each(
     matchers: list[GrammarMatcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_threads", lambda: LLExecutor(num_threads=3))
+    monkeypatch.setattr(engine, "_num_threads", lambda: 3)
     each = np.zeros((len(matchers), 9), np.int32)
     for matcher, mask in zip(matchers, each, strict=True):
         matcher.fill_mask(mask)
@@ -62,12 +61,11 @@ def test_masks_in_threads_are_those_of_each(
     assert raised == [None] * len(matchers)
 
 
-@pytest.mark.parametrize("num_threads", [None, 2])
+@pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_matcher_that_is_stuck_raises_alone(
-    matchers: list[GrammarMatcher], monkeypatch: pytest.MonkeyPatch, num_threads: int | None
+    matchers: list[GrammarMatcher], monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
-    threads = None if num_threads is None else LLExecutor(num_threads=num_threads)
-    monkeypatch.setattr(engine, "_threads", lambda: threads)
+    monkeypatch.setattr(engine, "_num_threads", lambda: num_threads)
     with pytest.raises(GrammarStuck):
         matchers[4].accept(ord("z"))
 
@@ -77,12 +75,11 @@ def test_a_matcher_that_is_stuck_raises_alone(
     assert masks[1, ord("x") // 32] == 1 << (ord("x") % 32)
 
 
-@pytest.mark.parametrize("num_threads", [None, 2])
+@pytest.mark.parametrize("num_threads", [1, 2])
 def test_many_matchers_go_on_at_once_and_say_who_cannot(
-    monkeypatch: pytest.MonkeyPatch, num_threads: int | None
+    monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
-    threads = None if num_threads is None else LLExecutor(num_threads=num_threads)
-    monkeypatch.setattr(engine, "_threads", lambda: threads)
+    monkeypatch.setattr(engine, "_num_threads", lambda: num_threads)
     compiled = made().compile(GrammarSource(kind=GrammarKind.REGEX, text="[a-c]{3}"))
     many = [compiled.start() for _ in range(40)]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 
 from quire.interfaces.grammar import (
@@ -24,40 +24,17 @@ from quire.interfaces.grammar import (
 from quire_grammar.llguidance.bounds import with_exact_bounds
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
 from quire_grammar.llguidance.tags import TagGrammar, check_no_settings
+from quire_grammar.llguidance.tokens import Tokenizers
 
 # Between JSON's tokens; without an end, a model that likes spaces would never finish.
 WHITESPACE = r"[ \n\t]{1,16}"
 # Of an object, which JSON's own grammar would let any value be.
 ANY_OBJECT = '{"type": "object"}'
 JSON_SETTINGS: Any = {"whitespace_pattern": WHITESPACE}
-# How the library marks a token that is no text.
-SPECIAL = b"\xff"
 MAX_ERROR_CHARS = 200
 # Of this process's processors; what runs beside the masks is the engine's own thread.
 SHARE_OF_PROCESSORS, MOST_THREADS = 0.75, 16
 FEW = 16  # matchers that go on in less time than threads take to begin
-MAX_KEPT_TEXTS = 65536
-
-
-class _Tokens:
-    """What the library asks of a tokenizer."""
-
-    def __init__(self, vocabulary: GrammarVocabulary) -> None:
-        special = vocabulary.special_token_ids | set(vocabulary.eos_token_ids)
-        # Ids that the tokenizer does not know: an end token may be one of them, and a model's
-        # vocabulary may be padded. `n_vocab` alone leaves masks at the tokenizer's size.
-        size = max(vocabulary.vocab_size, max(special, default=-1) + 1)
-        tokens = [*vocabulary.tokens, *[b""] * (size - len(vocabulary.tokens))]
-        self.tokens = [SPECIAL + token if i in special else token for i, token in enumerate(tokens)]
-        self.special_token_ids = sorted(special)
-        self.eos_token_id = vocabulary.eos_token_ids[0]
-        self.bos_token_id = None
-        # Where a form leaves one text, each mask asks for its tokens: in Python, one thread at a
-        # time, which took longer than the masks themselves.
-        self._encode = functools.lru_cache(MAX_KEPT_TEXTS)(vocabulary.encode)
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self._encode(text.decode())
 
 
 class LLGuidanceEngine(GrammarEngine):
@@ -66,23 +43,21 @@ class LLGuidanceEngine(GrammarEngine):
     compiles_in_threads = True
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Tokens(vocabulary)),
-            n_vocab=vocabulary.vocab_size,
-            eos_token=list(vocabulary.eos_token_ids),
-        )
+        self._tokenizers = Tokenizers(vocabulary)
         self._special = _texts(vocabulary, vocabulary.special_token_ids)
         self._ends = _texts(vocabulary, vocabulary.eos_token_ids)
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Compile a grammar and look at its first tokens."""
-        matcher = LLMatcher(self._tokenizer, self._to_grammar(source), log_level=0)
+        grammar = self._to_grammar(source)
+        tokenizer, asks_python = self._tokenizers.take(grammar)
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
         probe = matcher.deep_copy()
         if not probe.is_error():
             probe.compute_bitmask()
         if probe.is_error():
             raise ValueError(_reason(probe))
-        return _Compiled(matcher)
+        return _Compiled(matcher, asks_python)
 
     def _to_grammar(self, source: GrammarSource) -> str:
         """Return the source in the library's own form. Raises: ValueError."""
@@ -108,27 +83,33 @@ class LLGuidanceEngine(GrammarEngine):
         return LLMatcher.grammar_from_json_schema(text, overrides=JSON_SETTINGS)
 
 
+def _num_threads() -> int:
+    """Return how many threads serve a step: most of this process's processors."""
+    count = int(len(os.sched_getaffinity(0)) * SHARE_OF_PROCESSORS)
+    return min(max(count, 1), MOST_THREADS)
+
+
 @functools.cache
-def _threads() -> LLExecutor | None:
-    """Return threads on most of this process's processors; None where that is one."""
-    count = min(int(len(os.sched_getaffinity(0)) * SHARE_OF_PROCESSORS), MOST_THREADS)
-    return LLExecutor(num_threads=count) if count > 1 else None
+def _threads(count: int) -> LLExecutor:
+    return LLExecutor(num_threads=count)
 
 
 class _Compiled(CompiledGrammar):
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, asks_python: bool) -> None:
         self._matcher = matcher
+        self._asks_python = asks_python
 
     def start(self) -> GrammarMatcher:
-        return _Matcher(self._matcher.deep_copy())
+        return _Matcher(self._matcher.deep_copy(), self._asks_python)
 
 
 class _Matcher(GrammarMatcher):
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, asks_python: bool) -> None:
         self._matcher = matcher
+        self._asks_python = asks_python
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        self._matcher.compute_ff_tokens()
+        self._ask_python()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
 
@@ -136,16 +117,19 @@ class _Matcher(GrammarMatcher):
     def fill_masks(
         cls, matchers: Sequence[GrammarMatcher], masks: NDArray[np.int32]
     ) -> list[Exception | None]:
-        """Fill them in several threads, where there are processors for them."""
-        own = [matcher._matcher for matcher in matchers if isinstance(matcher, _Matcher)]
-        threads = _threads()
-        if threads is None or len(own) < 2 or not masks.flags.c_contiguous:
+        """Fill them in one call, in as many threads as there are processors for them.
+
+        One thread too: on one processor a call a row gave 1 ms of a step of 64 to changes between
+        it and the engine's.
+        """
+        known = [matcher for matcher in matchers if isinstance(matcher, _Matcher)]
+        own = [matcher._matcher for matcher in known]
+        if len(own) < 2 or not masks.flags.c_contiguous:
             return super().fill_masks(matchers, masks)
-        # Tokens of a text that has to come are found first, and kept by the matcher: threads that
-        # asked Python for them would wait for one another, longer than masks take.
-        for matcher in own:
-            matcher.compute_ff_tokens()
+        for matcher in known:
+            matcher._ask_python()
         places = [(matcher, i) for i, matcher in enumerate(own)]
+        threads = _threads(_num_threads())
         threads.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
         return [GrammarStuck(_reason(one)) if one.is_error() else None for one in own]
 
@@ -155,17 +139,25 @@ class _Matcher(GrammarMatcher):
     ) -> list[Exception | None]:
         """Go on in several threads, where there are processors for them."""
         own = [matcher._matcher for matcher in matchers if isinstance(matcher, _Matcher)]
-        threads = _threads()
-        if threads is None or len(own) < FEW:
+        count = _num_threads()
+        if count == 1 or len(own) < FEW:
             went = [
                 one.consume_token(token_id) for one, token_id in zip(own, token_ids, strict=True)
             ]
         else:
-            went = threads.consume_token_par(list(zip(own, token_ids, strict=True)))
+            went = _threads(count).consume_token_par(list(zip(own, token_ids, strict=True)))
         return [
             None if has_gone else GrammarStuck(_reason(one))
             for one, has_gone in zip(own, went, strict=True)
         ]
+
+    def _ask_python(self) -> None:
+        """Find the tokens of a text that has to come, which the matcher keeps for its mask.
+
+        Threads that asked Python for them would wait for one another, longer than masks take.
+        """
+        if self._asks_python:
+            self._matcher.compute_ff_tokens()
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
