@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from quire.errors import ConfigError
+from quire_quant.config_values import REMEDY
 from quire_quant.module_names import is_target, names_in
 
 QUANT_METHOD = "compressed-tensors"
@@ -98,7 +99,8 @@ def expect(
     if not any(found == one and type(found) is type(one) for one in allowed):
         listed = " or ".join(repr(one) for one in allowed if one is not None)
         raise ConfigError(
-            f"{where}: {key} is {found!r}; {reader} reads {listed or 'checkpoints without it'}."
+            f"{where}: {key} is {found!r}; {reader} reads {listed or 'checkpoints without it'}. "
+            f"{REMEDY}"
         )
     return found
 

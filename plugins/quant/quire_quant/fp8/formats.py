@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 
 from quire.errors import ConfigError
 from quire_quant import compressed
+from quire_quant.config_values import REMEDY
 from quire_quant.module_names import has_path, has_wildcard, names_in
 
 MODELOPT_ALGORITHMS = ("FP8",)
@@ -164,7 +165,7 @@ def _expect(config: Mapping[str, Any], where: str, key: str, allowed: tuple[Any,
     if not any(found == one and type(found) is type(one) for one in allowed):
         listed = " or ".join(repr(one) for one in allowed if one not in (None, ""))
         raise ConfigError(
-            f"{where}: {key} is {found!r}; fp8 reads {listed or 'checkpoints without it'}."
+            f"{where}: {key} is {found!r}; fp8 reads {listed or 'checkpoints without it'}. {REMEDY}"
         )
     return found
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -18,7 +20,8 @@ from quire_quant.int8.formats import Scheme, read_schemes
 from quire_quant.int8.rounded import Int8Product
 from quire_quant.int8.stored import StoredInt8Product
 from quire_quant.int8.weight_only import RoundedWeightOnly, StoredWeightOnly
-from quire_quant.module_names import part_names
+from quire_quant.module_names import is_router, part_names
+from quire_quant.packed_experts import experts_method, why_not_experts
 
 
 def _refused(spec: LayerSpec) -> str | None:
@@ -48,6 +51,8 @@ class Int8(QuantizationMethod):
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve linear and embedding layers whose projections are kept alike."""
+        if isinstance(spec, ExpertsSpec):
+            return why_not_experts(self, spec)
         if self._read is None or not isinstance(spec, LinearSpec):
             return _refused(spec)
         schemes = {name: self._scheme_of(name) for name in part_names(spec)}
@@ -59,8 +64,10 @@ class Int8(QuantizationMethod):
         size = None if scheme is None else scheme.group_size
         return multiple_needed("its inputs", spec.in_features, size) if size else None
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return a method in 8 bits for linears and heads."""
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return a method in 8 bits for linears and heads, and experts of weights alone."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
         if isinstance(spec, EmbeddingSpec) and not spec.is_head:
             return None
         if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
@@ -80,9 +87,13 @@ class Int8WeightOnly(QuantizationMethod):
     """Round the weights of linears; activations, embeddings and heads stay as they are."""
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
-        """Serve linear and embedding layers everywhere."""
-        return _refused(spec)
+        """Serve linear and embedding layers everywhere, experts where there is a product."""
+        return why_not_experts(self, spec) if isinstance(spec, ExpertsSpec) else _refused(spec)
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return the product of a linear."""
-        return RoundedWeightOnly(spec) if isinstance(spec, LinearSpec) else None
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return the product of a linear that is no router, or of experts."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
+        if not isinstance(spec, LinearSpec) or is_router(spec.name):
+            return None
+        return RoundedWeightOnly(spec)
