@@ -37,12 +37,16 @@ class CompressedTensors:
     ignored: tuple[str, ...]
 
     def group_of(self, module: str) -> Group | None:
-        """Return how the linear layer of this name is kept; None: in the model's dtype."""
+        """Return how the linear layer of this name is kept; None: in the model's dtype.
+
+        A group that names it comes before one of its class, whatever their order.
+        """
         if is_target(module, self.ignored):
             return None
-        for group in self.groups:
-            if is_target(module, group.targets):
-                return group
+        for kind in (None, "Linear"):
+            for group in self.groups:
+                if is_target(module, group.targets, kind=kind):
+                    return group
         return None
 
 

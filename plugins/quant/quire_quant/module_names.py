@@ -64,8 +64,8 @@ def has_wildcard(name: str, patterns: Iterable[str]) -> bool:
     return has_path(name, patterns) or any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def is_target(name: str, targets: Iterable[str], *, kind: str = "Linear") -> bool:
-    """Answer as compressed-tensors: a class's name, a module's name, or `re:` and an expression."""
+def is_target(name: str, targets: Iterable[str], *, kind: str | None = "Linear") -> bool:
+    """Answer as compressed-tensors: a name, `re:` and an expression, or the class `kind`."""
     for target in targets:
         if target.startswith("re:"):
             if re.match(_compiled(target), name):

@@ -55,6 +55,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq, experts alone": ("qwen3", {**GPTQ, "dynamic": {"-:.*attn": {}}}),
     "awq": ("qwen2", AWQ),
     "awq, attention alone": ("mixtral", {**AWQ, "modules_to_not_convert": ["experts", "gate"]}),
+    "awq, a router's name is part of others": (
+        "qwen3",
+        {**AWQ, "modules_to_not_convert": ["gate"]},
+    ),
     "pack-quantized": ("qwen3", PACK),
     "awq, latents": ("deepseek", AWQ),
     "gptq, latents": ("deepseek", {**DESC, "bits": 8}),
@@ -66,7 +70,7 @@ def is_packed(name: str, config: dict[str, Any]) -> bool:
     """Tools leave routers, embeddings and heads alone."""
     is_linear = name.endswith(tuple(f"{end}.weight" for end in LINEARS))
     is_out = "dynamic" in config and "attn" in name
-    is_out |= "modules_to_not_convert" in config and "experts" in name
+    is_out |= "experts" in config.get("modules_to_not_convert", ()) and "experts" in name
     return is_linear and not is_out
 
 

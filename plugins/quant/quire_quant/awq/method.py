@@ -104,7 +104,7 @@ class Awq(PackedMethod):
     """Serve linears but those of `modules_to_not_convert`; embeddings and heads stay as they are.
 
     A layer is left alone where one of those names is part of its own, or where the file has it in
-    full precision.
+    full precision; not where the file has it packed.
     """
 
     example_config: ClassVar[Mapping[str, Any]] = {
@@ -131,6 +131,9 @@ class Awq(PackedMethod):
         self.excluded = names_of(config, "modules_to_not_convert")
 
     def _is_excluded(self, name: str) -> bool:
+        if f"{name}.qweight" in self.stored:
+            # "gate", for a router, is part of the name of a gate projection too.
+            return False
         return self.is_left_alone(name) or any(excluded in name for excluded in self.excluded)
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
