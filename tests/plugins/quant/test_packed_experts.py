@@ -12,6 +12,9 @@ import torch
 import transformers
 from naive_packing import awq_tensors, gptq_tensors, groups_of, round_weight
 from safetensors.torch import load_file, save_file
+from test_int8_checkpoints import WEIGHTS as INT8_WEIGHTS
+from test_int8_checkpoints import config as int8_config
+from test_int8_checkpoints import encoded as int8_encoded
 from test_pack_quantized import config as pack_config
 from test_pack_quantized import tensors_of as pack_tensors
 from test_packed_checkpoints import AWQ, GPTQ, greedy
@@ -47,6 +50,7 @@ FAMILIES = {
 }
 DESC = {**GPTQ, "desc_act": True}
 PACK = pack_config(ignore=("lm_head", r"re:.*mlp\.gate$"))
+INT8 = int8_config(ignore=("lm_head", r"re:.*gate$", "re:.*attn"))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("qwen3", GPTQ),
     "gptq, 3 bits, an order of its own each": ("qwen3", {**DESC, "bits": 3}),
@@ -60,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**AWQ, "modules_to_not_convert": ["gate"]},
     ),
     "pack-quantized": ("qwen3", PACK),
+    "int8, inputs by token": ("mixtral", INT8),
     "awq, latents": ("deepseek", AWQ),
     "gptq, latents": ("deepseek", {**DESC, "bits": 8}),
 }
@@ -69,13 +74,16 @@ LINEARS = ("_proj", "w1", "w2", "w3", "kv_a_proj_with_mqa")
 def is_packed(name: str, config: dict[str, Any]) -> bool:
     """Tools leave routers, embeddings and heads alone."""
     is_linear = name.endswith(tuple(f"{end}.weight" for end in LINEARS))
-    is_out = "dynamic" in config and "attn" in name
+    is_out = ("dynamic" in config or config is INT8) and "attn" in name
     is_out |= "experts" in config.get("modules_to_not_convert", ()) and "experts" in name
     return is_linear and not is_out
 
 
 def packed_tensors(name: str, weight: Tensor, config: dict[str, Any]) -> tuple[Any, Tensor]:
     """Return a projection's tensors, and what they stand for."""
+    if config is INT8:
+        code = int8_encoded(weight, {"weights": INT8_WEIGHTS, "input_activations": None}, 1.0)
+        return code.tensors, code.weight.float()
     seed = sum(name.encode()) if config.get("desc_act") else None
     groups = groups_of(weight.shape[1], 32, shuffled=seed)
     symmetric = config.get("sym", False)

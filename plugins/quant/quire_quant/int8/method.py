@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
+
+from attrs import evolve
 
 from quire.interfaces.quantization import (
     EmbeddingSpec,
@@ -49,10 +52,19 @@ class Int8(QuantizationMethod):
         group = None if self._read is None else self._read.group_of(name)
         return None if group is None else self._schemes[group.name]
 
+    def _with_plain_inputs(self) -> Int8:
+        """Return the same for experts: their inputs stay as they are where rows have scales."""
+        other = copy.copy(self)
+        other._schemes = {
+            name: evolve(scheme, inputs="plain") if scheme.inputs == "token" else scheme
+            for name, scheme in self._schemes.items()
+        }
+        return other
+
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve linear and embedding layers whose projections are kept alike."""
         if isinstance(spec, ExpertsSpec):
-            return why_not_experts(self, spec)
+            return why_not_experts(self._with_plain_inputs(), spec)
         if self._read is None or not isinstance(spec, LinearSpec):
             return _refused(spec)
         schemes = {name: self._scheme_of(name) for name in part_names(spec)}
@@ -65,9 +77,9 @@ class Int8(QuantizationMethod):
         return multiple_needed("its inputs", spec.in_features, size) if size else None
 
     def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
-        """Return a method in 8 bits for linears and heads, and experts of weights alone."""
+        """Return a method in 8 bits for linears and heads, and for experts of a checkpoint."""
         if isinstance(spec, ExpertsSpec):
-            return experts_method(self, spec)
+            return experts_method(self._with_plain_inputs(), spec)
         if isinstance(spec, EmbeddingSpec) and not spec.is_head:
             return None
         if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
