@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Deepseek
     further = {"eh_proj.weight": stored["lm_head.weight"], "mlp.up_proj.weight": torch.ones(2, 2)}
     stored |= {f"model.layers.2.{name}": tensor.clone() for name, tensor in further.items()}
     save_file(stored, folder / "model.safetensors")
-    change_config(folder, quantization_config=FORM.config)
+    change_config(folder, quantization_config={**FORM.config, "scale_fmt": "ue8m0"})
     return folder, _dequantized(folder, exact)
 
 

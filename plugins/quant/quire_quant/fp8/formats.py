@@ -64,7 +64,8 @@ def read_config(config: Mapping[str, Any]) -> Format | None:
 def _read_hugging_face(config: Mapping[str, Any]) -> Format:
     where = "quantization_config (fp8)"
     _expect(config, where, "fmt", (None, "e4m3"))
-    _expect(config, where, "scale_fmt", (None, "float"))
+    # With "ue8m0" scales are powers of two; those of inputs, made here, may be any float.
+    _expect(config, where, "scale_fmt", (None, "float", "ue8m0"))
     activations = _expect(config, where, "activation_scheme", ("dynamic", "static"))
     block = config.get("weight_block_size")
     if block is not None:
