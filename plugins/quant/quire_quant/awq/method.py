@@ -130,11 +130,11 @@ class Awq(PackedMethod):
             raise refuse("backend", "llm-awq", "what AutoAWQ writes, which lies otherwise")
         self.excluded = names_of(config, "modules_to_not_convert")
 
-    def _is_excluded(self, name: str) -> bool:
+    def _is_excluded(self, name: str, spec: LinearSpec) -> bool:
         if f"{name}.qweight" in self.stored:
             # "gate", for a router, is part of the name of a gate projection too.
             return False
-        return self.is_left_alone(name) or any(excluded in name for excluded in self.excluded)
+        return self.is_left_alone(name, spec) or any(excluded in name for excluded in self.excluded)
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve linears whose inputs make whole groups and whose outputs make whole words."""
@@ -144,7 +144,7 @@ class Awq(PackedMethod):
             return None
         if not isinstance(spec, LinearSpec):
             return f"it has no method for {type(spec).__name__}"
-        left = [name for name in part_names(spec) if self._is_excluded(name)]
+        left = [name for name in part_names(spec) if self._is_excluded(name, spec)]
         if left:
             if len(left) == len(spec.parts):
                 return None
@@ -159,7 +159,7 @@ class Awq(PackedMethod):
         """Return the product of experts, or of a linear that is not excluded."""
         if isinstance(spec, ExpertsSpec):
             return experts_method(self, spec)
-        if not isinstance(spec, LinearSpec) or self._is_excluded(part_names(spec)[0]):
+        if not isinstance(spec, LinearSpec) or self._is_excluded(part_names(spec)[0], spec):
             return None
         return AwqProduct(PackedForm.of(spec, BITS, self.group_size))
 

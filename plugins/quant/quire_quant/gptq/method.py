@@ -46,15 +46,15 @@ class Gptq(PackedMethod):
         self.settings = GptqSettings(config)
 
     def _settings_of(self, spec: LinearSpec | EmbeddingSpec) -> ModuleSettings | None:
-        if isinstance(spec, LinearSpec):
-            return only_settings(
-                {name: self._settings_of_module(name) for name in part_names(spec)}
-            )
-        is_quantized = spec.is_head and not self.is_left_alone(spec.name)
-        return self.settings.of_head(spec.name) if is_quantized else None
-
-    def _settings_of_module(self, name: str) -> ModuleSettings | None:
-        return None if self.is_left_alone(name) else self.settings.of(name)
+        if not isinstance(spec, LinearSpec):
+            is_quantized = spec.is_head and not self.is_left_alone(spec.name, spec)
+            return self.settings.of_head(spec.name) if is_quantized else None
+        return only_settings(
+            {
+                name: None if self.is_left_alone(name, spec) else self.settings.of(name)
+                for name in part_names(spec)
+            }
+        )
 
     def _has_indices(self, names: Sequence[str]) -> bool:
         """Answer whether a layer reads `g_idx`; where inputs lie in order it may be left out."""
