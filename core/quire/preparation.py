@@ -47,7 +47,10 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @define(kw_only=True)
 class Prepared:
-    """What a start needs to know before it imports torch. `config` has no dtype `auto` left."""
+    """What a start needs to know before it imports torch. `config` has no dtype `auto` left.
+
+    `quantization_path` is the file that says how the checkpoint is quantized, if it is.
+    """
 
     config: EngineConfig
     folder: Path
@@ -55,6 +58,7 @@ class Prepared:
     model_config: ModelConfig
     model: ModelPlugin
     quantization: QuantizationPlugin
+    quantization_path: Path
     checkpoint: Checkpoint
     registry: Registry
     grammar: GrammarPlugin | None = None
@@ -125,9 +129,8 @@ def _prepare(config: EngineConfig) -> Prepared:
         raw_config=raw,
         is_encoder=model.task != GENERATE and model_config.is_encoder,
     )
-    grammar, grammar_choice, why_no_grammar = select_grammar(
-        registry, config.plugins.grammar_backend
-    )
+    grammar_found = select_grammar(registry, config.plugins.grammar_backend)
+    grammar, grammar_choice, why_no_grammar = grammar_found
     config = _with_dtype(config, model_config, checkpoint)
     with _naming(quantization_path, "quantization_config"):
         config = _with_kv_format(config, raw)
@@ -141,6 +144,7 @@ def _prepare(config: EngineConfig) -> Prepared:
         model_config=model_config,
         model=model,
         quantization=quantization,
+        quantization_path=quantization_path,
         checkpoint=checkpoint,
         registry=registry,
         grammar=grammar,

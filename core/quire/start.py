@@ -20,7 +20,7 @@ from quire.execution.pooler import Pooler
 from quire.execution.processors import ProcessorChain
 from quire.execution.self_check import check_attention, foretell
 from quire.execution.step_graphs import Capture, CudaCapture
-from quire.execution.weights import load_weights
+from quire.execution.weights import checked_places, load_weights, stored_dtypes
 from quire.hooks.attention_choice import (
     ALL,
     DECODE,
@@ -94,9 +94,14 @@ class Starter:
         scores = prepared.pooling is not None and prepared.pooling.task == CLASSIFY
         if scores and not issubclass(model, PoolingModel):
             raise QuireError(f"{prepared.model.load} gives no scores: it is no PoolingModel.")
+        try:
+            chosen = quantization(prepared.raw_config.get("quantization_config") or {})
+        except ConfigError as error:
+            raise ConfigError(f"{prepared.quantization_path}: {error}") from error
+        chosen.stored = stored_dtypes(prepared.checkpoint, model.weight_names)
         return setup.ChosenClasses(
             model=model,
-            quantization=quantization(prepared.raw_config.get("quantization_config") or {}),
+            quantization=chosen,
             dense=dense({}),
             sampler=sampler,
         )
@@ -105,6 +110,9 @@ class Starter:
         """Choose and size everything without weights: what `quire explain` shows."""
         with self.phases.timed("build"):
             model = self._build("meta")
+        if self.config.model.load_format != "dummy":
+            with self.phases.timed("weights"):
+                checked_places(model, self.prepared.checkpoint)
         with self.phases.timed("choices"):
             return self._plan(model)
 

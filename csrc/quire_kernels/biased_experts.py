@@ -5,15 +5,16 @@ Pairs of a token and one of its experts lie in tiles as `routing.plan` has them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quire_kernels import costs, routing
+from quire_kernels.experts_plans import Cut, biased_cuts_of
 from quire_kernels.rounding import INTERPRETED, rounded
-
-_FEW_ROWS, _MOST_ROWS, _OUTPUTS = 16, 64, 64
 
 
 @triton.jit(do_not_specialize=["num_pairs"], launch_metadata=costs.of_experts)
@@ -52,31 +53,67 @@ def _product_kernel(
     tl.store(out_at, rounded(sums, out_ptr.dtype.element_ty), mask=is_stored)
 
 
-def products(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, top_k: int) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tiles: tuple[Tensor, Tensor],
+    *,
+    top_k: int,
+    num_pairs: int,
+    cut: Cut,
+) -> Tensor:
     """Return x @ weight[e] + bias[e] for each pair, [num_pairs, outputs].
 
-    Pair p has row p // top_k of `x`, and the expert `expert_ids.flatten()[p]`; `weight`
-    [num_experts, inputs, outputs] and `bias` [num_experts, outputs] are contiguous. Nothing is read
-    back to the host.
+    Pair p has row p // top_k of `x`, and the expert that `tiles`, as `routing.plan` makes them,
+    say; `weight` [num_experts, inputs, outputs] and `bias` [num_experts, outputs] are contiguous.
     """
-    flat = expert_ids.flatten()
-    num_experts, size, num_out = weight.shape
-    out = torch.empty((len(flat), num_out), dtype=x.dtype, device=x.device)
-    if not len(flat):
-        return out
-    rows = triton.next_power_of_2(max(1, len(flat) // num_experts))
-    rows = min(max(rows, _FEW_ROWS), _MOST_ROWS)
-    pairs, owners = routing.plan(flat, num_experts, rows)
+    pairs, owners = tiles
+    _, size, num_out = weight.shape
+    out = torch.empty((num_pairs, num_out), dtype=x.dtype, device=x.device)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    _product_kernel[(len(owners), triton.cdiv(num_out, _OUTPUTS))](
-        x, weight, bias, out, pairs, owners, x.stride(0), len(flat),
+    _product_kernel[(len(owners), triton.cdiv(num_out, cut.outputs))](
+        x, weight, bias, out, pairs, owners, x.stride(0), num_pairs,
         SIZE=size,
         NUM_OUT=num_out,
         TOP_K=top_k,
-        ROWS=rows,
-        OUTPUTS=_OUTPUTS,
-        COLUMNS=64,
-        num_warps=4,
-        num_stages=3,
+        ROWS=cut.rows,
+        OUTPUTS=cut.outputs,
+        COLUMNS=cut.columns,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
     )  # fmt: skip
     return out
+
+
+def products(x: Tensor, weight: Tensor, bias: Tensor, expert_ids: Tensor, top_k: int) -> Tensor:
+    """Return `product` of pairs with the experts `expert_ids.flatten()`, with a plan of its own."""
+    flat, (num_experts, size, num_out) = expert_ids.flatten(), weight.shape
+    if not len(flat):
+        return x.new_empty(0, num_out)
+    _, cut = biased_cuts_of(x.device, x.dtype, len(flat), (num_experts, top_k, num_out, size))
+    tiles = routing.plan(flat, num_experts, cut.rows)
+    return product(x, weight, bias, tiles, top_k=top_k, num_pairs=len(flat), cut=cut)
+
+
+def experts(
+    x: Tensor,
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    expert_ids: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return what each chosen expert makes, [num_tokens, top_k, hidden_size].
+
+    Weights and biases as `ops.clamped_experts` has them. Nothing is read back to the host.
+    """
+    flat, (num_experts, size, hidden_size) = expert_ids.flatten(), down[0].shape
+    if not len(flat):
+        return x.new_empty(*expert_ids.shape, hidden_size)
+    shape = (num_experts, expert_ids.shape[1], hidden_size, size)
+    first, second = biased_cuts_of(x.device, x.dtype, len(flat), shape)
+    tiles = routing.plan(flat, num_experts, first.rows)
+    num_pairs = len(flat)
+    made = product(x, *gate_up, tiles, top_k=expert_ids.shape[1], num_pairs=num_pairs, cut=first)
+    made = product(activation(made), *down, tiles, top_k=1, num_pairs=num_pairs, cut=second)
+    return made.unflatten(0, expert_ids.shape)

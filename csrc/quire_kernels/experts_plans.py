@@ -14,6 +14,8 @@ import torch
 from attrs import frozen
 
 TABLE = "experts_table.json"
+# Their multiprocessors are the same, so that one's rows serve the other where it has none.
+ALIKE = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 # A table's row is for as many pairs an expert on average, or fewer.
 BUCKETS = tuple(2**power for power in range(11))
 _FEW_ROWS = 16
@@ -39,9 +41,12 @@ def bucket_of(num_pairs: int, num_experts: int) -> int:
     return next((b for b in BUCKETS if num_pairs <= b * num_experts), BUCKETS[-1])
 
 
-def name_of(shape: tuple[int, int, int, int]) -> str:
-    """Return what a table calls experts, experts a token, hidden size and an expert's size."""
-    return "x".join(map(str, shape))
+def name_of(shape: tuple[int, int, int, int], *, biased: bool = False) -> str:
+    """Return what a table calls experts, experts a token, hidden size and an expert's size.
+
+    `biased`: their products are those of `biased_experts`.
+    """
+    return "x".join(map(str, shape)) + (" with biases" if biased else "")
 
 
 @functools.cache
@@ -52,9 +57,12 @@ def _table() -> dict[str, Any]:
 
 
 @functools.cache
-def _measured(card: str, shape: tuple[int, int, int, int], bucket: int) -> Cuts | None:
-    row = _table().get(card, {}).get(name_of(shape), {}).get(str(bucket))
-    return None if row is None else (Cut(row[0], *row[1]), Cut(row[0], *row[2]))
+def _measured(card: str, shape: str, bucket: int) -> Cuts | None:
+    for name in (card, *(ALIKE if card in ALIKE else ())):
+        row = _table().get(name, {}).get(shape, {}).get(str(bucket))
+        if row is not None:
+            return Cut(row[0], *row[1]), Cut(row[0], *row[2])
+    return None
 
 
 def guessed(bucket: int, dtype: torch.dtype) -> Cuts:
@@ -82,6 +90,19 @@ def cuts_of(
     bucket = bucket_of(num_pairs, shape[0])
     if dtype.itemsize == 2 and device.type == "cuda":
         card = torch.cuda.get_device_name(device)
-        if (found := _measured(card, shape, bucket)) is not None:
+        if (found := _measured(card, name_of(shape), bucket)) is not None:
             return found
     return guessed(bucket, dtype)
+
+
+def biased_cuts_of(
+    device: torch.device, dtype: torch.dtype, num_pairs: int, shape: tuple[int, int, int, int]
+) -> Cuts:
+    """Return the same for the products of `biased_experts`."""
+    if dtype.itemsize == 2 and device.type == "cuda":
+        card, name = torch.cuda.get_device_name(device), name_of(shape, biased=True)
+        if (found := _measured(card, name, bucket_of(num_pairs, shape[0]))) is not None:
+            return found
+    each = max(1, num_pairs // shape[0])
+    rows = min(max(1 << (each - 1).bit_length(), _FEW_ROWS), 64)
+    return Cut(rows, 64, 64, 4, 3), Cut(rows, 64, 64, 4, 3)

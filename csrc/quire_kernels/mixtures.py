@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -205,11 +206,9 @@ def clamped_experts(
     hidden_size]; `weights` and `expert_ids` [num_tokens, top_k] as `route` gives them.
     """
     if x.is_cuda:
-        experts = kernels("biased_experts")
-        made = experts.products(x, *gate_up, expert_ids, expert_ids.shape[1])
-        made = clamped_swiglu(made, alpha=alpha, limit=limit)
-        made = experts.products(made, *down, expert_ids, 1).unflatten(0, expert_ids.shape)
-        return (made * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        activation = functools.partial(clamped_swiglu, alpha=alpha, limit=limit)
+        own = kernels("biased_experts").experts(x, gate_up, down, expert_ids, activation)
+        return (own * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def one(rows: Tensor, expert: int) -> Tensor:
         made = torch.addmm(gate_up[1][expert], rows, gate_up[0][expert])

@@ -197,6 +197,11 @@ def test_table_has_cuts_of_tiles() -> None:
             assert len(shape.split("x")) == 4
             for bucket in rows:
                 assert int(bucket) in plans.BUCKETS
+    mixtral = "8x2x4096x14336"
+    found = plans._measured("NVIDIA H200", mixtral, 64)
+    assert found is not None
+    assert found == plans._measured("NVIDIA H100 80GB HBM3", mixtral, 64)
+    assert plans._measured("another card", mixtral, 64) is None
     assert plans.bucket_of(1, 128) == 1
     assert plans.bucket_of(2048, 128) == 16
     assert plans.bucket_of(10**7, 8) == 1024

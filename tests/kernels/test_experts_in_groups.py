@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,9 +93,8 @@ def token_by_token(x: Tensor, parts: tuple[Tensor, ...], weights: Tensor, ids: T
 
 def kernels_alone(x: Tensor, parts: tuple[Tensor, ...], weights: Tensor, ids: Tensor) -> Tensor:
     """Return what `ops.clamped_experts` gives on a GPU."""
-    made = biased_experts.products(x, *parts[:2], ids, ids.shape[1])
-    made = clamped_swiglu(made, alpha=1.702, limit=1.5)
-    made = biased_experts.products(made, *parts[2:], ids, 1).unflatten(0, ids.shape)
+    activation = partial(clamped_swiglu, alpha=1.702, limit=1.5)
+    made = biased_experts.experts(x, parts[:2], parts[2:], ids, activation)
     return (made * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 

@@ -32,6 +32,8 @@ OPTIONS = (
     "num_threads",
 )
 NUM_SAMPLES, SEQ_LEN = 128, 1024
+# With fewer tokens a user is warned.
+FEW_TOKENS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         method = _method_of(frontend, arguments.method)
         samples = _samples(frontend, method, arguments)
+        _warn_of_few(samples)
         from quire.quantize.run import quantize
 
         bar = _Bar()
@@ -117,6 +120,17 @@ def _samples(
     return read_samples(
         frontend, file, num_samples=arguments.num_samples, seq_len=arguments.seq_len
     )
+
+
+def _warn_of_few(samples: list[list[int]]) -> None:
+    """Say that a method was hardly calibrated; its errors would look small all the same."""
+    found = sum(map(len, samples))
+    if 0 < found < FEW_TOKENS:
+        print(
+            f"quire: warning: {found} tokens to calibrate with are too few to show what the model "
+            f"will see; give a --calibration file with some ten thousand.",
+            file=sys.stderr,
+        )
 
 
 def _job(

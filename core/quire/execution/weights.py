@@ -51,11 +51,8 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
     Raises: CheckpointError listing missing, unexpected and wrong-shaped tensors, or naming one
     that is not finite.
     """
-    expected = places(model)
-    checkpoint = with_own_names(checkpoint, expected, model.weight_names)
+    expected, checkpoint = checked_places(model, checkpoint)
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    ignored = _ignored_names(model, checkpoint)
-    _check_names(expected, checkpoint, ignored)
     # Those of a model on the GPU travel while the next are read.
     tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.name in expected]
     tensors = _largest_first(tensors, expected)
@@ -63,6 +60,18 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
         _fill(source, tensors, expected)
         source.check()
     finish_tied_heads(model)
+
+
+def checked_places(model: Model, checkpoint: Checkpoint) -> tuple[dict[str, Place], Checkpoint]:
+    """Return the place of each tensor, and the checkpoint with the model's own names.
+
+    Nothing is read; the model may be on device `meta`.
+    Raises: CheckpointError listing missing, unexpected and wrong-shaped tensors.
+    """
+    expected = places(model)
+    checkpoint = with_own_names(checkpoint, expected, model.weight_names)
+    _check_names(expected, checkpoint, _ignored_names(model, checkpoint))
+    return expected, checkpoint
 
 
 def with_own_names(
@@ -75,6 +84,15 @@ def with_own_names(
         for name, tensor in checkpoint.tensors.items()
     }
     return Checkpoint(folder=checkpoint.folder, tensors=tensors)
+
+
+def stored_dtypes(checkpoint: Checkpoint, rules: WeightNames) -> dict[str, str]:
+    """Return the dtypes of a checkpoint's tensors by the names that a model may give them."""
+    found: dict[str, str] = {}
+    for name, own in own_names(checkpoint.tensors, set(), rules).items():
+        bare = own.removeprefix(rules.base)
+        found |= dict.fromkeys((rules.base + bare, bare), checkpoint.tensors[name].dtype)
+    return found
 
 
 def _largest_first(tensors: list[TensorInfo], expected: dict[str, Place]) -> list[TensorInfo]:
@@ -127,7 +145,7 @@ def finish_tied_heads(model: Model) -> None:
 
 
 def _ignored_names(model: Model, checkpoint: Checkpoint) -> set[str]:
-    patterns = list(model.weight_names.ignored)
+    patterns = model.weight_names.ignored_among(checkpoint.tensors)
     tied = [m for m in model.modules() if isinstance(m, Head) and m.is_tied]
     # They are read when the backends of the KV cache are known.
     scales = scale_names(m for m in model.modules() if isinstance(m, Attention))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from attrs import frozen
@@ -22,6 +23,10 @@ class WeightNames:
     regular expressions of tensors that hold nothing to load, `transposed` of weights that files
     hold as [inputs, outputs].
 
+    `ignored_with` has regular expressions of tensors that hold nothing to load in files that also
+    have one which the other expression matches: further layers that predict tokens, for instance,
+    by a projection that no other layer has.
+
     `base` is what names may begin with, or, in files of the model without its head, do not: either
     kind is read, whether the model's own names have it or not. `aliases` are regular expressions
     that turn a file's older name into today's.
@@ -32,6 +37,15 @@ class WeightNames:
     transposed: Sequence[str] = ()
     base: str = "model."
     aliases: Mapping[str, str] = {}
+    ignored_with: Mapping[str, str] = {}
+
+    def ignored_among(self, names: Iterable[str]) -> list[str]:
+        """Return expressions of what is not loaded of a file with these tensors."""
+        found, given = list(self.ignored), list(names) if self.ignored_with else []
+        for pattern, mark in self.ignored_with.items():
+            if any(re.fullmatch(mark, name) for name in given):
+                found.append(pattern)
+        return found
 
 
 class BuildContext(Protocol):
@@ -77,8 +91,9 @@ class BuildContext(Protocol):
         `q` [num_tokens, num_heads * (qk_nope_head_dim + qk_rope_head_dim)] and `kv` [num_tokens,
         kv_lora_rank + qk_rope_head_dim] are neither normed nor rotated. The layer's weights are
         `<name>.kv_a_layernorm.weight` [kv_lora_rank] and `<name>.kv_b_proj.weight`, for each head
-        rows that make its keys, then rows that make its values: parameters, which no quantization
-        plugin packs.
+        rows that make its keys, then rows that make its values. Where the checkpoint has the latter
+        quantized it is read as its format says and kept in the model's dtype; else both are
+        parameters, which no quantization plugin packs.
         """
 
     def experts(

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# As safetensors spells them.
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
 @frozen(kw_only=True)
 class ShardRule:
     """How one weight is cut: along which dimension outputs, inputs and packed values lie.
@@ -314,10 +318,13 @@ class WeightQuantizer(abc.ABC):
 class QuantizationMethod(abc.ABC):
     """Choose a LayerMethod for each layer of a checkpoint.
 
-    `example_config` is a `quantization_config` of the format that `encode` writes.
+    `example_config` is a `quantization_config` of the format that `encode` writes. `stored` has the
+    dtypes of the checkpoint's tensors by their names, as safetensors spells them, once the core has
+    seen its files; it is empty where there are none, as for `--load-format dummy`.
     """
 
     example_config: ClassVar[Mapping[str, Any]] = {}
+    stored: Mapping[str, str] = {}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`, or {} where asked for on the fly.
@@ -325,6 +332,10 @@ class QuantizationMethod(abc.ABC):
         Raises: ConfigError naming the key.
         """
         self.config = config
+
+    def is_plain(self, module: str) -> bool:
+        """Answer whether the checkpoint holds a module's weight in full precision."""
+        return self.stored.get(f"{module}.weight") in _PLAIN_DTYPES
 
     @abc.abstractmethod
     def why_unsupported(self, spec: LayerSpec) -> str | None:

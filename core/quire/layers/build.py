@@ -23,6 +23,7 @@ from quire.layers.embedding import Embedding, Head, NoHead
 from quire.layers.experts import Experts
 from quire.layers.latent_attention import LatentAttention
 from quire.layers.linear import Linear
+from quire.layers.widened import WidenedWeight
 
 
 class LayerBuilder:
@@ -59,15 +60,22 @@ class LayerBuilder:
         assert isinstance(method, LayerMethod), spec
         return method
 
-    def _method(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod:
+    def _refuse_unsupported(self, spec: LayerSpec) -> None:
         why_not = self._quantization.why_unsupported(spec)
-        if why_not is not None:
-            name = type(self._quantization).__name__
-            is_mixture = isinstance(spec, ExpertsSpec)
-            remedy = (
-                " Experts are served in the model's own dtype, or by fp8." if is_mixture else ""
-            )
-            raise ConfigError(f"{name} cannot serve {spec.name!r}: {why_not}.{remedy}")
+        if why_not is None:
+            return
+        name = type(self._quantization).__name__
+        is_mixture = isinstance(spec, ExpertsSpec)
+        remedy = (
+            " Experts are served in the model's own dtype, by fp8, and by methods that round "
+            "weights alone: gptq, awq, pack-quantized, int4, int8-weight-only."
+            if is_mixture
+            else ""
+        )
+        raise ConfigError(f"{name} cannot serve {spec.name!r}: {why_not}.{remedy}")
+
+    def _method(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod:
+        self._refuse_unsupported(spec)
         method = self._quantization.method_for(spec)
         if method is None:
             why_not = self._dense.why_unsupported(spec)
@@ -87,8 +95,20 @@ class LayerBuilder:
         parts: Sequence[str] = (),
     ) -> nn.Module:
         """Make a linear layer; several `out_features` with their `parts` are fused into one."""
+        spec = self._linear_spec(name, in_features, out_features, bias=bias, parts=parts)
+        return Linear(spec, self._layer_method(spec))
+
+    def _linear_spec(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int | Sequence[int],
+        *,
+        bias: bool = False,
+        parts: Sequence[str] = (),
+    ) -> LinearSpec:
         sizes = (out_features,) if isinstance(out_features, int) else tuple(out_features)
-        spec = LinearSpec(
+        return LinearSpec(
             name=name,
             parts=tuple(parts) or (name.rpartition(".")[2],),
             in_features=in_features,
@@ -98,7 +118,6 @@ class LayerBuilder:
             device=str(self.device),
             batch_invariant=self.batch_invariant,
         )
-        return Linear(spec, self._layer_method(spec))
 
     def _embedding_spec(self, name: str, rows: int, size: int, *, is_head: bool) -> EmbeddingSpec:
         return EmbeddingSpec(
@@ -149,7 +168,27 @@ class LayerBuilder:
                 f"{name}: latent attention has no products that are the same whatever the batch; "
                 f"leave --deterministic out."
             )
-        return LatentAttention(options, self.dtype, self.device, name=name)
+        own = self._widened(
+            f"{name}.kv_b_proj",
+            options.kv_lora_rank,
+            options.num_heads * (options.qk_nope_head_dim + options.v_head_dim),
+        )
+        return LatentAttention(options, self.dtype, self.device, name=name, kv_b_proj=own)
+
+    def _widened(self, name: str, in_features: int, out_features: int) -> nn.Module | None:
+        """Make a weight that is multiplied in parts, where the checkpoint has it quantized.
+
+        None: it is in full precision, and stays so.
+        """
+        if not getattr(self._quantization, "config", None):
+            return None
+        spec = self._linear_spec(name, in_features, out_features)
+        self._refuse_unsupported(spec)
+        method = self._quantization.method_for(spec)
+        if method is None:
+            return None
+        assert isinstance(method, LayerMethod), spec
+        return WidenedWeight(spec, method)
 
     def experts(
         self,

@@ -39,8 +39,15 @@ class LatentAttention(Attention):
     """Normalise and rotate a token's latent, write it, attend in one form or the other."""
 
     def __init__(
-        self, options: LatentOptions, dtype: torch.dtype, device: torch.device, *, name: str = ""
+        self,
+        options: LatentOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        name: str = "",
+        kv_b_proj: nn.Module | None = None,
     ) -> None:
+        """Make the layer; `kv_b_proj` has a `weight` once it is loaded. None: a plain one."""
         rank, rope = options.kv_lora_rank, options.qk_rope_head_dim
         as_one_head = AttentionOptions(
             layer_index=options.layer_index,
@@ -61,7 +68,7 @@ class LatentAttention(Attention):
         self.latent = evolve(latent, plain_from=latent.fewest_plain_tokens)
         made = options.num_heads * (latent.nope_head_dim + latent.v_head_dim)
         self.kv_a_layernorm = LatentWeight(rank, dtype=dtype, device=device)
-        self.kv_b_proj = LatentWeight(made, rank, dtype=dtype, device=device)
+        self.kv_b_proj = kv_b_proj or LatentWeight(made, rank, dtype=dtype, device=device)
 
     def spec(self, *, dtype: str, kv_dtype: str, block_size: int, device: str) -> AttentionSpec:
         """Return the spec of the absorbed form."""
@@ -130,10 +137,16 @@ class LatentAttention(Attention):
         norm = (self.kv_a_layernorm.weight, self.norm_eps)
         return latent_key(kv, positions, self.rotary, norm)
 
+    @property
+    def _kv_weight(self) -> Tensor:
+        """What makes keys and values, [num_heads, nope_head_dim + v_head_dim, rank]."""
+        weight: Tensor = self.kv_b_proj.weight  # type: ignore[assignment]
+        return weight.unflatten(0, (self.num_heads, -1))
+
     def _parts_of_heads(self) -> tuple[Tensor, Tensor]:
         """Return what makes keys, [num_heads, nope_head_dim, rank], and values, [.., v, rank]."""
         sizes = self.latent
-        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        weight = self._kv_weight
         keys, values = weight.split((sizes.nope_head_dim, sizes.v_head_dim), 1)
         return keys, values
 
@@ -176,7 +189,7 @@ class LatentAttention(Attention):
     def _keys_and_values(self, latents: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         """Return keys and values of some heads, [seq_len, heads, ..]."""
         sizes = self.latent
-        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))[heads]
+        weight = self._kv_weight[heads]
         latent, turned = latents.split((sizes.kv_lora_rank, sizes.rope_head_dim), -1)
         made = functional.linear(latent, weight.flatten(0, 1)).unflatten(-1, (len(weight), -1))
         nope, values = made.split((sizes.nope_head_dim, sizes.v_head_dim), -1)

@@ -99,11 +99,15 @@ class OutputFolder:
 
     def write_shard(self, index: int, tensors: Mapping[str, Tensor], note: Any) -> None:
         """Write a shard and what is to be remembered of it."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         name = self.shard_name(index)
         partial = self.path / (name + PARTIAL)
-        save_file(dict(tensors), partial, metadata={"format": "pt"})
+        try:
+            save_file(dict(tensors), partial, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise _cannot_be_written(self.path, error) from None
         partial.chmod(0o644)  # the library lets nobody else read it
         _settle(partial, self.path / name)
         sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
@@ -148,11 +152,17 @@ class OutputFolder:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Make a folder, and keep it for this process alone. Raises: ConfigError if it is taken."""
+    """Make a folder, and keep it for this process alone.
+
+    Raises: ConfigError if it is taken, or cannot be written.
+    """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output {path} is a file; name a folder.")
-    path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot_be_written(path, error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -161,8 +171,18 @@ def locked(path: Path) -> Iterator[None]:
             f"--output {path}: another `quire quantize` writes into it; wait for it, or name "
             "another folder."
         ) from None
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(path):
+            raise
+        raise _cannot_be_written(path, error) from None
     finally:
         os.close(handle)
+
+
+def _cannot_be_written(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--output {path} cannot be written ({error}); name a folder that can, with enough room."
+    )
 
 
 def copied_files(source: Path) -> list[Path]:

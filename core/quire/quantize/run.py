@@ -23,7 +23,7 @@ from quire.interfaces.quantization import (
     QuantizerOptions,
     WeightQuantizer,
 )
-from quire.layers.embedding import Head
+from quire.layers.embedding import Embedding, Head
 from quire.layers.linear import Linear
 from quire.layers.places import Place
 from quire.preparation import Prepared
@@ -120,13 +120,19 @@ class _Quantization:
         )
 
     def _excluded(self) -> list[str]:
-        """Return the modules that stay as they are: heads, and linears outside the blocks."""
+        """Return the modules that stay as they are: heads, linears outside the blocks, and such."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
         found: list[str] = []
         for module in self.model.modules():
             is_outside = isinstance(module, Linear) and id(module) not in inside
             if is_outside or isinstance(module, Head):
                 found += part_names(module.spec)
+        # Matrices that are no linear layers, such as the projection from latents.
+        layers = (Linear, Head, Embedding)
+        for name, place in self.places.items():
+            is_weight = name.endswith(".weight") and not isinstance(place.module, layers)
+            if is_weight and place.view().dim() == 2:
+                found.append(name.removesuffix(".weight"))
         return found
 
     def _check_linears(self) -> None:
@@ -202,8 +208,6 @@ class _Quantization:
 
     def _fill_around(self) -> None:
         """Load what runs before and between the blocks; look-ups stay in their file."""
-        from quire.layers.embedding import Embedding
-
         inside = {id(module) for block in self.blocks for module in block.modules()}
         around = {
             name: place

@@ -12,12 +12,13 @@ import torch.nn.functional as functional
 from attrs import define
 from torch import Tensor, nn
 
-from quire.errors import CheckpointError
+from quire.errors import CheckpointError, ConfigError
 from quire.execution.checkpoint import Checkpoint, listed
 from quire.execution.mapped_files import MappedFiles
 from quire.interfaces.model import Model
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsSpec,
     InputMoments,
     LayerMethod,
     LayerSpec,
@@ -145,7 +146,12 @@ class Streaming(QuantizationMethod):
         self._tensors = tensors
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
-        """Serve linear and embedding layers."""
+        """Serve linear and embedding layers. Raises: ConfigError for experts."""
+        if isinstance(spec, ExpertsSpec):
+            raise ConfigError(
+                f"`quire quantize` does not quantize experts, such as {spec.name!r}; "
+                "`--quantization` with fp8, int4 or int8-weight-only does, as a model is loaded."
+            )
         if isinstance(spec, (LinearSpec, EmbeddingSpec)):
             return None
         return f"`quire quantize` has no method for {type(spec).__name__}"
@@ -184,7 +190,8 @@ def check_names(model: Model, checkpoint: Checkpoint) -> dict[str, Place]:
                 f"{checkpoint.folder}: {name} is {list(shape)}; config.json says {list(expected)}."
             )
     tied = [m.spec.name for m in model.modules() if isinstance(m, Head) and m.is_tied]
-    patterns = [*model.weight_names.ignored, *(re.escape(name) + r"\..*" for name in tied)]
+    ignored = model.weight_names.ignored_among(checkpoint.tensors)
+    patterns = [*ignored, *(re.escape(name) + r"\..*" for name in tied)]
     strange = [
         name
         for name in sorted(set(checkpoint.tensors) - set(wanted))

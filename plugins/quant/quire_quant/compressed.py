@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from quire.errors import ConfigError
+from quire_quant.config_values import REMEDY
 from quire_quant.module_names import is_target, names_in
 
 QUANT_METHOD = "compressed-tensors"
@@ -36,12 +37,16 @@ class CompressedTensors:
     ignored: tuple[str, ...]
 
     def group_of(self, module: str) -> Group | None:
-        """Return how the linear layer of this name is kept; None: in the model's dtype."""
+        """Return how the linear layer of this name is kept; None: in the model's dtype.
+
+        A group that names it comes before one of its class, whatever their order.
+        """
         if is_target(module, self.ignored):
             return None
-        for group in self.groups:
-            if is_target(module, group.targets):
-                return group
+        for kind in (None, "Linear"):
+            for group in self.groups:
+                if is_target(module, group.targets, kind=kind):
+                    return group
         return None
 
 
@@ -98,7 +103,8 @@ def expect(
     if not any(found == one and type(found) is type(one) for one in allowed):
         listed = " or ".join(repr(one) for one in allowed if one is not None)
         raise ConfigError(
-            f"{where}: {key} is {found!r}; {reader} reads {listed or 'checkpoints without it'}."
+            f"{where}: {key} is {found!r}; {reader} reads {listed or 'checkpoints without it'}. "
+            f"{REMEDY}"
         )
     return found
 

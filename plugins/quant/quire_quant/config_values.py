@@ -7,13 +7,12 @@ from typing import Any
 
 from quire.errors import ConfigError
 
+REMEDY = "Take a checkpoint that is quantized so, or the full-precision one."
+
 
 def refuse(key: str, value: object, allowed: str) -> ConfigError:
     """Return the error for a value that is not served."""
-    return ConfigError(
-        f"quantization_config: {key} is {value!r}; served is {allowed}. Take a checkpoint that is "
-        f"quantized so, or the full-precision one."
-    )
+    return ConfigError(f"quantization_config: {key} is {value!r}; served is {allowed}. {REMEDY}")
 
 
 def value_of(config: Mapping[str, Any], names: Sequence[str], default: Any = None) -> Any:

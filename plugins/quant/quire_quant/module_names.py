@@ -13,6 +13,8 @@ from typing import Any
 from quire.errors import ConfigError
 from quire.interfaces.quantization import EmbeddingSpec, ExpertsSpec, LinearSpec
 
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
 
 def part_names(spec: LinearSpec | EmbeddingSpec | ExpertsSpec) -> tuple[str, ...]:
     """Return the checkpoint's names of the projections that a layer fuses; else the layer's.
@@ -26,6 +28,11 @@ def part_names(spec: LinearSpec | EmbeddingSpec | ExpertsSpec) -> tuple[str, ...
         return (spec.name,)
     prefix = spec.name.rpartition(".")[0]
     return tuple(f"{prefix}.{part}" if prefix else part for part in spec.parts)
+
+
+def is_router(name: str) -> bool:
+    """Answer whether a layer chooses experts: rounded weights would choose others."""
+    return name.rpartition(".")[2] in ROUTERS
 
 
 def names_in(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
@@ -57,8 +64,8 @@ def has_wildcard(name: str, patterns: Iterable[str]) -> bool:
     return has_path(name, patterns) or any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def is_target(name: str, targets: Iterable[str], *, kind: str = "Linear") -> bool:
-    """Answer as compressed-tensors: a class's name, a module's name, or `re:` and an expression."""
+def is_target(name: str, targets: Iterable[str], *, kind: str | None = "Linear") -> bool:
+    """Answer as compressed-tensors: a name, `re:` and an expression, or the class `kind`."""
     for target in targets:
         if target.startswith("re:"):
             if re.match(_compiled(target), name):

@@ -37,6 +37,7 @@ from quire.interfaces.quantization import (
 from quire_kernels import ops
 from quire_kernels.packed import layout, product
 from quire_quant import on_cpu, tiled
+from quire_quant.module_names import part_names
 
 # Weights that are wide at one time in a product: 16 MiB in float32.
 SLICE_WEIGHTS = 1 << 22
@@ -178,6 +179,7 @@ class PackedProduct(LayerMethod):
     def __init__(self, form: PackedForm) -> None:
         self.form = form
         self.num_orders = 0
+        self.may_tile = True
         self.is_tiled = self.has_short_scales = False
 
     def install(
@@ -199,7 +201,7 @@ class PackedProduct(LayerMethod):
             self.num_orders = len(order)
             layer.add_weight("input_order", order, ShardRule())
         form = self.form
-        self.is_tiled = tiled.lies_in_tiles(form, scales)
+        self.is_tiled = self.may_tile and tiled.lies_in_tiles(form, scales)
         if self.is_tiled:
             self.has_short_scales = layout.are_short(scales)
             for name, tensor in tiled.to_tiles(form, values, scales, zeros).items():
@@ -353,14 +355,6 @@ class TiedPackedProduct(PackedProduct):
 def tensor_name(spec: LinearSpec | EmbeddingSpec, part: int, name: str) -> str:
     """Return the checkpoint's name of a projection's tensor."""
     return f"{part_names(spec)[part]}.{name}"
-
-
-def part_names(spec: LinearSpec | EmbeddingSpec) -> tuple[str, ...]:
-    """Return the module names of a layer's projections."""
-    if not isinstance(spec, LinearSpec) or len(spec.parts) < 2:
-        return (spec.name,)
-    prefix = spec.name.rpartition(".")[0]
-    return tuple(f"{prefix}.{part}" if prefix else part for part in spec.parts)
 
 
 def check_scales(layer: WeightLayer, scales: Tensor, form: PackedForm, name: str) -> None:

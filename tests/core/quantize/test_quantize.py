@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_llama
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from small_model import write_model
 from torch import Tensor
@@ -189,6 +190,54 @@ def test_output_that_is_a_file_is_refused(
 
     assert "out is a file; name a folder." in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["/proc/out", "/dev/null/out"])
+def test_folder_that_cannot_be_made_is_refused(
+    model: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(model, Path(where), "int8", None) == 2
+
+    assert f"--output {where} cannot be written" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_written_are_a_sentence(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+
+    assert quantize(model, tmp_path / "out", "int8", None) == 2
+
+    assert "cannot be written ([Errno 28] No space left" in capsys.readouterr().err
+
+
+def test_few_tokens_to_calibrate_with_are_a_warning(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+
+    assert quantize(model, tmp_path / "out", "gptq", tmp_path / "a.txt") == 0
+
+    assert "tokens to calibrate with are too few" in capsys.readouterr().err
+
+
+def test_mixtures_are_refused_by_the_name_of_their_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2}
+    transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).save_pretrained(tmp_path / "moe")
+
+    assert quantize(tmp_path / "moe", tmp_path / "out", "int8", None) == 2
+
+    assert "does not quantize experts, such as 'model.layers.0" in capsys.readouterr().err
 
 
 def test_folder_that_another_process_writes_is_refused(

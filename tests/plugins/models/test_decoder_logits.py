@@ -281,19 +281,23 @@ def test_old_checkpoints_rotary_frequencies_are_ignored(name: str) -> None:
     assert any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def test_modules_of_deepseek_that_predict_further_tokens_are_left_in_the_file() -> None:
+@pytest.mark.parametrize(("num_modules", "is_left"), [(1, True), (0, False), (None, False)])
+def test_modules_of_deepseek_that_predict_further_tokens_are_left_in_the_file(
+    num_modules: int | None, is_left: bool
+) -> None:
     import re
 
-    def ignored_of(num_layers: int) -> set[str]:
-        config = {**SIZES, **LATENT, "num_hidden_layers": num_layers}
-        architecture = "DeepseekV3ForCausalLM"
-        model = build(architecture, read_config(architecture, config))
-        names = {f"model.layers.{num_layers}.eh_proj.weight", *places(model)}
-        patterns = model.weight_names.ignored
+    config = {**SIZES, **LATENT, "num_hidden_layers": 2, "num_nextn_predict_layers": num_modules}
+    model = build("DeepseekV3ForCausalLM", read_config("DeepseekV3ForCausalLM", config))
+    further = {f"model.layers.2.{n}" for n in ("eh_proj.weight", "mlp.gate.weight")}
+    one_more_layer = {"model.layers.2.mlp.gate.weight"}
+
+    def ignored_of(names: set[str]) -> set[str]:
+        patterns = model.weight_names.ignored_among(names)
         return {n for n in names if any(re.fullmatch(pattern, n) for pattern in patterns)}
 
-    assert ignored_of(61) == {"model.layers.61.eh_proj.weight"}
-    assert ignored_of(2) == set()
+    assert ignored_of(further | set(places(model))) == (further if is_left else set())
+    assert ignored_of(one_more_layer | set(places(model))) == set()
 
 
 @torch.inference_mode()

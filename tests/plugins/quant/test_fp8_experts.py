@@ -43,6 +43,7 @@ CONFIGS = {
     "a scale a projection": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     "a scale an output": compressed("channel", strategy="token", dynamic=True),
     "weights alone": compressed("channel"),
+    "static": compressed("tensor", strategy="tensor", dynamic=False),
 }
 
 
@@ -107,8 +108,15 @@ def test_scale_of_zero_is_named() -> None:
         layer.finish_loading()
 
 
+def test_static_scale_of_inputs_that_is_nan_is_named() -> None:
+    layer, _ = filled(CONFIGS["static"])
+    layer.get_weight("down_input_scale").data[2] = float("nan")
+
+    with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.input_scale'.* nan;"):
+        layer.finish_loading()
+
+
 REFUSED = {
-    "static scales": compressed("tensor", strategy="tensor", dynamic=False),
     "power of two": {**BLOCKS, "weight_block_size": [128, 48]},
     "keeps them apart": {**BLOCKS, "modules_to_not_convert": ["mlp.experts.2.up_proj"]},
 }

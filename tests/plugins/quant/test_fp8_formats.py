@@ -53,7 +53,7 @@ def head(name: str = "lm_head", *, is_head: bool = True) -> EmbeddingSpec:
     [
         ({"quant_method": "gptq"}, "quant_method is 'gptq'; fp8 reads fp8, fbgemm_fp8, modelopt"),
         (hugging_face(fmt="e5m2"), "fmt is 'e5m2'; fp8 reads 'e4m3'"),
-        (hugging_face(scale_fmt="ue8m0"), "scale_fmt is 'ue8m0'"),
+        (hugging_face(scale_fmt="e4m3"), "scale_fmt is 'e4m3'"),
         (hugging_face(activation_scheme="none"), "activation_scheme is 'none'"),
         (hugging_face(weight_block_size=[128]), r"weight_block_size is \[128\]; expected"),
         (hugging_face(weight_block_size=[128, 0]), r"weight_block_size is \[128, 0\]"),

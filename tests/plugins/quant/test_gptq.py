@@ -292,10 +292,11 @@ def test_head_is_quantized_where_the_config_says_so_and_embeddings_never() -> No
     assert whole.method_for(head_spec(is_head=False)) is None
 
 
-def test_mixtures_are_refused() -> None:
+def test_experts_whose_sizes_fill_no_groups_are_refused() -> None:
     experts = ExpertsSpec(
         name="e", num_experts=2, hidden_size=4, intermediate_size=4, dtype="float32", device="cpu"
     )
 
-    assert "ExpertsSpec" in (Gptq(CONFIG).why_unsupported(experts) or "")
-    assert Gptq(CONFIG).method_for(experts) is None
+    why = Gptq(CONFIG).why_unsupported(experts) or ""
+
+    assert why.startswith("of expert 0, gate_proj and up_proj: its inputs must be a multiple of")

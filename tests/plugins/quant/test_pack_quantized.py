@@ -23,6 +23,7 @@ from quire.layers.linear import Linear
 from quire.testing import QuantizationMethodTests
 from quire.testing.quantization_cases import load
 from quire_quant.pack_quantized.method import PackQuantized
+from quire_quant.packed import PackedProduct
 
 WEIGHTS = {
     "num_bits": 4,
@@ -241,6 +242,20 @@ def test_ignored_layers_are_left_alone_and_heads_only_where_ignored() -> None:
     assert method.method_for(SPEC) is not None
     assert PackQuantized(config()).method_for(head) is not None
     assert PackQuantized(config()).method_for(evolve(head, is_head=False)) is None
+
+
+def test_a_group_that_names_a_layer_comes_before_one_of_its_class() -> None:
+    groups = config()["config_groups"]
+    by_name = {"targets": ["re:.*down_proj$"], "weights": {**WEIGHTS, "num_bits": 8}}
+    method = PackQuantized({**config(), "config_groups": {**groups, "group_1": by_name}})
+
+    bits = []
+    for name in ("down_proj", "o_proj"):
+        product = method.method_for(evolve(SPEC, name=f"a.{name}", parts=(name,)))
+        assert isinstance(product, PackedProduct)
+        bits.append(product.form.bits)
+
+    assert bits == [8, 4]
 
 
 def test_projections_that_are_kept_apart_are_refused() -> None:

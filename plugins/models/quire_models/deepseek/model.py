@@ -15,10 +15,6 @@ from quire_models.deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Co
 from quire_models.latent import LatentSizes
 from quire_models.mixture import MixtureOptions
 
-# In files of V3, R1 and those made of them a module that predicts further tokens follows the last
-# layer, under the name of one. Elsewhere such a name is a layer that config.json does not know of.
-LAYERS_OF_V3 = 61
-
 
 class DeepseekV2(DecoderForCausalLM):
     """Latent attention, and experts chosen by their softmax, in all layers but the first."""
@@ -45,9 +41,14 @@ class DeepseekV3(DecoderForCausalLM):
 
     def __init__(self, config: DeepseekV3Config, build: BuildContext) -> None:
         super().__init__(config, build)
-        if config.num_hidden_layers == LAYERS_OF_V3:
-            names, further = type(self).weight_names, rf"model\.layers\.{LAYERS_OF_V3}\..*"
-            self.weight_names: WeightNames = evolve(names, ignored=(*names.ignored, further))  # type: ignore[misc]
+        # Modules that predict further tokens follow the last layer, under the names of layers, with
+        # a projection of their own. Without it they are layers that config.json does not know of.
+        first, names = config.num_hidden_layers, type(self).weight_names
+        further = {
+            rf"model\.layers\.{index}\..*": rf"model\.layers\.{index}\.eh_proj\..*"
+            for index in range(first, first + (config.num_nextn_predict_layers or 0))
+        }
+        self.weight_names: WeightNames = evolve(names, ignored_with=further)  # type: ignore[misc]
 
     @staticmethod
     def layer_options(config: DecoderConfig, index: int) -> LayerOptions:

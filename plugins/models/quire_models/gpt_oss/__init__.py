@@ -20,6 +20,8 @@ from quire_models.decoder_config import (
 from quire_models.mixture_config import MOST_EXPERTS, check_top_k
 
 QUIRE_API_VERSION = (1, 0)
+# Experts are in this format in the files that the model is published with.
+MXFP4 = "mxfp4"
 # What the class has where a file says nothing.
 YARN: Mapping[str, Any] = {
     "rope_type": "yarn",
@@ -32,20 +34,16 @@ YARN: Mapping[str, Any] = {
 
 
 def _quantization_key() -> Any:
-    """Declare `quantization_config`, of which the class's own format is refused by its name."""
+    """Declare `quantization_config`, of which the name of the format is kept."""
 
     def parse(given: Mapping[str, Any], source: str) -> Any:
         value = given.get("quantization_config")
         return value.get("quant_method") if isinstance(value, Mapping) else None
 
-    allowed = (
-        "other formats than MXFP4, which Quire does not read yet; a checkpoint in bfloat16 is "
-        "served, such as Transformers writes with Mxfp4Config(dequantize=True)"
-    )
     return key(
         None,
-        check=lambda value: value != "mxfp4",
-        allowed=allowed,
+        check=lambda value: True,
+        allowed="an object",
         names=("quantization_config",),
         parse=parse,
     )
@@ -105,6 +103,6 @@ def quire_models() -> list[ModelPlugin]:
             load="quire_models.gpt_oss.model:GptOss",
             architectures=("GptOssForCausalLM",),
             config_class=GptOssConfig,
-            summary="gpt-oss in 16 bits: sinks, windows, and experts with biases",
+            summary="gpt-oss: sinks, windows, and experts with biases, in MXFP4 or 16 bits",
         )
     ]

@@ -11,10 +11,11 @@ from torch import Tensor
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     EncodedWeight,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
-    QuantizationMethod,
     ShardRule,
     WeightLayer,
 )
@@ -27,16 +28,18 @@ from quire_quant.config_values import (
     refuse,
     value_of,
 )
+from quire_quant.module_names import part_names
 from quire_quant.packed import (
     PackedForm,
     PackedProduct,
     as_bytes,
     check_scales,
     pack,
-    part_names,
     settle_scales,
     unpack,
 )
+from quire_quant.packed_experts import experts_method, why_not_experts
+from quire_quant.plain_modules import PackedMethod
 from quire_quant.rounding import quantize
 
 BITS = 4
@@ -97,10 +100,11 @@ class AwqProduct(PackedProduct):
         settle_scales(layer.get_weight("scales").data, BITS)
 
 
-class Awq(QuantizationMethod):
+class Awq(PackedMethod):
     """Serve linears but those of `modules_to_not_convert`; embeddings and heads stay as they are.
 
-    A layer is left alone where one of those names is part of its own.
+    A layer is left alone where one of those names is part of its own, or where the file has it in
+    full precision; not where the file has it packed.
     """
 
     example_config: ClassVar[Mapping[str, Any]] = {
@@ -126,16 +130,21 @@ class Awq(QuantizationMethod):
             raise refuse("backend", "llm-awq", "what AutoAWQ writes, which lies otherwise")
         self.excluded = names_of(config, "modules_to_not_convert")
 
-    def _is_excluded(self, name: str) -> bool:
-        return any(excluded in name for excluded in self.excluded)
+    def _is_excluded(self, name: str, spec: LinearSpec) -> bool:
+        if f"{name}.qweight" in self.stored:
+            # "gate", for a router, is part of the name of a gate projection too.
+            return False
+        return self.is_left_alone(name, spec) or any(excluded in name for excluded in self.excluded)
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve linears whose inputs make whole groups and whose outputs make whole words."""
+        if isinstance(spec, ExpertsSpec):
+            return why_not_experts(self, spec)
         if isinstance(spec, EmbeddingSpec):
             return None
         if not isinstance(spec, LinearSpec):
             return f"it has no method for {type(spec).__name__}"
-        left = [name for name in part_names(spec) if self._is_excluded(name)]
+        left = [name for name in part_names(spec) if self._is_excluded(name, spec)]
         if left:
             if len(left) == len(spec.parts):
                 return None
@@ -146,9 +155,11 @@ class Awq(QuantizationMethod):
             reasons.append(multiple_needed(f"the outputs of {name}", size, WORD))
         return next((reason for reason in reasons if reason), None)
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return the product of a linear that is not excluded."""
-        if not isinstance(spec, LinearSpec) or self._is_excluded(part_names(spec)[0]):
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return the product of experts, or of a linear that is not excluded."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
+        if not isinstance(spec, LinearSpec) or self._is_excluded(part_names(spec)[0], spec):
             return None
         return AwqProduct(PackedForm.of(spec, BITS, self.group_size))
 

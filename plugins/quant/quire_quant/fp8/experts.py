@@ -12,6 +12,7 @@ from quire_quant.fp8.formats import ON_THE_FLY, Scheme
 from quire_quant.fp8.numbers import E4M3, quantize_rows
 
 KINDS = ("gate_up", "down")
+INPUT_SCALE = "input_scale"
 # The kernels take so many inputs a scale, in powers of two.
 LEAST_WIDTH = 16
 
@@ -19,8 +20,6 @@ LEAST_WIDTH = 16
 def why_not_experts(scheme: Scheme) -> str | None:
     """Return why experts are not served in a scheme, or None."""
     height, width = scheme.block
-    if scheme.inputs == "static":
-        return "it has no static scales of the inputs of experts"
     if scheme.weight == "block" and (width < LEAST_WIDTH or width & (width - 1)):
         return (
             f"experts have blocks of {height} x {width}; their kernels take inputs in blocks of a "
@@ -33,7 +32,8 @@ class Fp8Experts(ExpertsMethod):
     """All experts of a mixture, with scales as `ops.experts` takes them.
 
     A few tokens are multiplied as they are, more of them are rounded where the scheme rounds
-    inputs and the GPU multiplies e4m3.
+    inputs and the GPU multiplies e4m3: with a scale of their own, also where the checkpoint has
+    static ones, which clip what calibration did not see.
     """
 
     def __init__(self, spec: ExpertsSpec, scheme: Scheme) -> None:
@@ -62,6 +62,14 @@ class Fp8Experts(ExpertsMethod):
             if self.scheme.weight == "tensor":
                 scales = scales.squeeze(-1)
             layer.add_weight(f"{kind}_{self.scheme.scale_name}", scales, rule)
+            if self.scheme.inputs == "static":
+                self._create_input_scales(layer, kind)
+
+    def _create_input_scales(self, layer: WeightLayer, kind: str) -> None:
+        count = 2 if kind == "gate_up" else 1
+        scales = torch.empty(self.spec.num_experts, count, device=self.device)
+        rule = ShardRule(output_dim=1, part_sizes=(1, 1) if count > 1 else None)
+        layer.add_weight(f"{kind}_{INPUT_SCALE}", scales, rule)
 
     def _scale_blocks(self, kind: str) -> tuple[int, int]:
         """Return how many scales an expert has along outputs and inputs; ups have their own."""
@@ -84,32 +92,42 @@ class Fp8Experts(ExpertsMethod):
 
     def settle_drawn(self, layer: WeightLayer) -> None:
         """Make scales 1: weights were drawn as small as those of a model."""
-        for kind in KINDS:
-            layer.get_weight(f"{kind}_{self.scheme.scale_name}").data.fill_(1.0)
+        names = [self.scheme.scale_name, *self._static]
+        for name in (f"{kind}_{name}" for kind in KINDS for name in names):
+            layer.get_weight(name).data.fill_(1.0)
+
+    @property
+    def _static(self) -> list[str]:
+        return [INPUT_SCALE] if self.scheme.inputs == "static" else []
 
     def finish_loading(self, layer: WeightLayer) -> None:
-        """Check scales; give each output its own unless there are blocks.
+        """Check scales; give each output its own unless there are blocks; drop those of inputs.
 
         Raises: CheckpointError naming a projection with scales that are not above 0.
         """
         for kind in KINDS:
+            for leaf in (self.scheme.scale_name, *self._static):
+                self._check_positive(layer, kind, leaf)
+            for leaf in self._static:
+                layer.drop_weight(f"{kind}_{leaf}")
             name = f"{kind}_{self.scheme.scale_name}"
             scales = layer.get_weight(name).data
-            wrong = (~(scales > 0)).nonzero()
-            if len(wrong):
-                self._refuse(kind, wrong[0].tolist(), scales)
             if self.scheme.weight == "tensor":
                 outputs = self.shapes[kind][0] // scales.shape[1]
                 layer.drop_weight(name)
                 each = scales.repeat_interleave(outputs, 1).unsqueeze(-1)
                 layer.add_weight(name, each, ShardRule(output_dim=1))
 
-    def _refuse(self, kind: str, at: list[int], scales: Tensor) -> None:
-        spec = self.spec
+    def _check_positive(self, layer: WeightLayer, kind: str, leaf: str) -> None:
+        scales = layer.get_weight(f"{kind}_{leaf}").data
+        wrong = (~(scales > 0)).nonzero()
+        if not len(wrong):
+            return
+        spec, at = self.spec, wrong[0].tolist()
         is_up = kind == "gate_up" and at[1] >= scales.shape[1] // 2
         part = spec.parts[2] if kind == "down" else spec.parts[is_up]
         raise CheckpointError(
-            f"tensor '{spec.name}.{at[0]}.{part}.{self.scheme.scale_name}' holds the scale "
+            f"tensor '{spec.name}.{at[0]}.{part}.{leaf}' holds the scale "
             f"{scales[tuple(at)].item():g}; scales must be above 0. The file is damaged, or was "
             f"not written by a tool for this format."
         )

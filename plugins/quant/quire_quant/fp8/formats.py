@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 
 from quire.errors import ConfigError
 from quire_quant import compressed
+from quire_quant.config_values import REMEDY
 from quire_quant.module_names import has_path, has_wildcard, names_in
 
 MODELOPT_ALGORITHMS = ("FP8",)
@@ -63,7 +64,8 @@ def read_config(config: Mapping[str, Any]) -> Format | None:
 def _read_hugging_face(config: Mapping[str, Any]) -> Format:
     where = "quantization_config (fp8)"
     _expect(config, where, "fmt", (None, "e4m3"))
-    _expect(config, where, "scale_fmt", (None, "float"))
+    # With "ue8m0" scales are powers of two; those of inputs, made here, may be any float.
+    _expect(config, where, "scale_fmt", (None, "float", "ue8m0"))
     activations = _expect(config, where, "activation_scheme", ("dynamic", "static"))
     block = config.get("weight_block_size")
     if block is not None:
@@ -164,7 +166,7 @@ def _expect(config: Mapping[str, Any], where: str, key: str, allowed: tuple[Any,
     if not any(found == one and type(found) is type(one) for one in allowed):
         listed = " or ".join(repr(one) for one in allowed if one not in (None, ""))
         raise ConfigError(
-            f"{where}: {key} is {found!r}; fp8 reads {listed or 'checkpoints without it'}."
+            f"{where}: {key} is {found!r}; fp8 reads {listed or 'checkpoints without it'}. {REMEDY}"
         )
     return found
 

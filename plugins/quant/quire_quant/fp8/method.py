@@ -34,7 +34,7 @@ from quire_quant.fp8.numbers import (
     quantize_static,
 )
 from quire_quant.fp8.products import Weight, dequantized_weight, multiply
-from quire_quant.module_names import part_names
+from quire_quant.module_names import is_router, part_names
 
 DEVICES = ("cpu", "cuda", "meta")
 
@@ -294,7 +294,7 @@ class Fp8(QuantizationMethod):
             return reason
         if self._format is None or isinstance(spec, EmbeddingSpec):
             return None
-        schemes = {name: self._format.scheme_of(name) for name in part_names(spec)}
+        schemes = {name: self._scheme_of(name) for name in part_names(spec)}
         if len(set(schemes.values())) == 1:
             scheme = next(iter(schemes.values()))
             if scheme is None or not isinstance(spec, ExpertsSpec):
@@ -317,19 +317,20 @@ class Fp8(QuantizationMethod):
             return Fp8OnTheFly(spec)
         if is_head and not self._format.has_heads:
             return None
-        scheme = self._format.scheme_of(part_names(spec)[0])
+        scheme = self._scheme_of(part_names(spec)[0])
         return None if scheme is None else Fp8Product(spec, scheme)
+
+    def _scheme_of(self, name: str) -> Scheme | None:
+        assert self._format is not None
+        # Routers are no linear layers to some tools, which neither quantize nor exclude them.
+        is_kept = is_router(name) and self.is_plain(name)
+        return None if is_kept else self._format.scheme_of(name)
 
     def _method_for_experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
         if self._format is None:
             return Fp8ExpertsOnTheFly(spec)
         scheme = self._format.scheme_of(part_names(spec)[0])
         return None if scheme is None else Fp8Experts(spec, scheme)
-
-
-def is_router(name: str) -> bool:
-    """Answer whether a layer chooses experts: rounded weights would choose others."""
-    return name.rpartition(".")[2] == "gate"
 
 
 def _told(scheme: Scheme | None) -> str:

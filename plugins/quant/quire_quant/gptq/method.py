@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,19 +13,23 @@ from quire.errors import ConfigError
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     EncodedWeight,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
-    QuantizationMethod,
 )
 from quire_quant.config_values import multiple_needed
 from quire_quant.gptq.product import GptqProduct
 from quire_quant.gptq.settings import GptqSettings, ModuleSettings, only_settings
-from quire_quant.packed import PackedForm, pack, part_names
+from quire_quant.module_names import part_names
+from quire_quant.packed import PackedForm, pack
+from quire_quant.packed_experts import experts_method, why_not_experts
+from quire_quant.plain_modules import PackedMethod
 from quire_quant.rounding import quantize
 
 
-class Gptq(QuantizationMethod):
+class Gptq(PackedMethod):
     """Serve linears, and the head where `lm_head` says so; embeddings stay as they are."""
 
     example_config: ClassVar[Mapping[str, Any]] = {
@@ -42,12 +46,26 @@ class Gptq(QuantizationMethod):
         self.settings = GptqSettings(config)
 
     def _settings_of(self, spec: LinearSpec | EmbeddingSpec) -> ModuleSettings | None:
-        if isinstance(spec, LinearSpec):
-            return only_settings({name: self.settings.of(name) for name in part_names(spec)})
-        return self.settings.of_head(spec.name) if spec.is_head else None
+        if not isinstance(spec, LinearSpec):
+            is_quantized = spec.is_head and not self.is_left_alone(spec.name, spec)
+            return self.settings.of_head(spec.name) if is_quantized else None
+        return only_settings(
+            {
+                name: None if self.is_left_alone(name, spec) else self.settings.of(name)
+                for name in part_names(spec)
+            }
+        )
+
+    def _has_indices(self, names: Sequence[str]) -> bool:
+        """Answer whether a layer reads `g_idx`; where inputs lie in order it may be left out."""
+        if self.settings.desc_act or not self.stored:
+            return True
+        return any(f"{name}.g_idx" in self.stored for name in names)
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve layers whose inputs make whole groups, and inputs and outputs whole words."""
+        if isinstance(spec, ExpertsSpec):
+            return why_not_experts(self, spec)
         if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
             return f"it has no method for {type(spec).__name__}"
         try:
@@ -64,15 +82,18 @@ class Gptq(QuantizationMethod):
             reasons.append(multiple_needed(f"the outputs of {name}", size, word))
         return next((reason for reason in reasons if reason), None)
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return the product of a layer that is quantized."""
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return the product of experts, or of a layer that is quantized."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
         if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
             return None
         settings = self._settings_of(spec)
         if settings is None:
             return None
         form = PackedForm.of(spec, settings.bits, settings.group_size)
-        return GptqProduct(form, self.settings.zero_offset)
+        has_indices = self._has_indices(part_names(spec))
+        return GptqProduct(form, self.settings.zero_offset, has_indices=has_indices)
 
     @classmethod
     def encode(cls, weight: Tensor, spec: LayerSpec) -> EncodedWeight | None:

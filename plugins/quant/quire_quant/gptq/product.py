@@ -19,11 +19,15 @@ from quire_quant.packed import (
 
 
 class GptqProduct(TiedPackedProduct):
-    """Codes of an output lie along the inputs in int32; `g_idx` names each input's group."""
+    """Codes of an output lie along the inputs in int32.
 
-    def __init__(self, form: PackedForm, zero_offset: int) -> None:
+    `g_idx` names each input's group; with `has_indices` False there is none, and they lie in order.
+    """
+
+    def __init__(self, form: PackedForm, zero_offset: int, *, has_indices: bool = True) -> None:
         super().__init__(form)
         self.zero_offset = zero_offset
+        self.has_indices = has_indices
 
     def create_weights(self, layer: WeightLayer) -> None:
         """Register the checkpoint's tensors, without memory until they are filled."""
@@ -48,6 +52,8 @@ class GptqProduct(TiedPackedProduct):
         shape = (groups, outputs)
         rule = ShardRule(output_dim=1, input_dim=0, group_size=form.group_size)
         layer.add_weight("scales", torch.empty(shape, dtype=torch.float16, device="meta"), rule)
+        if not self.has_indices:
+            return
         # Each projection has one of its own, end to end here.
         parts = len(form.part_sizes)
         indices = torch.empty(parts * inputs, dtype=torch.int32, device="meta")
@@ -64,7 +70,10 @@ class GptqProduct(TiedPackedProduct):
             return
         form = self.form
         check_scales(layer, layer.get_weight("scales"), form, "scales")
-        order = input_order(layer.get_weight("g_idx").data, form, layer.spec, "g_idx")
+        order = None
+        if self.has_indices:
+            order = input_order(layer.get_weight("g_idx").data, form, layer.spec, "g_idx")
+            layer.drop_weight("g_idx")
         values = as_bytes(layer.get_weight("qweight").data.T)
         layer.drop_weight("qweight")
         zeros = layer.get_weight("qzeros").data.view(torch.uint8)
@@ -72,7 +81,7 @@ class GptqProduct(TiedPackedProduct):
             codes = unpack(zeros, form.bits, form.out_features)
             zeros = pack((codes + self.zero_offset) & (2**form.bits - 1), form.bits)
         scales = layer.get_weight("scales").data
-        for name in ("qzeros", "scales", "g_idx"):
+        for name in ("qzeros", "scales"):
             layer.drop_weight(name)
         for span, own in spans_of(form, order):
             if own is not None:
@@ -82,6 +91,7 @@ class GptqProduct(TiedPackedProduct):
     def settle_drawn(self, layer: WeightLayer) -> None:
         """Put inputs into groups in their order; make the weights as large as others."""
         form = self.form
-        indices = layer.get_weight("g_idx").data
-        indices.copy_(plain_indices(form, indices.device))
+        if self.has_indices:
+            indices = layer.get_weight("g_idx").data
+            indices.copy_(plain_indices(form, indices.device))
         settle_scales(layer.get_weight("scales").data, form.bits)

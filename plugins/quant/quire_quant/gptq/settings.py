@@ -37,8 +37,8 @@ class GptqSettings:
             bits=one_of(config, ("bits",), BITS),
             group_size=group_size_of(config, ("group_size",)),
         )
-        # The tensors say it; what is neither true nor false is a damaged file.
-        flag_of(config, "desc_act", False)
+        # Where there is a `g_idx` it says it; without this none is needed.
+        self.desc_act = flag_of(config, "desc_act", False)
         flag_of(config, "sym", True)
         written = value_of(config, ("checkpoint_format", "format"), "gptq")
         if not isinstance(written, str) or written not in ZERO_OFFSETS:

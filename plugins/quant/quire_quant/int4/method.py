@@ -6,6 +6,8 @@ import torch
 
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -14,7 +16,9 @@ from quire.interfaces.quantization import (
     WeightLayer,
 )
 from quire_quant.config_values import multiple_needed
+from quire_quant.module_names import is_router
 from quire_quant.packed import PackedForm, PackedProduct, check_scales, num_bytes, pack
+from quire_quant.packed_experts import experts_method, why_not_experts
 from quire_quant.rounding import quantize
 
 BITS = 4
@@ -67,12 +71,18 @@ class Int4(QuantizationMethod):
         """Serve linears whose inputs make whole groups."""
         if isinstance(spec, EmbeddingSpec):
             return None
+        if isinstance(spec, ExpertsSpec):
+            return why_not_experts(self, spec)
         if not isinstance(spec, LinearSpec):
             return f"it has no method for {type(spec).__name__}"
+        if is_router(spec.name):
+            return None
         return multiple_needed("its inputs", spec.in_features, GROUP_SIZES[-1])
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return the product of a linear."""
-        if not isinstance(spec, LinearSpec):
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return the product of a linear that is no router, or of experts."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
+        if not isinstance(spec, LinearSpec) or is_router(spec.name):
             return None
         return Int4Product(PackedForm.of(spec, BITS, _group_size(spec.in_features)))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+from attrs import evolve
+
 from quire.interfaces.quantization import (
     EmbeddingSpec,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -18,7 +23,8 @@ from quire_quant.int8.formats import Scheme, read_schemes
 from quire_quant.int8.rounded import Int8Product
 from quire_quant.int8.stored import StoredInt8Product
 from quire_quant.int8.weight_only import RoundedWeightOnly, StoredWeightOnly
-from quire_quant.module_names import part_names
+from quire_quant.module_names import is_router, part_names
+from quire_quant.packed_experts import experts_method, why_not_experts
 
 
 def _refused(spec: LayerSpec) -> str | None:
@@ -46,8 +52,19 @@ class Int8(QuantizationMethod):
         group = None if self._read is None else self._read.group_of(name)
         return None if group is None else self._schemes[group.name]
 
+    def _with_plain_inputs(self) -> Int8:
+        """Return the same for experts: their inputs stay as they are where rows have scales."""
+        other = copy.copy(self)
+        other._schemes = {
+            name: evolve(scheme, inputs="plain") if scheme.inputs == "token" else scheme
+            for name, scheme in self._schemes.items()
+        }
+        return other
+
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve linear and embedding layers whose projections are kept alike."""
+        if isinstance(spec, ExpertsSpec):
+            return why_not_experts(self._with_plain_inputs(), spec)
         if self._read is None or not isinstance(spec, LinearSpec):
             return _refused(spec)
         schemes = {name: self._scheme_of(name) for name in part_names(spec)}
@@ -59,8 +76,10 @@ class Int8(QuantizationMethod):
         size = None if scheme is None else scheme.group_size
         return multiple_needed("its inputs", spec.in_features, size) if size else None
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return a method in 8 bits for linears and heads."""
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return a method in 8 bits for linears and heads, and for experts of a checkpoint."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self._with_plain_inputs(), spec)
         if isinstance(spec, EmbeddingSpec) and not spec.is_head:
             return None
         if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
@@ -80,9 +99,13 @@ class Int8WeightOnly(QuantizationMethod):
     """Round the weights of linears; activations, embeddings and heads stay as they are."""
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
-        """Serve linear and embedding layers everywhere."""
-        return _refused(spec)
+        """Serve linear and embedding layers everywhere, experts where there is a product."""
+        return why_not_experts(self, spec) if isinstance(spec, ExpertsSpec) else _refused(spec)
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return the product of a linear."""
-        return RoundedWeightOnly(spec) if isinstance(spec, LinearSpec) else None
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return the product of a linear that is no router, or of experts."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
+        if not isinstance(spec, LinearSpec) or is_router(spec.name):
+            return None
+        return RoundedWeightOnly(spec)

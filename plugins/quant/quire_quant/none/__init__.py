@@ -13,6 +13,7 @@ def quire_quantization_methods() -> list[QuantizationPlugin]:
         QuantizationPlugin(
             name="none",
             load="quire_quant.none.method:NoQuantization",
-            summary="weights in the model's dtype, prepacked on a CPU",
+            summary="weights in the model's dtype, prepacked on a CPU; gpt-oss's MXFP4 too",
+            formats=("mxfp4",),
         )
     ]

@@ -223,10 +223,15 @@ class DenseExperts(ExpertsMethod):
 
 
 class NoQuantization(QuantizationMethod):
-    """Serve linears, embeddings, heads and experts in the model's dtype."""
+    """Serve linears, embeddings, heads and experts in the model's dtype.
+
+    Of a file in MXFP4 too: gpt-oss, whose experts alone are so, makes them wide itself.
+    """
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve linear and embedding layers everywhere, experts where there is a product."""
+        if isinstance(spec, ExpertsSpec) and self.config:
+            return "MXFP4 is read of gpt-oss alone; a checkpoint in 16 bits would be served"
         if isinstance(spec, ExpertsSpec):
             return ops.why_no_experts(spec.device)
         if isinstance(spec, (LinearSpec, EmbeddingSpec)):

@@ -14,6 +14,8 @@ from quire.errors import ConfigError
 from quire.interfaces.quantization import (
     EmbeddingSpec,
     EncodedWeight,
+    ExpertsMethod,
+    ExpertsSpec,
     LayerMethod,
     LayerSpec,
     LinearSpec,
@@ -24,6 +26,7 @@ from quire_quant.config_values import group_size_of, multiple_needed
 from quire_quant.module_names import part_names
 from quire_quant.pack_quantized.product import PackQuantizedProduct
 from quire_quant.packed import PackedForm, pack
+from quire_quant.packed_experts import experts_method, why_not_experts
 from quire_quant.rounding import quantize
 
 FORMAT = "pack-quantized"
@@ -99,6 +102,8 @@ class PackQuantized(QuantizationMethod):
 
     def why_unsupported(self, spec: LayerSpec) -> str | None:
         """Serve layers whose inputs make whole groups and words, and whose projections agree."""
+        if isinstance(spec, ExpertsSpec):
+            return why_not_experts(self, spec)
         if not isinstance(spec, (LinearSpec, EmbeddingSpec)):
             return f"it has no method for {type(spec).__name__}"
         if isinstance(spec, EmbeddingSpec) and not spec.is_head:
@@ -119,8 +124,10 @@ class PackQuantized(QuantizationMethod):
                 reasons.append(multiple_needed(f"the outputs of {name}", size, word))
         return next((reason for reason in reasons if reason), None)
 
-    def method_for(self, spec: LayerSpec) -> LayerMethod | None:
-        """Return the product of a linear or head that is not ignored."""
+    def method_for(self, spec: LayerSpec) -> LayerMethod | ExpertsMethod | None:
+        """Return the product of experts, or of a linear or head that is not ignored."""
+        if isinstance(spec, ExpertsSpec):
+            return experts_method(self, spec)
         is_head = isinstance(spec, EmbeddingSpec) and spec.is_head
         if not isinstance(spec, LinearSpec) and not is_head:
             return None
