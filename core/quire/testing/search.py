@@ -79,7 +79,8 @@ class _Search:
             return failure
         others = [case for case in self.known if case != smallest]
         try:
-            return evolve(failure, guess=self.check.guess([smallest, *others[:5]]))
+            some = dict.fromkeys([smallest, *others[:2], *others[-3:]])
+            return evolve(failure, guess=self.check.guess(list(some)))
         except (Exception, SystemExit):  # noqa: BLE001 - a plugin that raises again; what failed is known
             return failure
 
