@@ -39,6 +39,7 @@ IN_FEATURES = [48, 64, 128, 16, 7, 33, 1, 256, 100, 512, 1024]
 OUT_FEATURES = [24, 8, 64, 128, 16, 5, 1, 33, 256, 512]
 ROWS = [1, 2, 33, 16, 0]
 SMALL = 256
+MANY_ROWS = 130
 
 
 @frozen(kw_only=True)
@@ -109,6 +110,13 @@ def layer_cases(
     return case if _is_served(subject, case) else evolve(choices.plain, kind=kind)
 
 
+def _first_cases(subject: QuantizationSubject, choices: Choices) -> list[LayerCase]:
+    """Return a layer of the most inputs that are served, and one with more rows than a tile has."""
+    wide = [evolve(choices.plain, in_features=n, rows=3) for n in sorted(IN_FEATURES)]
+    served = [case for case in wide if _is_served(subject, case)]
+    return [*served[-1:], evolve(choices.plain, rows=MANY_ROWS)]
+
+
 def _why_not_invariant(subject: QuantizationSubject, choices: Choices) -> str | None:
     """Return why bits are not compared, and how they are."""
     plain = evolve(choices.plain, batch_invariant=True)
@@ -169,8 +177,15 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
         share: float,
         skipped: str | None = None,
     ) -> search.Check:
-        judged = partial(judge, subject)
-        return search.Check(name=name, judge=judged, cases=cases, share=share, skipped=skipped)
+        first = _first_cases(subject, choices) if name == "product" else ()
+        return search.Check(
+            name=name,
+            judge=partial(judge, subject),
+            cases=cases,
+            share=share,
+            first=first,
+            skipped=skipped,
+        )
 
     no_lookup = None if choices.kinds else "it leaves embeddings and heads alone"
     not_invariant = _why_not_invariant(subject, choices)
