@@ -84,7 +84,6 @@ def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[
         prompts = (64, 140)
     judge, guess = partial(check_output, subject), partial(guess_output, subject)
     not_long = has_none or why_not_long(choices)
-    long_names = [] if not_long else checks_of_long(choices)
     return [
         search.Check(
             name="many sequences",
@@ -105,7 +104,7 @@ def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[
         ),
         search.Check(
             name="thousands of keys",
-            judge=partial(check_long, subject, long_names),
+            judge=partial(check_long, subject, [] if not_long else checks_of_long(choices)),
             cases=long_cases(choices, keys, query_lens),
             share=0.07,
             most=most,

@@ -177,15 +177,8 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
         share: float,
         skipped: str | None = None,
     ) -> search.Check:
-        first = _first_cases(subject, choices) if name == "product" else ()
-        return search.Check(
-            name=name,
-            judge=partial(judge, subject),
-            cases=cases,
-            share=share,
-            first=first,
-            skipped=skipped,
-        )
+        judged = partial(judge, subject)
+        return search.Check(name=name, judge=judged, cases=cases, share=share, skipped=skipped)
 
     no_lookup = None if choices.kinds else "it leaves embeddings and heads alone"
     not_invariant = _why_not_invariant(subject, choices)
@@ -193,8 +186,9 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
     no_gate = _offers(subject, choices, "apply_after_silu_mul")
     no_reading = _offers(subject, choices, "dequantize")
     memory = st.sampled_from([large, evolve(large, bias=True), evolve(large, seed=1)])
+    product = check("product", checks.check_product, linears, 0.4)
     return [
-        check("product", checks.check_product, linears, 0.4),
+        evolve(product, first=_first_cases(subject, choices)),
         check("weights", checks.check_weights, linears, 0.05, no_reading),
         check("heads", checks.check_product, heads, 0.1, no_head),
         check("look-ups", checks.check_lookup, heads, 0.05, no_lookup),
