@@ -39,7 +39,7 @@ IN_FEATURES = [48, 64, 128, 16, 7, 33, 1, 256, 100, 512, 1024]
 OUT_FEATURES = [24, 8, 64, 128, 16, 5, 1, 33, 256, 512]
 ROWS = [1, 2, 33, 16, 0]
 SMALL = 256
-MANY_ROWS = 130
+_MANY_ROWS = 130
 
 
 @frozen(kw_only=True)
@@ -114,7 +114,7 @@ def _first_cases(subject: QuantizationSubject, choices: Choices) -> list[LayerCa
     """Return a layer of the most inputs that are served, and one with more rows than a tile has."""
     wide = [evolve(choices.plain, in_features=n, rows=3) for n in sorted(IN_FEATURES)]
     served = [case for case in wide if _is_served(subject, case)]
-    return [*served[-1:], evolve(choices.plain, rows=MANY_ROWS)]
+    return [*served[-1:], evolve(choices.plain, rows=_MANY_ROWS)]
 
 
 def _why_not_invariant(subject: QuantizationSubject, choices: Choices) -> str | None:

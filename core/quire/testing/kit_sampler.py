@@ -25,7 +25,7 @@ SHAPES = ["normal", "ties", "flat", "peaked", "sparse"]
 DTYPES = ["float32", "bfloat16", "float16"]
 # More tokens than 16 bits count, the likeliest of the first row one of them; filters that keep more
 # than a tile has.
-LARGE = SamplerCase(
+_LARGE = SamplerCase(
     rows=(
         Row(temperature=0.01),
         *(Row(top_k=2000, seed=seed) for seed in (2, 5)),
@@ -137,7 +137,7 @@ def _checks(
         search.Check(name="bad rows", judge=judge, cases=bad, share=0.1, guess=guess),
         search.Check(name="alone", judge=alone, cases=mixed, share=0.1),
         search.Check(name="distribution", judge=many, cases=drawn, share=0.1),
-        search.Check(name="many tokens", judge=judge, cases=st.just(LARGE), share=0.05, most=1),
+        search.Check(name="many tokens", judge=judge, cases=st.just(_LARGE), share=0.05, most=1),
         search.Check(name="graph replay", judge=graph, cases=bad, share=0.05, skipped=skipped),
     ]
 
