@@ -119,8 +119,9 @@ def run(check: Check, profile: Profile, *, seed: int = 0) -> CheckResult:
         suppress_health_check=list(HealthCheck),
     )
     smallest = next((case for case in check.first if search.fails(case)), None)
-    # What is drawn has time of its own, and may be smaller.
-    search.failed_at = None
+    if smallest is not None:
+        # What is drawn then has time of its own, and may be smaller.
+        search.failed_at = search.counts_from = None
     with contextlib.suppress(NoSuchExample):
         smallest = find(check.cases, search.fails, settings=rules, random=random.Random(seed))
     is_wrong = smallest is not None
