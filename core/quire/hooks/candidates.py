@@ -135,6 +135,10 @@ class Candidates(Generic[Contract]):
         if inspect.isabstract(found):
             missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
             raise refusal(owner, f"names {plugin.load!r}, which lacks {missing}")
+        for name in getattr(self.contract, "__abstractmethods__", ()):
+            if not callable(getattr(found, name)):
+                fact = f"names {plugin.load!r}, whose {name!r} cannot be called"
+                raise refusal(owner, fact)
         return found
 
 

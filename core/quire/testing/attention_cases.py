@@ -16,8 +16,6 @@ from quire.interfaces.attention import AttentionSpec, BatchLimits
 from quire.interfaces.batch import Batch, GroupBatch
 
 LIMITS = BatchLimits(max_num_seqs=16, max_num_batched_tokens=4096, max_model_len=4096)
-# Beyond those of LIMITS, where a case has more.
-MANY_SEQUENCES = 512
 # So many sequences of a case are told one by one.
 MOST_IN_WORDS = 12
 # What shifts scores has this number in queries, the rest in keys.
@@ -32,11 +30,12 @@ class Case:
     """A batch: (query length, length) of each sequence, those with one token first.
 
     `shared_blocks` are the first blocks that sequences have in common with the first one, as far
-    as they lie in the past of both. `strided`: q, k and v are cut from one qkv. `padding` rows of
-    length 0 follow where the batch is one of a CUDA graph. `poison` is a key of `POISONS`.
+    as they lie in the past of both. `strided`: q, k and v are cut from wider tensors. `padding`
+    rows of length 0 follow where the batch is one of a CUDA graph. `poison` is a key of `POISONS`.
 
     `shift`: all scores of keys lie about that far from zero. `groups_before`: KV-cache groups of
     the batch before the case's own. `spare_columns` of the block table belong to no sequence.
+    `moved`: the past was written to other blocks, and these were copied.
     """
 
     spec: AttentionSpec
@@ -49,6 +48,7 @@ class Case:
     shift: float = 0.0
     groups_before: int = 0
     spare_columns: int = 0
+    moved: bool = False
 
     @property
     def poison_value(self) -> float:
@@ -72,7 +72,9 @@ class Case:
             words.append(f"group {self.groups_before} of the batch")
         if self.spare_columns:
             words.append(f"{self.spare_columns} spare columns in the block table")
-        layout = "cut from one qkv" if self.strided else "contiguous"
+        if self.moved:
+            words.append("blocks of the past copied from others")
+        layout = "cut from wider tensors" if self.strided else "contiguous"
         return f"{'; '.join(words)}; q, k, v {layout}; seed {self.seed}"
 
 
@@ -127,10 +129,9 @@ class Layer:
 
 
 def limits_of(case: Case) -> BatchLimits:
-    """Return limits that a case keeps."""
-    if len(case.lengths) + case.padding <= LIMITS.max_num_seqs:
-        return LIMITS
-    return attrs.evolve(LIMITS, max_num_seqs=MANY_SEQUENCES)
+    """Return limits that a case keeps; one of many sequences has as many as are allowed."""
+    most = max(LIMITS.max_num_seqs, len(case.lengths) + case.padding)
+    return attrs.evolve(LIMITS, max_num_seqs=most)
 
 
 def make_spec(**changes: object) -> AttentionSpec:
@@ -192,14 +193,14 @@ def draw_scales(spec: AttentionSpec, generator: torch.Generator) -> tuple[Tensor
     return k_scale, v_scale
 
 
-def make_layer(case: Case, inputs: Inputs) -> Layer:
+def make_layer(case: Case, inputs: Inputs, *, index: int = 0) -> Layer:
     """Return the layer of the inputs, on the device of the case."""
     device = case.spec.device
     sinks = None if inputs.sinks is None else inputs.sinks.to(device)
     slopes = None if inputs.alibi is None else inputs.alibi.to(device)
     k_scale = None if inputs.k_scale is None else inputs.k_scale.to(device)
     v_scale = None if inputs.v_scale is None else inputs.v_scale.to(device)
-    return Layer(sinks=sinks, alibi_slopes=slopes, k_scale=k_scale, v_scale=v_scale)
+    return Layer(index=index, sinks=sinks, alibi_slopes=slopes, k_scale=k_scale, v_scale=v_scale)
 
 
 def num_shared(case: Case, i: int) -> int:
@@ -281,7 +282,10 @@ def first_visible(case: Case, query_len: int, seq_len: int) -> int:
 
 
 def step_tensors(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the step's q, k and v: cut from one qkv, or each contiguous."""
+    """Return the step's q, k and v as rotation leaves them, or each contiguous.
+
+    q and k are cut from one tensor, v from another one, which is wider.
+    """
     spec = case.spec
     k = torch.cat([k[-n:] for k, (n, _) in zip(inputs.k, case.lengths, strict=True)])
     v = torch.cat([v[-n:] for v, (n, _) in zip(inputs.v, case.lengths, strict=True)])
@@ -292,14 +296,10 @@ def step_tensors(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, k[..., : spec.value_head_dim]
     if not case.strided:
         return q.to(spec.device), k.to(spec.device), v.to(spec.device)
-    parts = [q.flatten(1), k.flatten(1), v.flatten(1)]
-    sizes = [part.shape[1] for part in parts]
-    q, k, v = torch.cat(parts, dim=1).to(spec.device).split(sizes, dim=1)
-    return (
-        q.unflatten(1, (spec.num_heads, spec.head_dim)),
-        k.unflatten(1, (spec.num_kv_heads, spec.head_dim)),
-        v.unflatten(1, (spec.num_kv_heads, spec.value_head_dim)),
-    )
+    q, k = _beside_each_other(q.to(spec.device), k.to(spec.device))
+    qkv = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1).to(spec.device)), dim=1)
+    own = qkv[:, -v.flatten(1).shape[1] :]
+    return q, k, own.unflatten(1, (spec.num_kv_heads, spec.value_head_dim))
 
 
 def _beside_each_other(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

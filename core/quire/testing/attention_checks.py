@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -15,16 +16,25 @@ from quire.interfaces.attention import (
     latent_layout,
     why_refused,
 )
-from quire.testing.attention_cases import Case, Inputs, make_batch, make_inputs, make_layer
-from quire.testing.attention_run import Subject, make_cache, run
+from quire.testing.attention_cases import (
+    Case,
+    Inputs,
+    limits_of,
+    make_inputs,
+)
+from quire.testing.attention_run import Run, Subject, run
 from quire.testing.attention_strategies import Choices
 from quire.testing.bound import bits
 from quire.testing.dense import attention, judge, judge_log_sums, log_sums
-from quire.testing.diagnosis import first_wrong, guess_log_sum, guess_output
+from quire.testing.diagnosis import STALE, first_wrong, guess_log_sum, guess_output
 from quire.testing.graph_steps import GraphStep, graph_steps_of
 from quire.testing.kit_report import Failure
 from quire.testing.mixed_graph_steps import MixedGraphStep
 from quire.testing.more_checks import check_encoder, check_fused_write, check_plans_apart
+from quire.testing.slot_checks import check_next_slots, check_slots
+
+# A long case that took so many seconds is not judged by further checks.
+MOST_S = 0.5
 
 
 def _never(_choices: Choices) -> str | None:
@@ -74,60 +84,31 @@ def check_blocks(subject: Subject, case: Case) -> Failure | None:
             return Failure(
                 what=f"latents are kept as {kept}; all backends keep {wanted}", case=case
             )
-    done = run(subject.backend, case, make_inputs(case), options=subject.options)
+    held = subject.backend.workspace_bytes(case.spec, limits_of(case))
+    if not isinstance(held, int) or held < 0:
+        return Failure(what=f"workspace_bytes returns {held!r}; it is a number of bytes", case=case)
+    inputs = make_inputs(case)
+    done = run(subject.backend, case, inputs, options=subject.options)
+    others = _changed_blocks(case, done)
+    if not others:
+        before, after = bits(done.before).flatten(1), bits(done.after).flatten(1)
+        return check_next_slots(subject, case, before != after)
+    fresh = run(subject.backend, case, inputs, options=subject.options, fresh=True)
+    is_stale = not _changed_blocks(case, fresh)
+    own = sorted(set((done.slots // case.spec.block_size).tolist()))
+    return Failure(
+        what=f"block {others[0]} was changed; the step's slots are in blocks {own}",
+        case=case,
+        guess=STALE if is_stale else "a token is written to a wrong slot",
+    )
+
+
+def _changed_blocks(case: Case, done: Run) -> list[int]:
+    """Return the blocks without a slot of the step that were changed."""
     own = set((done.slots // case.spec.block_size).tolist()) | {0}
     before, after = bits(done.before).flatten(1), bits(done.after).flatten(1)
     changed = (before != after).any(1).nonzero().flatten().tolist()
-    others = [block for block in changed if block not in own]
-    if not others:
-        return None
-    what = f"block {others[0]} was changed; the step's slots are in blocks {sorted(own - {0})}"
-    return Failure(what=what, case=case, guess="a token is written to a wrong slot")
-
-
-def check_slots(subject: Subject, case: Case) -> Failure | None:
-    """Each slot has memory of its own, in its own block."""
-    case = attrs.evolve(case, lengths=((1, 1),), poison="nan", shared_blocks=0)
-    failure = _slots_apart(case, subject, fresh=False)
-    if failure is not None and _slots_apart(case, subject, fresh=True) is None:
-        return attrs.evolve(failure, guess="something is kept from an earlier step (a stale plan)")
-    return failure
-
-
-def _slots_apart(case: Case, subject: Subject, *, fresh: bool) -> Failure | None:
-    """Write to each slot of a block; `fresh`: each time by an instance that knows no other."""
-    backend = subject.make(case)
-    written: list[Tensor] = []
-    for offset in range(case.spec.block_size):
-        backend = subject.make(case) if fresh else backend
-        changed = _changed_by_writing(offset, case, subject, backend)
-        where = f"writing slot {offset} of block 2"
-        if changed.any(1).nonzero().flatten().tolist() != [2]:
-            return Failure(what=f"{where} changed other blocks, or nothing", case=case)
-        for earlier, other in enumerate(written):
-            if bool((changed[2] & other).any()):
-                what = f"{where} changed what belongs to slot {earlier}"
-                return Failure(what=what, case=case, guess="a token is written to two slots")
-        written.append(changed[2])
-    return None
-
-
-def _changed_by_writing(
-    offset: int, case: Case, subject: Subject, backend: AttentionBackend
-) -> Tensor:
-    """Return which bytes [blocks, bytes] change where a slot of block 2 is written."""
-    spec = case.spec
-    cache = torch.cat([make_cache(subject.backend, case)] * 2)
-    batch = make_batch([(offset, offset + 1)], [[2]], spec.block_size, device=spec.device)
-    inputs = make_inputs(attrs.evolve(case, seed=offset))
-    plan = backend.plan(batch, 0)
-    backend.prepare(plan)
-    before = bits(cache.clone()).flatten(1)
-    k, v = inputs.k[0].to(spec.device), inputs.v[0].to(spec.device)
-    backend.write(make_layer(case, inputs), k, v, cache, plan)
-    changed = bits(cache).flatten(1) != before
-    changed[0] = False
-    return changed
+    return [block for block in changed if block not in own]
 
 
 def check_log_sum(subject: Subject, case: Case) -> Failure | None:
@@ -169,10 +150,12 @@ def check_rows_apart(subject: Subject, case: Case) -> Failure | None:
         if i != victim and not torch.equal(bits(out), bits(clean[i])):
             what = f"sequence {i} changes where keys and values of sequence {victim} are NaN"
             return Failure(what=what, case=case, guess="sequences are summed or masked together")
-    if case.spec.has_quantized_kv and not bool(found[victim].isnan().all()):
-        what = f"sequence {victim}, whose keys and values are NaN, gives numbers"
-        return Failure(what=what, case=case, guess="a NaN is clipped where the cache is written")
-    return None
+    if bool(found[victim].isnan().all()):
+        return None
+    what = f"sequence {victim}, whose keys and values are NaN, gives numbers"
+    is_clipped = case.spec.has_quantized_kv
+    guess = "a NaN is clipped where the cache is written" if is_clipped else "NaN is taken for zero"
+    return Failure(what=what, case=case, guess=guess)
 
 
 def check_batch_invariance(subject: Subject, case: Case) -> Failure | None:
@@ -306,6 +289,29 @@ def is_without_encoders(choices: Choices) -> str | None:
     """Return why bidirectional attention is not looked at."""
     spec = attrs.evolve(choices.plain, causal=False)
     return choices.backend.why_unsupported(spec)
+
+
+def check_long(subject: Subject, names: Sequence[str], case: Case) -> Failure | None:
+    """Judge a case of many keys by the checks of these names, one token a sequence in a graph.
+
+    Where the first of them takes long, in an interpreter of kernels, it is the only one.
+    """
+    started = time.perf_counter()
+    for check in CHECKS:
+        if check.name in names and time.perf_counter() - started < MOST_S:
+            singles = tuple((1, seq_len) for _, seq_len in case.lengths)
+            own = attrs.evolve(case, lengths=singles) if check.single else case
+            failure = check.judge(subject, own)
+            if failure is not None:
+                return attrs.evolve(failure, what=f"{check.name}: {failure.what}")
+    return None
+
+
+def checks_of_long(choices: Choices) -> list[str]:
+    """Return the names of the checks that long cases are judged by."""
+    wanted = ("output", "log-sum-exp", "batch invariance", "graph replay")
+    served = [check for check in CHECKS if check.name in wanted]
+    return [check.name for check in served if check.why_skipped(choices) is None]
 
 
 CHECKS = [

@@ -18,6 +18,7 @@ from quire.interfaces.batch import Batch
 from quire.testing.attention_cases import (
     Case,
     Inputs,
+    Layer,
     first_visible,
     limits_of,
     make_batch,
@@ -81,7 +82,23 @@ def poison_of(case: Case, dtype: torch.dtype) -> float:
 
 
 def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Tensor) -> None:
-    """Write what earlier steps wrote, as far as it may still be read."""
+    """Write what earlier steps wrote, as far as it may still be read.
+
+    Of a case that is moved, to other blocks, which are then copied as the core copies blocks.
+    """
+    if not case.moved:
+        _write_steps(backend, case, inputs, cache, make_tables(case)[0])
+        return
+    tables, num_blocks = make_tables(case)
+    earlier = make_cache(type(backend), case)
+    turned = [[num_blocks - block for block in table] for table in tables]
+    _write_steps(backend, case, inputs, earlier, turned)
+    cache.view(torch.uint8)[1:] = earlier.view(torch.uint8)[1:].flip(0)
+
+
+def _write_steps(
+    backend: AttentionBackend, case: Case, inputs: Inputs, cache: Tensor, tables: list[list[int]]
+) -> None:
     chosen = []
     for i, (query_len, seq_len) in enumerate(case.lengths):
         span = (first_visible(case, query_len, seq_len), seq_len - query_len)
@@ -94,7 +111,7 @@ def write_past(backend: AttentionBackend, case: Case, inputs: Inputs, cache: Ten
     else:
         steps = [[one] for one in chosen]
     for step in steps:
-        _write_spans(backend, case, inputs, cache, step)
+        _write_spans(backend, case, inputs, cache, [(*one, tables[one[1]]) for one in step])
         if cache.is_cuda and len(steps) > 1:
             # A plan may write its staging again only when the last step with it has ended.
             torch.cuda.synchronize(cache.device)
@@ -105,14 +122,14 @@ def _write_spans(
     case: Case,
     inputs: Inputs,
     cache: Tensor,
-    chosen: list[tuple[tuple[int, int], int]],
+    chosen: list[tuple[tuple[int, int], int, list[int]]],
 ) -> None:
-    """Write positions [first, last) of some sequences in one step."""
-    (tables, _), device = make_tables(case), case.spec.device
-    spans, own = [span for span, _ in chosen], [tables[i] for _, i in chosen]
+    """Write positions [first, last) of some sequences, in blocks of tables, in one step."""
+    device = case.spec.device
+    spans, own = [span for span, *_ in chosen], [table for *_, table in chosen]
     batch = surrounded(make_batch(spans, own, case.spec.block_size, device=device), case)
-    k = torch.cat([inputs.k[i][first:last] for (first, last), i in chosen]).to(device)
-    v = torch.cat([inputs.v[i][first:last] for (first, last), i in chosen]).to(device)
+    k = torch.cat([inputs.k[i][first:last] for (first, last), i, _ in chosen]).to(device)
+    v = torch.cat([inputs.v[i][first:last] for (first, last), i, _ in chosen]).to(device)
     plan = backend.plan(batch, group_of(batch))
     backend.prepare(plan)
     backend.write(make_layer(case, inputs), k, v, cache, plan)
@@ -138,8 +155,9 @@ def run(
     before = cache.cpu().clone()
     batch, layer = step_of(case), make_layer(case, inputs)
     q, k, v = step_tensors(case, inputs)
-    watched = watched_tensors(q, k, v, batch)
+    watched = watched_tensors(q, k, v, batch, layer)
     copies = {name: tensor.clone() for name, tensor in watched.items()}
+    lists = list(batch.query_lens), list(batch.seq_lens_bound)
     given = poisoned_outputs(case, q, wants_lse=wants_lse)
     if fresh:
         backend = subject.make(case)
@@ -150,6 +168,8 @@ def run(
     changed = [
         name for name, was in copies.items() if not torch.equal(bits(watched[name]), bits(was))
     ]
+    if lists != (batch.query_lens, batch.seq_lens_bound):
+        changed.append("batch.query_lens or batch.seq_lens_bound")
     return Run(
         out=list(given.out.cpu().split([n for n, _ in case.lengths])),
         lse=None if given.lse is None else given.lse.cpu(),
@@ -162,10 +182,15 @@ def run(
     )
 
 
-def watched_tensors(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> dict[str, Tensor]:
+def watched_tensors(
+    q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer: Layer
+) -> dict[str, Tensor]:
     """Return what a backend reads and must not change, by name."""
     group = batch.groups[-1]
+    names = ("sinks", "alibi_slopes", "k_scale", "v_scale")
+    own = {f"layer.{name}": getattr(layer, name) for name in names}
     return {
+        **{name: tensor for name, tensor in own.items() if tensor is not None},
         "q": q,
         "k": k,
         "v": v,

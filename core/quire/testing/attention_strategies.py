@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 from hypothesis import strategies as st
 
+from quire.errors import PluginError
 from quire.interfaces.attention import (
     QUANTIZED_KV_DTYPES,
     AttentionBackend,
@@ -20,16 +21,34 @@ from quire.interfaces.attention import (
 )
 from quire.testing.attention_cases import Case, make_spec
 from quire.testing.attention_run import Subject
+from quire.testing.kit_report import Profile
 
 # (num_kv_heads, heads that share one): groups of 1 to 16.
 HEADS = [(2, 2), (1, 1), (3, 1), (2, 1), (2, 3), (1, 4), (3, 2), (2, 5), (1, 7), (2, 8), (1, 16)]
-HEAD_DIMS = [16, 64, 8, 20, 32, 80, 96, 128, 256]
-BLOCK_SIZES = [4, 16, 1, 2, 8, 32, 64, 128]
+HEADS += [(9, 4)]
+HEAD_DIMS = [16, 64, 8, 20, 32, 80, 96, 128, 192, 256]
+BLOCK_SIZES = [4, 16, 1, 2, 8, 32, 64, 128, 256]
+LONG_WINDOW = 129
+WINDOWS = [1, 2, 3, 5, 9, 16, 17, 40, LONG_WINDOW, 1000]
+# Dimensions of a head where cases are small.
+MOST_DIMS = 64
 # exp(120) is infinite in float32, exp(-150) zero.
 SHIFTS = [0.0, 0.0, 0.0, -150.0, 120.0]
 DTYPES = ["float32", "bfloat16", "float16"]
 # (heads, compressed numbers, rotated numbers) of latents.
 LATENTS = [(4, 32, 8), (1, 16, 16), (16, 64, 32), (5, 24, 6), (20, 16, 4), (72, 16, 8)]
+# Sizes of models, for kernels that have no others.
+MODELS_LATENTS = [(16, 512, 64), (128, 512, 64)]
+# What a backend may have been made for alone.
+DEMANDS: list[dict[str, Any]] = [
+    *({"num_heads": kv * group, "num_kv_heads": kv} for kv, group in HEADS[1:]),
+    {"sinks": True},
+    {"sliding_window": 9},
+    {"alibi": True},
+    {"logit_softcap": 30.0},
+    *({"kv_dtype": name} for name in QUANTIZED_KV_DTYPES),
+    {"causal": False},
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -42,21 +61,42 @@ class Choices:
     changes: dict[str, list[dict[str, Any]]]
 
 
+def _refused(backend: type[AttentionBackend], spec: AttentionSpec) -> str | None:
+    """Return why a backend does not serve a specification.
+
+    Raises: PluginError for another answer than a sentence or None.
+    """
+    reason = why_refused(backend, spec)
+    if reason is None or (isinstance(reason, str) and reason):
+        return reason
+    raise PluginError(
+        f"{backend.__name__}.why_unsupported returns {reason!r}; it returns None for what the "
+        "backend serves, else the reason in a sentence."
+    )
+
+
 def choices_of(subject: Subject, device: str) -> Choices | str:
     """Ask a backend what it serves on a device; a sentence says why it is nothing."""
     backend, reason = subject.backend, "it was not asked"
     for dtype, dim, size in itertools.product(DTYPES, HEAD_DIMS, BLOCK_SIZES):
         plain = _spec(dtype=dtype, head_dim=dim, value_head_dim=dim, block_size=size, device=device)
-        found = why_refused(backend, plain)
+        found = _refused(backend, plain)
         if found is None:
             return _choices(subject, plain)
         reason = found
     # Some serve latents and nothing else.
-    for dtype, latent, size in itertools.product(DTYPES, _latents(), BLOCK_SIZES):
+    latents = [*_latents(), *_latents(MODELS_LATENTS)]
+    for dtype, latent, size in itertools.product(DTYPES, latents, BLOCK_SIZES):
         sizes = {"dtype": dtype, "block_size": size, "device": device}
         plain = make_spec(**{**latent, **sizes})
-        if why_refused(backend, plain) is None:
+        if _refused(backend, plain) is None:
             return _choices(subject, plain)
+    for demand, dtype in itertools.product(DEMANDS, DTYPES):
+        for dim, size in itertools.product(HEAD_DIMS, BLOCK_SIZES):
+            shape = {"dtype": dtype, "head_dim": dim, "value_head_dim": dim, "block_size": size}
+            plain = _spec(**{**shape, "kv_dtype": dtype, **demand}, device=device)
+            if _refused(backend, plain) is None:
+                return _choices(subject, plain)
     return reason
 
 
@@ -65,7 +105,7 @@ def _choices(subject: Subject, plain: AttentionSpec) -> Choices:
     return Choices(backend=subject.backend, options=subject.options, plain=plain, changes=changes)
 
 
-def _latents() -> list[dict[str, Any]]:
+def _latents(sizes: Sequence[tuple[int, int, int]] = LATENTS) -> list[dict[str, Any]]:
     """Return changes of a specification to latent attention."""
     return [
         {
@@ -78,7 +118,7 @@ def _latents() -> list[dict[str, Any]]:
             ),
             "scale": (3 * rope) ** -0.5 / 2,
         }
-        for heads, rank, rope in LATENTS
+        for heads, rank, rope in sizes
     ]
 
 
@@ -99,17 +139,19 @@ def _served(backend: type[AttentionBackend], plain: AttentionSpec) -> dict[str, 
         "value_head_dim": [{}, {}, {"value_head_dim": 24}, {"value_head_dim": 8}],
         "block_size": [{"block_size": size} for size in BLOCK_SIZES],
         "scale": [{}, {"scale": 0.5}, {"scale": 0.07}],
-        "window": [{}, *({"sliding_window": n} for n in (1, 2, 3, 5, 9, 16, 17, 40))],
+        "window": [{}, *({"sliding_window": n} for n in WINDOWS)],
         "softcap": [{}, {}, {"logit_softcap": 1.5}, {"logit_softcap": 30.0}],
         "sinks": [{}, {"sinks": True}],
         "alibi": [{}, {}, {"alibi": True}],
         # Behind all that it takes the place of.
         "latent": [*[{}] * 12, *_latents()],
     }
+    if plain.has_quantized_kv:
+        asked["dtype"] = [{"dtype": name} for name in DTYPES]
     if plain.latent is not None:
         asked |= {"heads": [{}], "head_dim": [{}], "value_head_dim": [{}], "latent": _latents()}
     return {
-        name: [c for c in changes if why_refused(backend, attrs.evolve(plain, **c)) is None]
+        name: [c for c in changes if _refused(backend, attrs.evolve(plain, **c)) is None]
         for name, changes in asked.items()
     }
 
@@ -121,7 +163,7 @@ def specs(choices: Choices, small: bool = False) -> st.SearchStrategy[AttentionS
         if name == "latent" and not any(served):
             continue  # what has none is drawn the same cases as before there were any
         if small and name == "head_dim":
-            served = [change for change in served if change.get("head_dim", 0) <= 64]
+            served = [change for change in served if change.get("head_dim", 0) <= MOST_DIMS]
         one = st.sampled_from(served or [{}])
         if name == "window" and len(served) > 1:
             one = st.one_of(st.just({}), one)
@@ -133,7 +175,7 @@ def specs(choices: Choices, small: bool = False) -> st.SearchStrategy[AttentionS
             changes["kv_dtype"] = changes.get("dtype", choices.plain.dtype)
         spec = attrs.evolve(choices.plain, **changes)
         # What it serves one by one it need not serve together.
-        return spec if why_refused(choices.backend, spec) is None else choices.plain
+        return spec if _refused(choices.backend, spec) is None else choices.plain
 
     return st.tuples(*parts).map(made)
 
@@ -190,7 +232,28 @@ def cases(
         shift=draw(st.sampled_from(SHIFTS)),
         groups_before=draw(st.sampled_from([0, 0, 1, 2])),
         spare_columns=draw(st.sampled_from([0, 0, 1, 3])),
+        moved=draw(st.sampled_from([False, False, True])),
     )
+
+
+def first_cases(choices: Choices, profile: Profile) -> list[Case]:
+    """Return a case of each change that is served, by itself: what is drawn may leave some out."""
+    found: list[AttentionSpec] = []
+    for name, served in choices.changes.items():
+        for change in served:
+            is_large = (
+                profile.small and name == "head_dim" and change.get("head_dim", 0) > MOST_DIMS
+            )
+            spec = attrs.evolve(choices.plain, **change)
+            if spec not in found and not is_large:
+                found.append(spec)
+    return [Case(spec=spec, lengths=_first_lengths(spec, profile.longest)) for spec in found]
+
+
+def _first_lengths(spec: AttentionSpec, longest: int) -> tuple[tuple[int, int], ...]:
+    size = spec.block_size
+    pairs = [(1, 7), (1, 2 * size), (6, size + 5), (9, 9)]
+    return tuple((min(n, longest), min(length, longest)) for n, length in pairs)
 
 
 # Changes of a specification that change the work.
@@ -207,13 +270,40 @@ def without_shapes(choices: Choices) -> Choices:
 def long_cases(draw: st.DrawFn, choices: Choices, longest: int, query_lens: Sequence[int]) -> Case:
     """Draw a case of thousands of keys, in 16 bits: of float32 sums that long say little."""
     changes = {**choices.changes, "dtype": [c for c in choices.changes["dtype"] if _is_short(c)]}
+    # Windows that fit into a tile say little here.
+    windows = [c for c in choices.changes["window"] if c.get("sliding_window", 99) > 64]
+    changes["window"] = windows or choices.changes["window"]
     spec = draw(specs(attrs.evolve(choices, changes=changes), small=True))
-    edges = st.integers(1000 // spec.block_size + 1, longest // spec.block_size - 1)
+    fewest = 1000 // spec.block_size + 1
+    edges = st.integers(fewest, max(fewest, longest // spec.block_size - 1))
     near = st.builds(lambda n, more: n * spec.block_size + more, edges, st.integers(-1, 1))
-    pairs = []
+    pairs = list(draw(batches(spec.block_size, 9, most=2))) if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3)) if len(query_lens) > 1 else 1):
         seq_len = draw(st.one_of(near, st.integers(1000, longest)))
         pairs.append((draw(st.sampled_from(query_lens)), seq_len))
+    lengths = tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
+    return Case(spec=spec, lengths=lengths, seed=draw(st.integers(0, 999)))
+
+
+def first_long_cases(choices: Choices, longest: int) -> list[Case]:
+    """Return a case of many keys without a window, and one with a window beyond a tile's width."""
+    short = [change for change in choices.changes["dtype"] if _is_short(change)]
+    found = []
+    for window in ({}, {"sliding_window": LONG_WINDOW}):
+        spec = attrs.evolve(choices.plain, **{**short[0], **window})
+        if _refused(choices.backend, spec) is None:
+            found.append(Case(spec=spec, lengths=((1, longest - 3), (1, 5))))
+    return found
+
+
+@st.composite
+def prompt_cases(draw: st.DrawFn, choices: Choices, shortest: int, longest: int) -> Case:
+    """Draw a case of a long chunk, of more rows than a tile has, and of others beside it."""
+    spec = draw(specs(without_shapes(choices), small=True))
+    edges = st.sampled_from([n for n in (64, 65, 128, 129, 512, 1024, 1025) if n >= shortest])
+    chunks = st.one_of(st.integers(shortest, longest), edges.map(lambda n: min(n, longest)))
+    own = draw(chunks)
+    pairs = [*draw(batches(spec.block_size, 40, most=2)), (own, own + draw(st.integers(0, 100)))]
     lengths = tuple(sorted(pairs, key=lambda pair: pair[0] > 1))
     return Case(spec=spec, lengths=lengths, seed=draw(st.integers(0, 999)))
 

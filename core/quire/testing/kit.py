@@ -10,19 +10,23 @@ from quire.errors import ConfigError
 from quire.interfaces.attention import AttentionBackend, AttentionSpec
 from quire.testing import search
 from quire.testing.attention_cases import LIMITS
-from quire.testing.attention_checks import CHECKS, check_output
+from quire.testing.attention_checks import CHECKS, check_long, check_output, checks_of_long
 from quire.testing.attention_run import Subject
 from quire.testing.attention_strategies import (
     Choices,
     cases,
     choices_of,
     crowded_cases,
+    first_cases,
+    first_long_cases,
     given_specs,
     long_cases,
+    prompt_cases,
     why_not_long,
     without_shapes,
 )
 from quire.testing.attention_strategies import specs as served_specs
+from quire.testing.diagnosis import guess_output
 from quire.testing.kit_report import PROFILES, CheckResult, Profile, Report, profile_of
 from quire.testing.large_cache import MOST_CASES, check_large_cache, why_no_large_cache
 from quire.testing.search import check_device
@@ -44,6 +48,7 @@ def _checks(
 ) -> list[search.Check]:
     """Return the checks of a backend."""
     subject = Subject(backend=choices.backend, options=choices.options)
+    first = () if only else tuple(first_cases(choices, profile))
     drawn = given_specs(only) if only else served_specs(choices, profile.small)
     found = [
         search.Check(
@@ -51,7 +56,8 @@ def _checks(
             judge=partial(check.judge, subject),
             cases=cases(drawn, profile.longest, single=check.single),
             share=check.share,
-            skipped=check.why_skipped(choices),
+            first=first if check.name == "output" else (),
+            skipped=_why_alone(choices, check.name) or check.why_skipped(choices),
             guess=None if check.guess is None else partial(check.guess, subject),
         )
         for check in CHECKS
@@ -59,16 +65,25 @@ def _checks(
     return [*found, *_large_checks(subject, choices, profile)]
 
 
+def _why_alone(choices: Choices, name: str) -> str | None:
+    """Return why a check is not for a backend that serves encoders and nothing else."""
+    is_for_it = choices.plain.causal or name == "encoder"
+    return None if is_for_it else "it serves encoders alone"
+
+
 def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[search.Check]:
     """Return the checks whose cases take long: of these few are drawn, or none."""
     most = profile.large_cases
     has_none = None if most else f"the profile {profile.name} has no cases of that size"
-    sequences, keys = 300, LIMITS.max_model_len
+    has_none = has_none or _why_alone(choices, "")
+    sequences, keys, prompts = 300, LIMITS.max_model_len, (300, 1500)
     query_lens: tuple[int, ...] = (1, 1, 2, 17, 40)
     if profile.small:
         # So few programs and steps that Triton's interpreter ends too.
         choices, sequences, keys, query_lens = without_shapes(choices), 40, 1200, (1,)
-    judge = partial(check_output, subject)
+        prompts = (64, 140)
+    judge, guess = partial(check_output, subject), partial(guess_output, subject)
+    not_long = has_none or why_not_long(choices)
     return [
         search.Check(
             name="many sequences",
@@ -79,12 +94,23 @@ def _large_checks(subject: Subject, choices: Choices, profile: Profile) -> list[
             skipped=has_none,
         ),
         search.Check(
-            name="thousands of keys",
+            name="long prompts",
             judge=judge,
+            cases=prompt_cases(choices, *prompts),
+            share=0.05,
+            most=most,
+            guess=guess,
+            skipped=has_none,
+        ),
+        search.Check(
+            name="thousands of keys",
+            judge=partial(check_long, subject, [] if not_long else checks_of_long(choices)),
             cases=long_cases(choices, keys, query_lens),
             share=0.07,
             most=most,
-            skipped=has_none or why_not_long(choices),
+            guess=guess,
+            first=[] if not_long else first_long_cases(choices, keys),
+            skipped=not_long,
         ),
         search.Check(
             name="large cache",
@@ -211,6 +237,10 @@ class AttentionBackendTests(search.KitTests):
     def test_many_sequences_are_within_the_bound(self) -> None:
         """More than there are lanes in a warp."""
         self._check("many sequences")
+
+    def test_long_prompts_are_within_the_bound(self) -> None:
+        """Chunks of more rows than a tile has."""
+        self._check("long prompts")
 
     def test_offsets_are_right_in_a_cache_of_more_than_2_to_the_31_numbers(self) -> None:
         """On a GPU in the full profile."""

@@ -177,7 +177,7 @@ def _check_kept(
 def op_cases(draw: st.DrawFn, small: bool) -> OpCase:
     """Draw rows of a size."""
     return OpCase(
-        rows=draw(st.sampled_from([1, 2, 5, 33, 0])),
+        rows=draw(st.sampled_from([1, 2, 5, 33, 0] if small else [1, 2, 5, 33, 0, 130, 300])),
         size=draw(st.sampled_from([n for n in SIZES if n <= SMALL or not small])),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         strided=draw(st.booleans()),

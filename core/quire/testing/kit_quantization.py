@@ -39,6 +39,7 @@ IN_FEATURES = [48, 64, 128, 16, 7, 33, 1, 256, 100, 512, 1024]
 OUT_FEATURES = [24, 8, 64, 128, 16, 5, 1, 33, 256, 512]
 ROWS = [1, 2, 33, 16, 0]
 SMALL = 256
+_MANY_ROWS = 130
 
 
 @frozen(kw_only=True)
@@ -107,6 +108,13 @@ def layer_cases(
     )
     # What it serves one by one it need not serve together.
     return case if _is_served(subject, case) else evolve(choices.plain, kind=kind)
+
+
+def _first_cases(subject: QuantizationSubject, choices: Choices) -> list[LayerCase]:
+    """Return a layer of the most inputs that are served, and one with more rows than a tile has."""
+    wide = [evolve(choices.plain, in_features=n, rows=3) for n in sorted(IN_FEATURES)]
+    served = [case for case in wide if _is_served(subject, case)]
+    return [*served[-1:], evolve(choices.plain, rows=_MANY_ROWS)]
 
 
 def _why_not_invariant(subject: QuantizationSubject, choices: Choices) -> str | None:
@@ -178,8 +186,9 @@ def _checks(subject: QuantizationSubject, profile: Profile) -> list[search.Check
     no_gate = _offers(subject, choices, "apply_after_silu_mul")
     no_reading = _offers(subject, choices, "dequantize")
     memory = st.sampled_from([large, evolve(large, bias=True), evolve(large, seed=1)])
+    product = check("product", checks.check_product, linears, 0.4)
     return [
-        check("product", checks.check_product, linears, 0.4),
+        evolve(product, first=_first_cases(subject, choices)),
         check("weights", checks.check_weights, linears, 0.05, no_reading),
         check("heads", checks.check_product, heads, 0.1, no_head),
         check("look-ups", checks.check_lookup, heads, 0.05, no_lookup),

@@ -23,6 +23,17 @@ VOCAB_SIZES = [12, 5, 1, 2, 100, 1000, 4099, 32000, 128256]
 SMALL = 4099
 SHAPES = ["normal", "ties", "flat", "peaked", "sparse"]
 DTYPES = ["float32", "bfloat16", "float16"]
+# More tokens than 16 bits count, the likeliest of the first row one of them; filters that keep more
+# than a tile has.
+_LARGE = SamplerCase(
+    rows=(
+        Row(temperature=0.01),
+        *(Row(top_k=2000, seed=seed) for seed in (2, 5)),
+        Row(top_p=0.97, seed=4),
+    ),
+    vocab_size=70000,
+    seed=2,
+)
 LAYOUTS = ["contiguous", "rows apart", "columns apart"]
 
 
@@ -50,7 +61,7 @@ def filtered_cases(draw: st.DrawFn, vocab_sizes: Sequence[int]) -> SamplerCase:
     row = Row(
         temperature=draw(st.sampled_from([1.0, 0.5, 2.5])),
         top_k=draw(st.sampled_from([3, 2, 5, 8, None])),
-        top_p=draw(st.sampled_from([0.7, 0.5, 0.9, 0.3, 1.0])),
+        top_p=draw(st.sampled_from([0.7, 0.5, 0.9, 0.3, 1.0, 0.99])),
         min_p=draw(st.sampled_from([0.0, 0.1, 0.3, 0.02])),
         seed=draw(st.integers(0, 2**40)),
         child=draw(st.sampled_from([0, 1, 5])),
@@ -126,6 +137,7 @@ def _checks(
         search.Check(name="bad rows", judge=judge, cases=bad, share=0.1, guess=guess),
         search.Check(name="alone", judge=alone, cases=mixed, share=0.1),
         search.Check(name="distribution", judge=many, cases=drawn, share=0.1),
+        search.Check(name="many tokens", judge=judge, cases=st.just(_LARGE), share=0.05, most=1),
         search.Check(name="graph replay", judge=graph, cases=bad, share=0.05, skipped=skipped),
     ]
 
@@ -201,6 +213,10 @@ class SamplerTests(search.KitTests):
     def test_draws_follow_the_distribution(self) -> None:
         """Over many seeds, children and positions."""
         self._check("distribution")
+
+    def test_draws_among_more_tokens_than_16_bits_count(self) -> None:
+        """With filters that keep many."""
+        self._check("many tokens")
 
     def test_graph_serves_other_rows_than_it_was_captured_with(self) -> None:
         """Where `capturable` is declared."""

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from quire.layers.attention import QKNorm
+from quire.layers.attention import QKNorm, normalise_and_rotate
 from quire.layers.rotary import RotaryTable
 from quire.testing.attention_cases import (
     LIMITS,
@@ -25,11 +25,15 @@ from quire.testing.diagnosis import explain, first_wrong
 from quire.testing.kit_report import Failure
 from quire.testing.latent_checks import check_latent_write
 
+# What a layer may have of norm and rotation, drawn by a case's seed.
+FUSED_FORMS = ("whole", "no norm", "partial", "no rotation")
+
 
 def check_plans_apart(subject: Subject, case: Case) -> Failure | None:
     """Two steps in flight and two layers a step do not touch one another.
 
     Both steps are planned before the first one runs; each layer has a cache and sinks of its own.
+    Every other case has an instance a step, as groups of layers have.
     """
     other = attrs.evolve(case, lengths=tuple(_shorter(case.lengths)), seed=case.seed + 1)
     failure = _run_planned_at_once(subject, case, [case, other])
@@ -38,32 +42,37 @@ def check_plans_apart(subject: Subject, case: Case) -> Failure | None:
     if any(_run_planned_at_once(subject, case, [step]) for step in (case, other)):
         return failure  # the other step's plan is not the cause
     guess = "a plan or a layer is remembered by the backend (a stale plan)"
+    if case.seed % 2:
+        guess = "what one instance plans is another's too: it is kept by class or module"
     return attrs.evolve(failure, guess=guess)
 
 
 def _run_planned_at_once(subject: Subject, case: Case, steps: list[Case]) -> Failure | None:
     """Plan all steps, then run them one after another, two layers each."""
-    backend = subject.make(case)
+    made = [subject.make(case), subject.make(case)]
+    has_own = bool(case.seed % 2)
+    backends = made if has_own else made[:1] * 2
     caches: list[Tensor] = []
-    for step in steps:
+    for backend, step in zip(backends, steps, strict=False):
         for layer in range(2):
-            own = attrs.evolve(step, seed=step.seed + 2 * layer)
+            inputs = make_inputs(attrs.evolve(step, seed=step.seed + 2 * layer))
             cache = make_cache(subject.backend, step)
-            write_past(backend, step, make_inputs(own), cache)
+            write_past(backend, step, inputs, cache)
             caches.append(cache)
     batches = [step_of(step) for step in steps]
     for slot, batch in enumerate(batches):
-        batch.in_flight_slot = slot % (LIMITS.max_steps_in_flight + 1)
-    plans = [backend.plan(batch, group_of(batch)) for batch in batches]
+        batch.in_flight_slot = 0 if has_own else slot % (LIMITS.max_steps_in_flight + 1)
+    plans = [backends[n].plan(batch, group_of(batch)) for n, batch in enumerate(batches)]
     for n, step in enumerate(steps):
+        backend = backends[n]
         backend.prepare(plans[n])
         for layer in range(2):
             inputs = make_inputs(attrs.evolve(step, seed=step.seed + 2 * layer))
             q, k, v = step_tensors(step, inputs)
             out = poisoned_outputs(step, q, wants_lse=False).out
-            backend.write(make_layer(step, inputs), k, v, caches[2 * n + layer], plans[n])
-            arguments = (k, v, caches[2 * n + layer], plans[n], out)
-            backend.attend(make_layer(step, inputs), q, *arguments)
+            own = make_layer(step, inputs, index=2 * n + layer)
+            backend.write(own, k, v, caches[2 * n + layer], plans[n])
+            backend.attend(own, q, k, v, caches[2 * n + layer], plans[n], out)
             found = list(out.cpu().split([query_len for query_len, _ in step.lengths]))
             exact = attention(step, inputs, torch.float64)
             verdict = judge(step, inputs, found, exact)
@@ -95,7 +104,7 @@ def check_fused_write(subject: Subject, case: Case) -> Failure | None:
     qkv = torch.randn(*shape, generator=generator).to(spec.device, dtype)
     norm, rotary = _norm_and_rotary(case, generator)
     heads = qkv.clone().unflatten(1, (-1, spec.head_dim))
-    plain = rotary.rotate(norm.normalise(heads[:, :split].clone()), batch.positions)
+    plain = normalise_and_rotate(heads[:, :split].clone(), batch.positions, rotary, norm)
     exact = _exact(case, heads[:, :split], norm, rotary, batch.positions)
     backend = subject.make(case)
     caches = [make_cache(subject.backend, attrs.evolve(case, poison="zero")) for _ in range(2)]
@@ -141,27 +150,42 @@ def _error_of_quantized(
     return beyond, 2 * allowed / layer.k_scale.min().item()
 
 
-def _norm_and_rotary(case: Case, generator: torch.Generator) -> tuple[QKNorm, RotaryTable]:
+def _norm_and_rotary(
+    case: Case, generator: torch.Generator
+) -> tuple[QKNorm | None, RotaryTable | None]:
+    """Return both, or one of them, or a table for the first part of a head."""
+    form = FUSED_FORMS[case.seed % len(FUSED_FORMS)]
     spec, dtype = case.spec, getattr(torch, case.spec.dtype)
     weights = torch.randn(2, spec.head_dim, generator=generator).to(spec.device, dtype)
     longest = max(seq_len for _, seq_len in case.lengths)
     angles = 6 * torch.rand(longest, spec.head_dim // 2, generator=generator).to(spec.device)
+    if form == "partial":
+        angles = angles[:, : max(1, spec.head_dim // 4)]
     norm = QKNorm(weights[0], weights[1], 1e-6, (spec.num_heads, spec.num_kv_heads))
-    return norm, RotaryTable(angles.cos(), angles.sin(), spec.head_dim, dtype)
+    rotary = RotaryTable(angles.cos(), angles.sin(), spec.head_dim, dtype)
+    return None if form == "no norm" else norm, None if form == "no rotation" else rotary
 
 
 def _exact(
-    case: Case, heads: Tensor, norm: QKNorm, rotary: RotaryTable, positions: Tensor
+    case: Case,
+    heads: Tensor,
+    norm: QKNorm | None,
+    rotary: RotaryTable | None,
+    positions: Tensor,
 ) -> Tensor:
     """Return normalised and rotated heads in float64; cosines are those of the model's dtype."""
     spec, x = case.spec, heads.double()
-    x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    weights = [norm.q] * spec.num_heads + [norm.k] * spec.num_kv_heads
-    x = x * torch.stack(weights).double()
+    if norm is not None:
+        x = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        weights = [norm.q] * spec.num_heads + [norm.k] * spec.num_kv_heads
+        x = x * torch.stack(weights).double()
+    if rotary is None:
+        return x
     cos = rotary.cos[positions.long()].to(heads.dtype).double()[:, None]
     sin = rotary.sin[positions.long()].to(heads.dtype).double()[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned, rest = x[..., : rotary.rotary_dim], x[..., rotary.rotary_dim :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def check_encoder(subject: Subject, case: Case) -> Failure | None:

@@ -123,9 +123,11 @@ def apply(
     processor: LogitsProcessor,
     logits: Tensor,
     rows: list[int],
+    *,
+    more: int = 0,
 ) -> Applied:
-    """Apply a processor that knows the rows."""
-    tokens = make_tokens(case)
+    """Apply a processor that knows the rows; each has had so many tokens `more` since."""
+    tokens = [own + [(own[-1] + 1) % case.vocab_size] * more for own in make_tokens(case)]
     state = make_state(case, rows, tokens, subject.device)
     if processor.needs_host_tokens:
         state.host_token_ids = {row: list(own) for row, own in zip(rows, tokens, strict=True)}
@@ -189,7 +191,13 @@ def check_rows(subject: ProcessorSubject, case: ProcessorCase) -> Failure | None
         if row.asks is None and not same_bits(done.out[i], done.given[i]):
             what = f"row {i} asks for nothing, and its logits were changed"
             return Failure(what=what, case=case)
-    return _judge_formula(subject, case, done)
+    failure = _judge_formula(subject, case, done)
+    if failure is not None or subject.expected is None:
+        return failure
+    later = apply(subject, case, processor, make_logits(case), rows, more=1)
+    failure = _judge_formula(subject, case, later)
+    guess = "something is kept from the first step"
+    return failure and evolve(failure, what=f"a step later: {failure.what}", guess=guess)
 
 
 def _judge_formula(subject: ProcessorSubject, case: ProcessorCase, done: Applied) -> Failure | None:

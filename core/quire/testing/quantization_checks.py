@@ -116,6 +116,7 @@ def _judge_call(subject: QuantizationSubject, case: LayerCase) -> Failure | None
     kept = x.clone()
     leave_poison(case.rows, sum(case.sizes), dtype=x.dtype, device=subject.device)
     out = loaded.layer(x)
+    first = out.clone()
     failure = _judge_shape(case, out, x.dtype) or judge_product(subject, case, loaded, kept, out)
     if failure is not None:
         return failure
@@ -125,6 +126,9 @@ def _judge_call(subject: QuantizationSubject, case: LayerCase) -> Failure | None
         return None
     other = make_input(evolve(case, seed=case.seed + 1), subject.device) * 4
     failure = judge_product(subject, case, loaded, other, loaded.layer(other))
+    if failure is None and not same_bits(out, first):
+        what = "the result of the first call changes with the second: results share memory"
+        return Failure(what=what, case=case)
     guess = "something is kept from the first call"
     return failure and evolve(failure, what=f"the second call: {failure.what}", guess=guess)
 

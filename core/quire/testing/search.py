@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import unittest
@@ -28,7 +29,8 @@ class Check:
     """One line of a report.
 
     `judge(case)` returns None for a case that is right. `share` is the part of the time that it may
-    take, `most` how many cases are drawn of one that takes long. `skipped`: why it is not looked
+    take, `most` how many cases are drawn of one that takes long. `first` are looked at before
+    any is drawn. `skipped`: why it is not looked
     at. `guess` looks at the cases that failed, the smallest first, where `judge` cannot guess.
     """
 
@@ -37,6 +39,7 @@ class Check:
     cases: SearchStrategy[Any]
     share: float
     most: int | None = None
+    first: Sequence[Any] = ()
     skipped: str | None = None
     guess: Callable[[Sequence[Any]], str | None] | None = None
 
@@ -76,7 +79,8 @@ class _Search:
             return failure
         others = [case for case in self.known if case != smallest]
         try:
-            return evolve(failure, guess=self.check.guess([smallest, *others[:5]]))
+            some = dict.fromkeys([smallest, *others[:2], *others[-3:]])
+            return evolve(failure, guess=self.check.guess(list(some)))
         except (Exception, SystemExit):  # noqa: BLE001 - a plugin that raises again; what failed is known
             return failure
 
@@ -114,12 +118,16 @@ def run(check: Check, profile: Profile, *, seed: int = 0) -> CheckResult:
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    outcome, detail = "passed", ""
-    try:
+    smallest = next((case for case in check.first if search.fails(case)), None)
+    if smallest is not None:
+        # What is drawn then has time of its own, and may be smaller.
+        search.failed_at = search.counts_from = None
+    with contextlib.suppress(NoSuchExample):
         smallest = find(check.cases, search.fails, settings=rules, random=random.Random(seed))
-        outcome, detail = "failed", str(search.diagnosed(smallest))
-    except NoSuchExample:
-        pass
+    is_wrong = smallest is not None
+    outcome, detail = "failed" if is_wrong else "passed", ""
+    if is_wrong:
+        detail = str(search.diagnosed(smallest))
     return CheckResult(
         name=check.name,
         outcome=outcome,

@@ -77,6 +77,12 @@ class UnfinishedBackend(FakeBackend):
     attend = AttentionBackend.attend  # type: ignore[assignment]
 
 
+class BackendWithoutPlan(FakeBackend):
+    """A backend whose author took a method away."""
+
+    plan = None  # type: ignore[assignment]
+
+
 def add_class(monkeypatch: Any, kind: type, answer: Any = None) -> str:
     """Make a class that gives the answer importable and return what `load` must say."""
     if MODULE not in sys.modules:

@@ -207,6 +207,7 @@ def test_attention_with_a_broken_why_unsupported_is_the_plugins_error(
         ("fake_classes:SPEC", "'fake_classes:SPEC' is not a class"),
         ("fake_classes:FakeSampler", "which is not a subclass of AttentionBackend."),
         ("fake_classes:UnfinishedBackend", "which lacks attend."),
+        ("fake_classes:BackendWithoutPlan", "whose 'plan' cannot be called."),
     ],
 )
 def test_attention_whose_class_breaks_the_contract_is_the_plugins_error(

@@ -208,7 +208,7 @@ class MaximumFromZero(GatherAttention):
         return (weights / weights.sum(-1, keepdim=True)).nan_to_num(0.0)
 
 
-@broken("single-precision-exponentials-without-the-maximum", "maximum is not taken off")
+@broken("single-precision-exponentials-without-the-maximum", "is not taken off")
 class SingleExponentialsWithoutTheMaximum(GatherAttention):
     """Right while scores are small."""
 

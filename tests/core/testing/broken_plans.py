@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quire.interfaces.attention import AttentionLayer, AttentionSpec, KVLayout
 from quire.interfaces.batch import Batch
+from quire.layers.attention import normalise_and_rotate
 
 
 @broken("stale-plan", "stale plan")
@@ -45,7 +46,7 @@ class HostLengthInAGraph(GatherAttention):
 class PaddingRowsSkipped(GatherAttention):
     def summed(self, layer: Any, scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = super().summed(layer, scores, values)
-        return torch.where((scores > -torch.inf).any(-1).T[..., None], out, 7.0), lse
+        return torch.where((scores != -torch.inf).any(-1).T[..., None], out, 7.0), lse
 
 
 @broken("nan-on-empty-rows", "a row of length 0 is 0/0")
@@ -234,27 +235,35 @@ class FusedGather(GatherAttention):
         return qk[:, :num_heads]
 
     def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
-        """Return normalised and rotated q and k."""
-        return rotary.rotate(norm.normalise(qk), positions)
+        """Return q and k, normalised and rotated where a layer has the one and the other."""
+        return normalise_and_rotate(qk, positions, rotary, norm)
 
 
 @broken("fused-write-without-norm")
 class FusedWriteWithoutNorm(FusedGather):
     def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
-        return rotary.rotate(qk, positions)
+        return normalise_and_rotate(qk, positions, rotary, None)
 
 
 @broken("fused-write-turned-before-norm")
 class FusedWriteTurnedBeforeNorm(FusedGather):
     def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
-        return norm.normalise(rotary.rotate(qk, positions))
+        turned = normalise_and_rotate(qk, positions, rotary, None)
+        return normalise_and_rotate(turned, positions, None, norm)
 
 
 @broken("fused-write-from-position-1")
 class FusedWriteFromPosition1(FusedGather):
     def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
-        later = (positions + 1).clamp(max=len(rotary.cos) - 1)
-        return rotary.rotate(norm.normalise(qk), later)
+        most = positions if rotary is None else len(rotary.cos) - 1
+        return super().turned(qk, (positions + 1).clamp(max=most), rotary, norm)
+
+
+@broken("fused-write-takes-a-part-for-none")
+class FusedWriteOfWholeHeads(FusedGather):
+    def turned(self, qk: Tensor, positions: Tensor, rotary: Any, norm: Any) -> Tensor:
+        is_whole = rotary is not None and rotary.rotary_dim == rotary.head_dim
+        return super().turned(qk, positions, rotary if is_whole else None, norm)
 
 
 @broken("encoder-is-causal", "without a cache")

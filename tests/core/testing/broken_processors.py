@@ -134,6 +134,14 @@ class TakesEverything(NoRepeat):
         return None
 
 
+@broken("state-of-the-first-step", "a step later")
+class StateOfTheFirstStep(NoRepeat):
+    def apply(self, logits: Tensor, state: LogitsState) -> Tensor:
+        self.first = getattr(self, "first", state)
+        is_like_it = self.first.host_rows == state.host_rows
+        return super().apply(logits, self.first if is_like_it else state)
+
+
 def expected(logits: Tensor, tokens: list[int], num_prompt: int, arguments: Any) -> Tensor:
     """Return what NoRepeat makes of a row."""
     seen = tokens[max(num_prompt, len(tokens) - arguments) :]

@@ -243,3 +243,23 @@ class GreedyRowWithNaN(PlainSampler):
         done = super().sample(logits, batch)
         status = torch.where(batch.temperature == 0, 0, done.status)
         return attrs.evolve(done, status=status.int())
+
+
+@broken("ids-of-16-bits", "instead of token")
+class IdsOf16Bits(PlainSampler):
+    def taken(self, scaled: Tensor, i: int) -> int:
+        return super().taken(scaled, i) % 2**16
+
+
+@broken("top-k-of-a-tile", "instead of token")
+class TopKOfATile(PlainSampler):
+    """A filter keeps no more than 1,024 tokens."""
+
+    def keep_top_k(self, scaled: Tensor, top_k: int) -> Tensor:
+        return super().keep_top_k(scaled, min(top_k, 1024) if top_k < len(scaled) else top_k)
+
+
+@broken("top-p-near-one-ignored", "instead of token")
+class TopPNearOneIgnored(PlainSampler):
+    def keep_top_p(self, scaled: Tensor, top_p: Tensor) -> Tensor:
+        return scaled if top_p >= 0.95 else super().keep_top_p(scaled, top_p)

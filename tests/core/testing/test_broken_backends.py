@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import broken_kernels
-import broken_plans  # noqa: F401 - it adds its own to BROKEN
+import broken_memory  # noqa: F401 - it adds its own to BROKEN
+import broken_plans  # noqa: F401 - and so does this
 import pytest
 from attrs import evolve
 from broken_backends import BROKEN, GUESSES
