@@ -355,8 +355,9 @@ def _nobody_builds(
         hint += " The checkpoint carries code for it, which --trust-remote-code runs."
     return (
         f"no installed plugin builds {_listed(architectures)}.{hint}{_reasons(passed_over)} "
-        f"{len(known)} architectures are claimed; `quire plugins --architectures` lists them. "
-        f"Install a plugin that claims it, or write one: docs/write-a-plugin.md."
+        f"Install a plugin that claims it, or write one: docs/write-a-plugin.md shows how. "
+        f"Registered architectures, as `quire plugins --architectures` lists them: "
+        f"{_listed(known)}."
     )
 
 

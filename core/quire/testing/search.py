@@ -118,16 +118,15 @@ def run(check: Check, profile: Profile, *, seed: int = 0) -> CheckResult:
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    smallest = next((case for case in check.first if search.fails(case)), None)
-    if smallest is not None:
+    # The smallest case that failed, if any did; a case may be None.
+    failed = next(([case] for case in check.first if search.fails(case)), [])
+    if failed:
         # What is drawn then has time of its own, and may be smaller.
         search.failed_at = search.counts_from = None
     with contextlib.suppress(NoSuchExample):
-        smallest = find(check.cases, search.fails, settings=rules, random=random.Random(seed))
-    is_wrong = smallest is not None
-    outcome, detail = "failed" if is_wrong else "passed", ""
-    if is_wrong:
-        detail = str(search.diagnosed(smallest))
+        failed = [find(check.cases, search.fails, settings=rules, random=random.Random(seed))]
+    outcome = "failed" if failed else "passed"
+    detail = str(search.diagnosed(failed[0])) if failed else ""
     return CheckResult(
         name=check.name,
         outcome=outcome,

@@ -90,8 +90,9 @@ def test_select_model_says_what_is_registered_and_how_to_add_one(installed: Inst
 
     assert str(caught.value) == (
         "no installed plugin builds LamaForCausalLM. Nearest: LlamaForCausalLM, "
-        "MistralForCausalLM. 2 architectures are claimed; `quire plugins --architectures` lists "
-        "them. Install a plugin that claims it, or write one: docs/write-a-plugin.md."
+        "MistralForCausalLM. Install a plugin that claims it, or write one: "
+        "docs/write-a-plugin.md shows how. Registered architectures, as `quire plugins "
+        "--architectures` lists them: LlamaForCausalLM, MistralForCausalLM."
     )
 
 
