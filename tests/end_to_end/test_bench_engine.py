@@ -182,6 +182,7 @@ def test_profile_writes_a_trace_and_says_where_a_step_went(
     assert product["of_ceiling"] > 0
 
 
+@pytest.mark.slow
 def test_startup_times_every_part_of_a_cold_and_a_warm_start(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

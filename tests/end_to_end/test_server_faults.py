@@ -132,6 +132,7 @@ def test_log_on_a_full_disk_costs_no_request() -> None:
         check_serves_without_a_log(full.fileno())
 
 
+@pytest.mark.slow
 def test_log_that_nobody_reads_costs_no_request() -> None:
     unread, log = os.pipe()
     fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096)
@@ -177,6 +178,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_clock_that_jumps_ends_no_request() -> None:
     with serving(command=(sys.executable, "-c", JUMPING_CLOCK)) as server:
         url = server.url + "/v1/completions"

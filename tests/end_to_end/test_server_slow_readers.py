@@ -65,6 +65,7 @@ def test_reader_that_stops_is_given_up(impatient: Server) -> None:
     impatient.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_websocket_that_reads_nothing_is_given_up(impatient: Server) -> None:
     impatient.figure("quire:requests_total")
     before = open_files(impatient)

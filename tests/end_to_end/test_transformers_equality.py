@@ -331,7 +331,13 @@ NEEDS_CPU_KERNELS = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("attention", ["sdpa", pytest.param("cpu", marks=NEEDS_CPU_KERNELS)])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param("sdpa", marks=pytest.mark.slow),
+        pytest.param("cpu", marks=NEEDS_CPU_KERNELS),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_transformers(
     checkpoint: Checkpoint, name: str, attention: str

@@ -208,7 +208,7 @@ COMPILED = {"sm_90a": ("many_rows_256.cu", "many_rows_64.cu"), "sm_80": ("few_ro
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="there is no nvcc here")
-@pytest.mark.parametrize("architecture", COMPILED)
+@pytest.mark.parametrize("architecture", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
 def test_sources_compile_without_spilling_registers(architecture: str, tmp_path: Path) -> None:
     base = library.library_for((9, 0) if architecture == "sm_90a" else (8, 0))
     assert base.architecture == architecture

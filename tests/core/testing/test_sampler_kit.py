@@ -26,7 +26,14 @@ class TestPlain(SamplerTests):
     sampler = WithLogprobs
 
 
-@pytest.mark.parametrize("name", BROKEN)
+# All of them with `--all`.
+SOME = [
+    pytest.param(name, marks=pytest.mark.slow) if number % 2 else name
+    for number, name in enumerate(BROKEN)
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_broken_sampler_is_caught(name: str) -> None:
     report = check_sampler(BROKEN[name], profile=PATIENT, vocab_sizes=[12, 5, 1, 100])
 

@@ -186,7 +186,14 @@ def broken(model: type[Model], fault: str) -> type[Model]:
     return with_fault(model, puts.get(fault) or without_norm(fault))
 
 
-@pytest.mark.parametrize(("family", "fault"), FAULTS)
+# All of them with `--all`.
+SOME = [
+    pytest.param(*fault, marks=pytest.mark.slow) if number % 2 else fault
+    for number, fault in enumerate(FAULTS)
+]
+
+
+@pytest.mark.parametrize(("family", "fault"), SOME)
 def test_a_fault_of_a_family_is_caught(family: str, fault: str) -> None:
     plugin = FAMILIES[family]
     subject = ModelSubject(

@@ -38,7 +38,7 @@ def everywhere() -> Iterator[None]:
         yield
 
 
-FEW = Profile(name="few", seconds=2, examples=12, longest=0, shrink_s=0, small=True, least=2)
+FEW = Profile(name="few", seconds=2, examples=6, longest=0, shrink_s=0, small=True, least=2)
 
 
 class TestOnTheFly(QuantizationMethodTests):

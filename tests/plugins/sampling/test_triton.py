@@ -34,7 +34,7 @@ class TestTriton(SamplerTests):
     device = DEVICE
     profile = Profile(name="few", seconds=4, examples=6, longest=0, shrink_s=0, least=2)
     vocab_sizes = (12, 1, 70)
-    num_draws = 100
+    num_draws = 50
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
