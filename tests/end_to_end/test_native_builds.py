@@ -102,6 +102,7 @@ def test_explicit_backend_whose_build_fails_ends_the_start_with_the_first_error(
     assert f"its last build failed: {said}; `quire build` tries again" in again.stderr
 
 
+@pytest.mark.slow
 def test_auto_goes_on_where_the_build_beside_it_fails_and_says_so_the_next_time(
     failing: dict[str, str],
 ) -> None:
