@@ -11,7 +11,7 @@ from attrs import Factory, define
 
 from quire.config import EngineConfig
 from quire.errors import EngineDeadError, RequestError
-from quire.execution.model_runner import Forwarded, InFlight
+from quire.execution.in_flight import Forwarded, InFlight
 from quire.preparation import Prepared
 from quire.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from quire.scheduling.block_manager import BlockManager

@@ -17,7 +17,7 @@ from tiny_llama import OPTIONS, has_all_blocks
 
 from quire import LLM, SamplingParams
 from quire.errors import RequestError
-from quire.execution.model_runner import Forwarded, InFlight
+from quire.execution.in_flight import Forwarded, InFlight
 from quire.interfaces.attention import GraphSupport
 from quire.interfaces.grammar import GrammarStuck
 from quire.start import STEPS_IN_FLIGHT, Starter

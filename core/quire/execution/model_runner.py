@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from attrs import Factory, define
 from torch import Tensor
 
 from quire.execution.adjustments import LogitAdjustments
-from quire.execution.batch_builder import BatchBuilder, BuiltBatch, PromptRows
+from quire.execution.batch_builder import BatchBuilder, BuiltBatch
 from quire.execution.decode_step import DecodeStep
 from quire.execution.grammar_masks import GrammarMasks
 from quire.execution.grammar_rows import GrammarRows
+from quire.execution.in_flight import Forwarded, InFlight
 from quire.execution.kv_cache import KVCache
-from quire.execution.logprobs import LogprobRows, Scores, score_prompt
+from quire.execution.logprobs import LogprobRows, score_prompt
 from quire.execution.mixed_step import MixedStep
 from quire.execution.processors import ProcessorChain
 from quire.execution.sampling_rows import SamplingRows
@@ -31,49 +31,11 @@ from quire.execution.step_graphs import (
 from quire.interfaces.attention import AttentionBackend, BatchLimits
 from quire.interfaces.batch import Batch
 from quire.interfaces.model import Model
-from quire.interfaces.sampling import RowStatus, Sampler
-from quire.request import TokenLogprobs
+from quire.interfaces.sampling import Sampler
 from quire.scheduling.output import KVCacheGroup, SchedulerOutput, StepResult
 
 # Logits of so many rows are made at once for a prompt's log-probabilities.
 MAX_PROMPT_SLICE = 256
-
-ROW_ERRORS = {
-    RowStatus.NOT_FINITE: "the model's logits are not finite (NaN or infinity)",
-    RowStatus.OUT_OF_RANGE: "the sampler gave a token id outside the vocabulary",
-}
-
-
-@define(kw_only=True)
-class Forwarded:
-    """A step whose forward pass was launched; its tokens are still to be sampled.
-
-    `tokens` are there where they were sampled in the same graph: int32 [2, rows], then status.
-    `end` gives them in another graph, where all that is left is to forbid tokens and to sample.
-    """
-
-    step_id: int
-    built: BuiltBatch
-    logits: Tensor | None
-    prompt_scores: Scores | None = None
-    tokens: Tensor | None = None
-    end: Callable[[], Tensor] | None = None
-
-
-@define(kw_only=True)
-class InFlight:
-    """A step that was dispatched; `collect` waits for it."""
-
-    step_id: int
-    sampled_ids: list[int]
-    token_ids: Tensor | None = None
-    num_tokens: Tensor | None = None
-    status: Tensor | None = None
-    scored_ids: list[int] = Factory(list)
-    scores: Scores | None = None
-    prompt: PromptRows | None = None
-    prompt_scores: Scores | None = None
-    ready: torch.cuda.Event | None = None
 
 
 class ModelRunner:
@@ -283,13 +245,13 @@ class ModelRunner:
         )
         if forwarded.end is not None:
             self.grammars.send(built.sampled_rows)
-            _take_tokens(step, forwarded.end())
+            step.take_tokens(forwarded.end())
         elif logits is not None:
             self._sample(logits, built, step)
         elif forwarded.tokens is not None:
-            _take_tokens(step, forwarded.tokens)
+            step.take_tokens(forwarded.tokens)
         if self.device.type == "cuda":
-            _send_to_host(step)
+            step.send_to_host()
         return step
 
     def _sample(self, logits: Tensor, built: BuiltBatch, step: InFlight) -> None:
@@ -316,82 +278,15 @@ class ModelRunner:
         """Wait for a step and return its tokens on the host, and which rows failed."""
         if step.ready is not None:
             step.ready.synchronize()
-        prompts = _prompt_entries(step)
-        if step.token_ids is None or step.status is None:
+        prompts = step.prompt_entries()
+        if step.token_ids is None:
             return StepResult(step_id=step.step_id, token_ids={}, prompt_logprobs=prompts)
-        tokens, errors = self._tokens_and_errors(step, step.token_ids, step.status)
+        tokens, errors = step.tokens_and_errors(self.vocab_size)
         self.grammars.accept(tokens, errors)
         return StepResult(
             step_id=step.step_id,
             token_ids=tokens,
             errors=errors,
-            logprobs=_sampled_entries(step),
+            logprobs=step.sampled_entries(),
             prompt_logprobs=prompts,
         )
-
-    def _tokens_and_errors(
-        self, step: InFlight, token_ids: Tensor, statuses: Tensor
-    ) -> tuple[dict[int, list[int]], dict[int, str]]:
-        """Return the tokens of each sequence, and what is wrong with those that have none."""
-        drawn = token_ids.tolist()
-        if step.num_tokens is not None:
-            drawn = [ids[:n] for ids, n in zip(drawn, step.num_tokens.tolist(), strict=True)]
-        lowest, highest = token_ids.aminmax()
-        if not statuses.any() and lowest >= 0 and highest < self.vocab_size:
-            return dict(zip(step.sampled_ids, drawn, strict=True)), {}
-        tokens: dict[int, list[int]] = {}
-        errors: dict[int, str] = {}
-        for sequence_id, ids, status in zip(
-            step.sampled_ids, drawn, statuses.tolist(), strict=True
-        ):
-            if status == RowStatus.OK and not all(0 <= t < self.vocab_size for t in ids):
-                status = RowStatus.OUT_OF_RANGE
-            if status == RowStatus.OK:
-                tokens[sequence_id] = ids
-            else:
-                errors[sequence_id] = ROW_ERRORS[RowStatus(status)]
-        return tokens, errors
-
-
-def _take_tokens(step: InFlight, tokens: Tensor) -> None:
-    """Start the one copy of tokens and status, before the next step writes them again."""
-    host = _to_host(tokens) if tokens.is_cuda else tokens.clone()
-    token_ids, step.status = host[:, : len(step.sampled_ids)]
-    step.token_ids = token_ids.unsqueeze(1)
-
-
-def _sampled_entries(step: InFlight) -> dict[int, TokenLogprobs]:
-    if step.scores is None:
-        return {}
-    return dict(zip(step.scored_ids, step.scores.entries(), strict=True))
-
-
-def _prompt_entries(step: InFlight) -> dict[int, list[TokenLogprobs]]:
-    """Return the entries by sequence; a sequence whose step scored nothing has an empty list."""
-    if step.prompt is None:
-        return {}
-    entries = [] if step.prompt_scores is None else step.prompt_scores.entries()
-    found, begin = {}, 0
-    for sequence_id, count in step.prompt.counts.items():
-        found[sequence_id] = entries[begin : begin + count]
-        begin += count
-    return found
-
-
-def _send_to_host(step: InFlight) -> None:
-    """Start the copies of all that the host wants to know, and mark where they end."""
-    for name in ("token_ids", "num_tokens", "status"):
-        tensor = getattr(step, name)
-        if tensor is not None and tensor.is_cuda:
-            setattr(step, name, _to_host(tensor))
-    for scores in (step.scores, step.prompt_scores):
-        if scores is not None:
-            scores.values, scores.ids = _to_host(scores.values), _to_host(scores.ids)
-    # Also for a step without tokens: its staging buffer is written again after `collect`.
-    step.ready = torch.cuda.Event()
-    step.ready.record()
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)

@@ -10,7 +10,8 @@ from attrs import define
 from torch import Tensor
 
 from quire.execution.batch_builder import BuiltBatch
-from quire.execution.model_runner import Forwarded, InFlight, ModelRunner
+from quire.execution.in_flight import Forwarded, InFlight
+from quire.execution.model_runner import ModelRunner
 from quire.execution.pooler import Pieces, Pooler
 from quire.interfaces.batch import Batch
 from quire.pooling_params import PoolingInput
