@@ -11,6 +11,27 @@ BITS = 32
 BYTE = 8
 
 
+class _Copies:
+    """Copies to one place on a GPU, made beside what runs there: a forward pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._read, self._sent = torch.cuda.Event(), torch.cuda.Event()
+        self.note_read()
+
+    def send(self, source: Tensor, to: Tensor) -> None:
+        """Enqueue a copy for what is enqueued from now on; it waits for readers of the last."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._read)
+            to.copy_(source, non_blocking=True)
+            self._sent.record()
+        torch.cuda.current_stream().wait_event(self._sent)
+
+    def note_read(self) -> None:
+        """Note that all was enqueued that reads what was sent last."""
+        self._read.record()
+
+
 class GrammarMasks:
     """A bit a token for the limited rows of one step, for any of them up to `num_rows`.
 
@@ -34,6 +55,7 @@ class GrammarMasks:
         self._turn = 0
         self._on_device: Tensor | None = None
         self._flags: Tensor | None = None  # of each byte: 1 where a bit is not set
+        self._copies: _Copies | None = None
 
     def begin(self, count: int) -> NDArray[np.int32]:
         """Return where the next step's `count` masks are written, [count, words]."""
@@ -51,6 +73,8 @@ class GrammarMasks:
             buffer[self._num_rows : self._num_rows + self._num_words] = -1
             self._buffers.append(buffer)
         self._on_device = torch.zeros(size, dtype=torch.int32, device=self._device)
+        if is_cuda:
+            self._copies = _Copies(self._device)
         every_byte = np.arange(2**BYTE, dtype=np.uint8)[:, None]
         flags = np.unpackbits(~every_byte, axis=1, bitorder="little").view(np.int64)
         self._flags = torch.from_numpy(flags).flatten().to(self._device)
@@ -60,14 +84,25 @@ class GrammarMasks:
         return np.zeros(self._num_words, np.int32)
 
     def send(self, which: list[int], count: int) -> None:
-        """Enqueue the copy of the masks that were begun last, and which of them each row has."""
+        """Enqueue the copy of the masks that were begun last, and which of them each row has.
+
+        What reads them is enqueued next, and `note_read` is called behind it.
+        """
         assert self._on_device is not None, "a step was begun"
         buffer = self._buffers[self._turn]
         choice = buffer.numpy()[: self._num_rows]
         choice[: len(which)] = which
         choice[len(which) :] = 0
         size = self._num_rows + (count + 1) * self._num_words
-        self._on_device[:size].copy_(buffer[:size], non_blocking=True)
+        if self._copies is None:
+            self._on_device[:size].copy_(buffer[:size])
+            return
+        self._copies.send(buffer[:size], self._on_device[:size])
+
+    def note_read(self) -> None:
+        """Note that all was enqueued that reads the masks which were sent last."""
+        if self._copies is not None:
+            self._copies.note_read()
 
     def forbid(self, logits: Tensor) -> Tensor:
         """Set to -inf what the masks forbid that were sent last, in logits [rows, vocab_size].

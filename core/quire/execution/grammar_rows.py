@@ -141,7 +141,9 @@ class GrammarRows:
             return logits
         if logits.device.type != "cpu":
             self.send(rows)
-            return self.masks.forbid(logits)
+            logits = self.masks.forbid(logits)
+            self.masks.note_read()
+            return logits
         filling = self._filled(rows)
         places = [place for place, which in enumerate(filling.which) if which]
         if len(places) == len(rows):

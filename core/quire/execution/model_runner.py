@@ -246,6 +246,7 @@ class ModelRunner:
         if forwarded.end is not None:
             self.grammars.send(built.sampled_rows)
             step.take_tokens(forwarded.end())
+            self.grammars.masks.note_read()
         elif logits is not None:
             self._sample(logits, built, step)
         elif forwarded.tokens is not None:
