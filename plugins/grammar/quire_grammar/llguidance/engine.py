@@ -83,6 +83,7 @@ class LLGuidanceEngine(GrammarEngine):
         return LLMatcher.grammar_from_json_schema(text, overrides=JSON_SETTINGS)
 
 
+@functools.cache
 def _num_threads() -> int:
     """Return how many threads serve a step: most of this process's processors."""
     count = int(len(os.sched_getaffinity(0)) * SHARE_OF_PROCESSORS)
@@ -109,7 +110,8 @@ class _Matcher(GrammarMatcher):
         self._asks_python = asks_python
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        self._ask_python()
+        if self._asks_python:
+            self._ask_python()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
 
@@ -127,8 +129,9 @@ class _Matcher(GrammarMatcher):
         if len(own) < 2 or not masks.flags.c_contiguous:
             return super().fill_masks(matchers, masks)
         for matcher in known:
-            matcher._ask_python()
-        places = [(matcher, i) for i, matcher in enumerate(own)]
+            if matcher._asks_python:
+                matcher._ask_python()
+        places = list(zip(own, range(len(own)), strict=True))
         threads = _threads(_num_threads())
         threads.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
         return [GrammarStuck(_reason(one)) if one.is_error() else None for one in own]
@@ -156,8 +159,7 @@ class _Matcher(GrammarMatcher):
 
         Threads that asked Python for them would wait for one another, longer than masks take.
         """
-        if self._asks_python:
-            self._matcher.compute_ff_tokens()
+        self._matcher.compute_ff_tokens()
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
