@@ -33,7 +33,7 @@ class CheckPool(Generic[AnyProcess]):
     """Lends children, at most `size` at a time, and keeps as many; safe for threads.
 
     The first is started when it is asked for, or `prepare` is called. Once one was lent, the others
-    are started beside, so that nobody waits after a child was killed.
+    are started side by side, so that nobody waits after a child was killed.
     """
 
     def __init__(self, start: Callable[[], AnyProcess], size: int) -> None:
@@ -44,7 +44,7 @@ class CheckPool(Generic[AnyProcess]):
         self._slots = threading.BoundedSemaphore(size)
         self._changed = threading.Condition()
         self._num_lent = 0
-        self._is_spare_coming = False
+        self._num_coming = 0  # that are being started to spare
         self._is_closed = False
 
     @property
@@ -55,55 +55,61 @@ class CheckPool(Generic[AnyProcess]):
     @contextlib.contextmanager
     def lend(self) -> Iterator[AnyProcess]:
         """Lend a child. Raises: what starting one raises."""
+        with self.lend_while(lambda: True) as process:
+            assert process is not None, "it is wanted"
+            yield process
+
+    @contextlib.contextmanager
+    def lend_while(self, is_wanted: Callable[[], bool]) -> Iterator[AnyProcess | None]:
+        """Lend a child, or None where none is wanted any more before one is free or has started.
+
+        Raises: what starting one raises.
+        """
         with self._slots:
-            process = self._take()
+            process = self._take(is_wanted)
             try:
                 yield process
             finally:
-                self._put(process)
+                if process is not None:
+                    self._put(process)
 
     def prepare(self) -> None:
         """Begin to start the first child, in a thread."""
         with self._changed:
             self._is_closed = False
-        self._start_spare()
+        self._start_spares()
 
     def wait(self) -> None:
         """Wait until no child is being started."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_spare_coming)
+            self._changed.wait_for(lambda: not self._num_coming)
 
     def close(self) -> None:
-        """End all children that are idle, and the one that is being started."""
+        """End all children that are idle, and those that are being started."""
         with self._changed:
             self._is_closed = True
             processes, self._idle = self._idle, []
         for process in processes:
             process.close()
 
-    def _take(self) -> AnyProcess:
+    def _take(self, is_wanted: Callable[[], bool]) -> AnyProcess | None:
         with self._changed:
             self._is_closed = False
-            self._num_lent += 1
             self._wanted = self._size
-            while True:
-                kept = self._alive()
-                if kept is not None:
-                    break
-                if not self._is_spare_coming:
-                    break
+            while (kept := self._alive()) is None and self._num_coming and is_wanted():
                 self._changed.wait()
-        if kept is not None:
-            self._start_spare()
-            return kept
-        try:
-            process = self._start()
-        except BaseException:
-            with self._changed:
-                self._num_lent -= 1
-            raise
-        self._start_spare()
-        return process
+            if kept is None and not is_wanted():
+                return None
+            self._num_lent += 1
+        if kept is None:
+            try:
+                kept = self._start()
+            except BaseException:
+                with self._changed:
+                    self._num_lent -= 1
+                raise
+        self._start_spares()
+        return kept
 
     def _alive(self) -> AnyProcess | None:
         """Return an idle child that is alive; those that are not are forgotten."""
@@ -120,34 +126,29 @@ class CheckPool(Generic[AnyProcess]):
             is_kept = process.is_alive and not self._is_closed
             if is_kept:
                 self._idle.append(process)
-                self._changed.notify_all()
+            self._changed.notify_all()
         if not is_kept:
             process.close()
-            self._start_spare()
+            self._start_spares()
 
-    def _start_spare(self) -> None:
+    def _start_spares(self) -> None:
         with self._changed:
-            if self._is_spare_coming or not self._is_short():
-                return
-            self._is_spare_coming = True
-        threading.Thread(target=self._add_spares, name="grammar-check-spare", daemon=True).start()
+            num_kept = len(self._idle) + self._num_lent + self._num_coming
+            missing = 0 if self._is_closed else max(self._wanted - num_kept, 0)
+            self._num_coming += missing
+        for _ in range(missing):
+            threading.Thread(target=self._add_spare, name="grammar-spare", daemon=True).start()
 
-    def _is_short(self) -> bool:
-        return not self._is_closed and len(self._idle) + self._num_lent < self._wanted
-
-    def _add_spares(self) -> None:
-        is_short = True
-        while is_short:
-            try:
-                process = self._start()
-            except Exception:  # noqa: BLE001  whoever needs one next tries again, and is told
-                process = None
-            with self._changed:
-                is_kept = process is not None and not self._is_closed
-                if process is not None and is_kept:
-                    self._idle.append(process)
-                is_short = is_kept and self._is_short()
-                self._is_spare_coming = is_short
-                self._changed.notify_all()
-            if process is not None and not is_kept:
-                process.close()
+    def _add_spare(self) -> None:
+        try:
+            process = self._start()
+        except Exception:  # noqa: BLE001  whoever needs one next tries again, and is told
+            process = None
+        with self._changed:
+            self._num_coming -= 1
+            is_kept = process is not None and not self._is_closed
+            if process is not None and is_kept:
+                self._idle.append(process)
+            self._changed.notify_all()
+        if process is not None and not is_kept:
+            process.close()

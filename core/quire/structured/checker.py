@@ -18,24 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import RequestError
 from quire.structured.check_pool import CheckPool
+from quire.structured.check_queue import CheckQueue
 from quire.structured.compiler import GrammarSetup
 
 CHECK_S = 0.8
 START_S = 60.0
 MEMORY_BYTES = 2**30
-MOST_PROCESSES = 4
+MOST_PROCESSES = 8
 MAX_KEPT = 1024
 MAX_KEPT_CHARS = 2**23
 MAX_ANSWER_BYTES = 2**16
-# Of a grammar that is sent while a child works: it has to fit into a pipe that nobody reads.
-AHEAD_CHARS = 2**12
 PASSED_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 TOO_LONG = f"compiling it takes more than {CHECK_S} s, or too much memory; simplify it"
 
 
 def num_processes() -> int:
-    """Return how many children are kept: two, on large machines more."""
-    return min(max(2, len(os.sched_getaffinity(0)) // 4), MOST_PROCESSES)
+    """Return how many children are kept: two, or one for every other processor."""
+    return min(max(2, len(os.sched_getaffinity(0)) // 2), MOST_PROCESSES)
 
 
 OnHonoured = Callable[[GrammarSource], object]
@@ -63,7 +62,8 @@ class CheckProcess:
             start_new_session=True,
         )
         self._unread = b""  # of its answers
-        self._finalizer = weakref.finalize(self, _end, self._process)
+        self._in_use = threading.RLock()
+        self._finalizer = weakref.finalize(self, _end, self._process, self._in_use)
         on_begin(self)  # it may be ended from now on, while it loads
         first = {
             "backend": setup.backend,
@@ -90,12 +90,14 @@ class CheckProcess:
         self.send(message)
         return self.receive(seconds)
 
-    def send(self, message: object) -> None:
-        """Send a message; one may be sent while another is answered. Raises: CheckStopped."""
+    def send(self, *messages: object) -> None:
+        """Send messages; short ones may be sent while one is answered. Raises: CheckStopped."""
         assert self._process.stdin is not None, "it was opened with a pipe"
+        lines = "".join([json.dumps(message) + "\n" for message in messages])
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            with self._in_use:
+                self._process.stdin.write(lines.encode())
+                self._process.stdin.flush()
         except (OSError, ValueError) as error:
             self.close()
             raise CheckStopped(str(error)) from error
@@ -103,7 +105,8 @@ class CheckProcess:
     def receive(self, seconds: float) -> str:
         """Return the answer to the first message that has none. Raises: CheckStopped."""
         try:
-            answer: str = json.loads(self._line(seconds))
+            with self._in_use:
+                answer: str = json.loads(self._line(seconds))
             return answer
         except (OSError, ValueError, TimeoutError) as error:
             self.close()
@@ -133,33 +136,20 @@ def _environment() -> dict[str, str]:
     return {**found, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], in_use: threading.RLock) -> None:
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # what was still to be written
-                pipe.close()
+    # Whoever waits for it hears that it has ended. Had its pipes been closed before, that thread
+    # would read from another child's, which was given the same number.
+    with in_use:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was still to be written
+                    pipe.close()
 
 
 def _message(source: GrammarSource) -> dict[str, str]:
     return {"kind": source.kind, "text": source.text}
-
-
-def _send_next(
-    process: CheckProcess, left: deque[GrammarSource], most_chars: int | None = None
-) -> GrammarSource | None:
-    """Send a child the next grammar; None where none is left, it is too long or the child gone."""
-    try:
-        source = left.popleft()
-    except IndexError:  # another thread was faster
-        return None
-    with contextlib.suppress(CheckStopped):
-        if most_chars is None or len(source.text) <= most_chars:
-            process.send(_message(source))
-            return source
-    left.appendleft(source)
-    return None
 
 
 class GrammarChecker:
@@ -204,43 +194,44 @@ class GrammarChecker:
 
         `on_honoured` is called for each that can be honoured, in threads, while others are checked.
         """
-        new = {one.source: one.source for one in asked if not self.knows(one)}
-        left = deque(list(new)[:MAX_KEPT])
-        if len(left) > 1:
-            count = min(num_processes(), len(left))
-            with ThreadPoolExecutor(count, "quire-forms") as threads:
-                parts = [threads.submit(self._check_some, left, on_honoured) for _ in range(count)]
-            for part in parts:
-                part.result()
+        new = dict.fromkeys(one.source for one in asked if not self.knows(one))
+        if len(new) < 2:
+            return
+        count = min(num_processes(), len(new))
+        queue = CheckQueue(list(new)[:MAX_KEPT], count)
+        with ThreadPoolExecutor(count, "quire-forms") as threads:
+            parts = [threads.submit(self._check_some, queue, on_honoured) for _ in range(count)]
+        for part in parts:
+            part.result()
 
-    def _check_some(self, left: deque[GrammarSource], on_honoured: OnHonoured) -> None:
+    def _check_some(self, queue: CheckQueue, on_honoured: OnHonoured) -> None:
         """Check grammars until none is left, with another child where one was killed."""
         with contextlib.suppress(CheckStopped):  # none starts, which `check` says
-            while left:
-                with self._pool.lend() as process:
-                    self._check_with(process, left, on_honoured)
+            while queue:
+                with self._pool.lend_while(lambda: bool(queue)) as process:
+                    if process is not None:
+                        self._check_with(process, queue, on_honoured)
 
     def _check_with(
-        self, process: CheckProcess, left: deque[GrammarSource], on_honoured: OnHonoured
+        self, process: CheckProcess, queue: CheckQueue, on_honoured: OnHonoured
     ) -> None:
-        """Check until none is left or the child is gone, sending one while another is checked.
+        """Check until none is left or the child is gone, sending some while one is checked.
 
         What takes too long is left without an answer: `check` tries again, alone.
         """
-        current = _send_next(process, left)
-        while current is not None:
-            # Where there are few, other children take them.
-            ahead = _send_next(process, left, AHEAD_CHARS) if len(left) > MOST_PROCESSES else None
+        sent: deque[GrammarSource] = deque()
+        while (taken := queue.take(sent)) or sent:
+            sent += taken
             try:
+                process.send(*map(_message, taken))
                 answer = process.receive(CHECK_S)
             except CheckStopped:
-                if ahead is not None:
-                    left.appendleft(ahead)
+                queue.give_back(list(sent)[1:])  # the first was begun
                 return
-            self._keep(current, answer)
+            source = sent.popleft()
+            self._keep(source, answer)
             if not answer:
-                on_honoured(current)
-            current = ahead if ahead is not None else _send_next(process, left)
+                on_honoured(source)
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raise RequestError where the grammar cannot be honoured, or takes too long to compile."""

@@ -30,7 +30,8 @@ MAX_MARK_SHOWN = 80
 class GrammarSetup:
     """What a compiler is made of: the engine's name, the tokenizer's folder and its end tokens.
 
-    `is_for_checks`: no token is drawn, so that it may load less.
+    `is_for_checks`: no token is drawn and each form is asked for once, so that it may load less
+    and keeps nothing: memory that is used again takes a fifth less time than new memory.
     """
 
     backend: str
@@ -75,6 +76,8 @@ class GrammarCompiler:
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Return the compiled grammar. Raises: ValueError saying what cannot be honoured."""
+        if self._setup.is_for_checks:
+            return self._compiled(source)
         with self._lock:
             found = self._kept.get(source)
             if found is not None:

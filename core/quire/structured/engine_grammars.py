@@ -20,7 +20,13 @@ from quire.request import Request, SamplingParams
 from quire.request_checks import NO_TOKEN_LEFT, tokens_left
 from quire.structured.compiler import GrammarCompiler, GrammarSetup
 
-MOST_THREADS = 4
+MOST_THREADS = 8
+
+
+def num_threads() -> int:
+    """Return how many threads compile: both of two processors, of more every other."""
+    count = len(os.sched_getaffinity(0))
+    return min(max(count // 2, min(count, 2)), MOST_THREADS)
 
 
 @define(kw_only=True)
@@ -61,8 +67,7 @@ class EngineGrammars:
             begun = self._begun.get(source)
             if begun is None:
                 if self._threads is None:
-                    count = min(max(1, len(os.sched_getaffinity(0)) // 2), MOST_THREADS)
-                    self._threads = ThreadPoolExecutor(count, "quire-grammars")
+                    self._threads = ThreadPoolExecutor(num_threads(), "quire-grammars")
                 begun = self._threads.submit(self._compile_quietly, compiler, source)
                 self._begun[source] = begun
             return begun

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tiny_llama import OPTIONS, has_all_blocks
 from quire import LLM, SamplingParams
 from quire.constraints import GrammarSource, StructuredOutputsParams
 from quire.errors import ConfigError, RequestError
-from quire.structured import checker
+from quire.structured import check_queue, checker
 from quire.structured.check_process import _allowed_from
 from quire.structured.checker import GrammarChecker
 from quire.structured.compiler import GrammarSetup
@@ -251,7 +253,7 @@ def test_a_grammar_that_ends_its_child_keeps_no_other_from_its_answer(
     strange: GrammarChecker, monkeypatch: pytest.MonkeyPatch, bad: str
 ) -> None:
     monkeypatch.setattr(checker, "CHECK_S", 0.3)
-    monkeypatch.setattr(checker, "AHEAD_CHARS", 60)
+    monkeypatch.setattr(check_queue, "AHEAD_CHARS", 60)
     # Some are sent while another is checked, some are too long for that.
     good = [StructuredOutputsParams(regex=f"{i}" + "x" * (7 * i)) for i in range(14)]
     ends = StructuredOutputsParams(regex=bad)
@@ -274,6 +276,35 @@ def test_a_child_that_was_prepared_is_the_one_that_is_asked(folder: Path) -> Non
     assert before[0] in found.pids
     found.close()
     assert not is_running(before[0])
+
+
+def test_a_childs_pipes_are_closed_when_no_thread_reads_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = checker.CheckProcess(setup(folder, "llguidance"), ())
+    read, reads, may_read = os.read, threading.Event(), threading.Event()
+
+    def read_late(source: int, size: int) -> bytes:
+        reads.set()
+        assert may_read.wait(5)
+        return read(source, size)  # of a closed pipe this would be another child's
+
+    monkeypatch.setattr(checker.os, "read", read_late)
+    with ThreadPoolExecutor(2) as threads:
+        answer = threads.submit(child.receive, 5)
+        child._process.kill()
+        assert reads.wait(5)
+        closed = threads.submit(child.close)
+        wait([closed], 0.1)
+        is_open = child._process.stdout is not None and not child._process.stdout.closed
+        may_read.set()
+
+    assert is_open
+    assert isinstance(answer.exception(), checker.CheckStopped)
+    assert "no answer" in str(answer.exception())
+    assert closed.exception() is None
+    assert child._process.stdout is not None
+    assert child._process.stdout.closed
 
 
 def test_a_strangers_engine_serves_without_a_change_of_the_core(
