@@ -139,3 +139,11 @@ class GrammarEngine(abc.ABC):
         Raises: ValueError saying in a sentence what cannot be honoured, naming the keyword. What
         is not enforced exactly is refused, never ignored.
         """
+
+    def compile_for_check(self, source: GrammarSource) -> CompiledGrammar:
+        """Compile a grammar of which a few masks are filled, to see whether it can be honoured.
+
+        It may leave out what only makes masks faster; what it refuses, `compile` is asked about.
+        Raises: ValueError, at least where `compile` does.
+        """
+        return self.compile(source)

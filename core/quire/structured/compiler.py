@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from attrs import frozen
@@ -24,6 +24,7 @@ from quire.structured.vocabulary import read_vocabulary
 MAX_KEPT = 256
 MAX_KEPT_CHARS = 2**23
 MAX_MARK_SHOWN = 80
+CompileOne = Callable[[GrammarSource], CompiledGrammar]
 
 
 @frozen(kw_only=True)
@@ -77,14 +78,14 @@ class GrammarCompiler:
     def compile(self, source: GrammarSource) -> CompiledGrammar:
         """Return the compiled grammar. Raises: ValueError saying what cannot be honoured."""
         if self._setup.is_for_checks:
-            return self._compiled(source)
+            return self._compiled(source, self.engine().compile)
         with self._lock:
             found = self._kept.get(source)
             if found is not None:
                 self._kept.move_to_end(source)
                 return found
         with contextlib.nullcontext() if self.engine().compiles_in_threads else self._lock:
-            found = self._compiled(source)
+            found = self._compiled(source, self.engine().compile)
         with self._lock:
             if source not in self._kept:
                 self._kept_chars += len(source.text)
@@ -99,16 +100,20 @@ class GrammarCompiler:
         with self._lock:
             return source in self._kept
 
-    def _compiled(self, source: GrammarSource) -> CompiledGrammar:
+    def compile_for_check(self, source: GrammarSource) -> CompiledGrammar:
+        """Compile a grammar that no answer is made from. Raises: ValueError."""
+        return self._compiled(source, self.engine().compile_for_check)
+
+    def _compiled(self, source: GrammarSource, compile_one: CompileOne) -> CompiledGrammar:
         if source.kind is GrammarKind.STRUCTURAL_TAG:
-            return self._compiled_tags(source)
+            return self._compiled_tags(source, compile_one)
         if source.kind is GrammarKind.JSON_SCHEMA:
             check_schema(json.loads(source.text))
         elif source.kind in (GrammarKind.LARK, GrammarKind.GBNF):
             _check_grammar(source)
-        return self.engine().compile(source)
+        return compile_one(source)
 
-    def _compiled_tags(self, source: GrammarSource) -> CompiledGrammar:
+    def _compiled_tags(self, source: GrammarSource, compile_one: CompileOne) -> CompiledGrammar:
         """Compile a structural tag; where a schema in it is what fails, say which."""
         tree = source.tree
         parts = list(schemas_of(tree))
@@ -119,12 +124,12 @@ class GrammarCompiler:
             if node["type"] == "grammar":
                 _check_grammar(GrammarSource.of_grammar(node["grammar"]))
         try:
-            return self.engine().compile(source)
+            return compile_one(source)
         except ValueError:
             for mark, schema in parts:
                 alone = GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema))
                 with _told_of(mark):
-                    self.engine().compile(alone)
+                    compile_one(alone)
             raise
 
     def engine(self) -> GrammarEngine:

@@ -62,15 +62,28 @@ class Tokenizers:
         self._own, self._has_dropped = _own_tokenizer(vocabulary)
         # The other is made for the first grammar that needs it, where there may be none.
         self._asking = _asking_tokenizer(vocabulary) if self._own is None else None
+        self._unsliced: dict[bool, LLTokenizer] = {}  # by whether it asks Python
+        if vocabulary.tokenizer_json is None:  # grammars may be checked, of which none waits
+            self.take("", is_for_check=True)
 
-    def take(self, text: str) -> tuple[LLTokenizer, bool]:
-        """Return the tokenizer for a grammar of this text, and whether it asks Python."""
-        if self._own is not None and not (self._has_dropped and MAY_SPELL_ADDED.search(text)):
-            return self._own, False
+    def take(self, text: str, *, is_for_check: bool = False) -> tuple[LLTokenizer, bool]:
+        """Return the tokenizer for a grammar of this text, and whether it asks Python.
+
+        One for a check has no slices of the vocabulary, which each grammar compiles with itself.
+        """
+        asks_python = self._own is None or (
+            self._has_dropped and MAY_SPELL_ADDED.search(text) is not None
+        )
         with self._lock:
-            if self._asking is None:
+            if asks_python and self._asking is None:
                 self._asking = _asking_tokenizer(self._vocabulary)
-            return self._asking, True
+            found = self._asking if asks_python else self._own
+            assert found is not None, "one of the two was made"
+            if is_for_check:
+                if asks_python not in self._unsliced:
+                    self._unsliced[asks_python] = found.with_slices([])
+                found = self._unsliced[asks_python]
+            return found, asks_python
 
 
 def _asking_tokenizer(vocabulary: GrammarVocabulary) -> LLTokenizer:
