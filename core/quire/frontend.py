@@ -184,7 +184,7 @@ class Frontend:
     @property
     def num_form_checks(self) -> int:
         """How many forms may be checked at a time."""
-        return num_processes()
+        return 2 * num_processes()
 
     def prepare_for_forms(self) -> None:
         """Begin to start a child that compiles grammars, so that no request waits for it."""
