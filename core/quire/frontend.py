@@ -183,7 +183,7 @@ class Frontend:
 
     @property
     def num_form_checks(self) -> int:
-        """How many forms may be checked at a time."""
+        """How many threads ask children for forms: two each, so that one has the next ready."""
         return 2 * num_processes()
 
     def prepare_for_forms(self) -> None:

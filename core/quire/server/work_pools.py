@@ -15,7 +15,7 @@ INLINE_ENTRIES = 16
 
 
 class WorkPools:
-    """Forms have threads of their own, one a child, so that texts never wait for them."""
+    """Forms have threads of their own, some a child, so that texts never wait for them."""
 
     def __init__(self, *, for_texts: int, for_forms: int) -> None:
         self.texts = ThreadPoolExecutor(for_texts, "quire-tokenizer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
@@ -285,13 +286,18 @@ def _check_accept_each(
 def check_keyword(subject: GrammarSubject, keyword: Keyword) -> Failure | None:
     """A keyword is enforced, or refused by its name; never ignored."""
     source = GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(keyword.schema))
+    engine = subject.made(parts=False)
     try:
-        grammar = subject.made(parts=False).compile(source)
+        grammar = engine.compile(source)
     except ValueError as error:
-        if keyword.name in str(error):
-            return None
-        what = f"the refusal does not name the keyword {keyword.name!r}: {error}"
-        return Failure(what=what, case=keyword)
+        if keyword.name not in str(error):
+            what = f"the refusal does not name the keyword {keyword.name!r}: {error}"
+            return Failure(what=what, case=keyword)
+        with contextlib.suppress(ValueError):
+            engine.compile_for_check(source)
+            what = f"compile refuses keyword {keyword.name!r}, compile_for_check does not"
+            return Failure(what=what, case=keyword)
+        return None
     if not accepts(grammar, [*keyword.forbidden.encode(), END]):
         return None
     what = f"keyword {keyword.name!r} is ignored: {keyword.forbidden} can be written"

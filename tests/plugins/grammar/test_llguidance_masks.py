@@ -100,3 +100,18 @@ def test_tokens_that_the_tokenizer_does_not_know_never_come() -> None:
     matcher.fill_mask(mask)
 
     assert np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).max() == 256
+
+
+def test_what_is_compiled_for_a_check_has_the_same_masks() -> None:
+    own = made()
+    text = '{"properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]}'
+    source = GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=text)
+    whole, for_check = own.compile(source).start(), own.compile_for_check(source).start()
+    masks = np.zeros((2, 9), np.int32)
+
+    for token_id in b'{"a": "text", "b":[1]}':
+        whole.fill_mask(masks[0])
+        for_check.fill_mask(masks[1])
+        assert np.array_equal(*masks)
+        whole.accept(token_id)
+        for_check.accept(token_id)

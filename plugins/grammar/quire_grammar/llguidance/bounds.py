@@ -8,7 +8,7 @@ the same whole number. The two may stand in different parts of a schema (`allOf`
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Keywords of what is to be written as it stands, and is no schema.
@@ -40,41 +40,39 @@ def with_exact_bounds(schema: Any) -> Any:
     return _changed(schema, loose) if loose else schema
 
 
-def _objects(schema: Any, skipped: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return a schema's parts that are objects, at any depth, but not what has a skipped name."""
-    found, todo = [], [schema]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, dict):
-            found.append(part)
-            todo += [value for name, value in part.items() if name not in skipped]
-        elif isinstance(part, list):
-            todo += part
-    return found
-
-
-def _check_counts(schema: Any) -> None:
+def _check_counts(part: Any) -> None:
     """Refuse to count names that are not required: one that is written twice is one property."""
-    for part in _objects(schema, VALUES):
-        least, required = part.get("minProperties"), part.get("required")
-        named = len(required) if isinstance(required, list) else 0
-        if isinstance(least, (int, float)) and least > max(1, named):
-            raise ValueError(
-                f"keyword 'minProperties' of {least} is supported up to the number of required "
-                f"properties, here {named}"
-            )
+    if isinstance(part, list):
+        for one in part:
+            _check_counts(one)
+    if not isinstance(part, Mapping):
+        return
+    least, required = part.get("minProperties"), part.get("required")
+    named = len(required) if isinstance(required, list) else 0
+    if isinstance(least, (int, float)) and least > max(1, named):
+        raise ValueError(
+            f"keyword 'minProperties' of {least} is supported up to the number of required "
+            f"properties, here {named}"
+        )
+    for name, value in part.items():
+        if name not in VALUES:
+            _check_counts(value)
 
 
 def _within(whole: float, other: float) -> bool:
     return whole == math.floor(whole) and whole < other < whole + 1
 
 
-def _bounds(schema: Any) -> Iterator[tuple[str, float]]:
+def _bounds(part: Any) -> Iterator[tuple[str, float]]:
     """Yield all bounds, and what may be only a value of that name, in any part of a schema."""
-    for part in _objects(schema):
-        for name in (*LOWER, *UPPER):
-            if name in part and type(part[name]) in (int, float):
-                yield name, part[name]
+    if isinstance(part, Mapping):
+        for name, value in part.items():
+            if name in (*LOWER, *UPPER) and type(value) in (int, float):
+                yield name, value
+            yield from _bounds(value)
+    elif isinstance(part, list):
+        for one in part:
+            yield from _bounds(one)
 
 
 def _changed(part: Any, loose: set[tuple[str, float]]) -> Any:
