@@ -141,11 +141,12 @@ def _end(process: subprocess.Popen[bytes], in_use: threading.RLock) -> None:
     process.wait()
     # Whoever waits for it hears that it has ended. Had its pipes been closed before, that thread
     # would read from another child's, which was given the same number.
+    assert process.stdin is not None, "it was opened with a pipe"
+    assert process.stdout is not None, "it was opened with a pipe"
     with in_use:
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was still to be written
-                    pipe.close()
+        with contextlib.suppress(OSError):  # what was still to be written
+            process.stdin.close()
+        process.stdout.close()
 
 
 def _message(source: GrammarSource) -> dict[str, str]:
@@ -209,18 +210,17 @@ class GrammarChecker:
         with contextlib.suppress(CheckStopped):  # none starts, which `check` says
             while queue:
                 with self._pool.lend_while(lambda: bool(queue)) as process:
-                    if process is not None:
-                        self._check_with(process, queue, on_honoured)
+                    self._check_with(process, queue, on_honoured)
 
     def _check_with(
-        self, process: CheckProcess, queue: CheckQueue, on_honoured: OnHonoured
+        self, process: CheckProcess | None, queue: CheckQueue, on_honoured: OnHonoured
     ) -> None:
         """Check until none is left or the child is gone, sending some while one is checked.
 
         What takes too long is left without an answer: `check` tries again, alone.
         """
         sent: deque[GrammarSource] = deque()
-        while (taken := queue.take(sent)) or sent:
+        while process is not None and ((taken := queue.take(sent)) or sent):
             sent += taken
             try:
                 process.send(*map(_message, taken))
