@@ -29,8 +29,11 @@ def check_schema(schema: Any) -> None:
     for one in every:
         _check_keywords(one)
     # Without a reference none contains itself, and looking takes two thirds of the time.
-    if any("$ref" in one for one in every) and not _can_end(schema, every):
-        raise ValueError("its answers never end: what it requires contains itself ($ref)")
+    ending = _ending(schema, every) if any("$ref" in one for one in every) else None
+    if ending is not None and not all(id(one) in ending for one in every):
+        is_whole = isinstance(schema, Mapping) and id(schema) not in ending
+        which = "its answers never end" if is_whole else "answers of a part of it never end"
+        raise ValueError(f"{which}: what it requires contains itself ($ref)")
 
 
 def _check_keywords(schema: Mapping[str, Any]) -> None:
@@ -45,13 +48,16 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
 
 
 def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a schema and all in it, each once, but not true and false."""
-    todo = [schema]
+    """Yield a schema and all in it or referred to, each once, but not true and false."""
+    todo, seen = [schema], set()
     while todo:
         one = todo.pop()
-        if not isinstance(one, Mapping):
+        if not isinstance(one, Mapping) or id(one) in seen:
             continue
+        seen.add(id(one))
         yield one
+        if isinstance(one.get("$ref"), str):
+            todo.append(_resolve(one["$ref"], schema))
         for name, value in one.items():
             if name in ONE_SCHEMA:
                 todo.append(value)
@@ -61,8 +67,8 @@ def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
                 todo += value.values() if isinstance(value, Mapping) else []
 
 
-def _can_end(root: Any, every: list[Mapping[str, Any]]) -> bool:
-    """Whether a finite value may fulfil a schema; true where it is not known.
+def _ending(root: Any, every: list[Mapping[str, Any]]) -> set[int] | None:
+    """Return the schemas that a finite value may fulfil, by `id`; None where it is not known.
 
     From nothing known to end, schemas are added whose required parts all end, until none comes.
     """
@@ -70,11 +76,9 @@ def _can_end(root: Any, every: list[Mapping[str, Any]]) -> bool:
     for _ in range(MAX_ROUNDS):
         found = {id(one) for one in every if _ends(one, root, ending)}
         if found == ending:
-            break
+            return ending
         ending = found
-    else:
-        return True
-    return not isinstance(root, Mapping) or id(root) in ending
+    return None
 
 
 def _ends(schema: Any, root: Any, ending: set[int]) -> bool:
@@ -120,7 +124,7 @@ def _at_least_one(schema: Mapping[str, Any]) -> bool:
 
 def _resolve(reference: str, root: Any) -> Any:
     """Return what a pointer into the same schema names; True where it leads elsewhere."""
-    if not reference.startswith("#"):
+    if reference[:2] not in ("#", "#/"):
         return True
     place = root
     for part in unquote(reference[1:]).split("/")[1:]:

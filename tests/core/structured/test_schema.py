@@ -46,6 +46,18 @@ def test_schemas_that_require_themselves_are_refused(schema: Any) -> None:
 @pytest.mark.parametrize(
     "schema",
     [
+        {"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"anyOf": [requiring("a"), {"type": "null"}], "$defs": {"a": requiring("a")}},
+    ],
+)
+def test_schemas_with_a_part_that_requires_itself_are_refused(schema: Any) -> None:
+    with pytest.raises(ValueError, match="a part of it never end"):
+        check_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
         True,
         {},
         {"type": "object", "properties": {"a": ITSELF}},
@@ -55,6 +67,8 @@ def test_schemas_that_require_themselves_are_refused(schema: Any) -> None:
         {"enum": [1], "properties": {"a": ITSELF}, "required": ["a"]},
         {"properties": {"divisibleBy": {"type": "null"}, "dependencies": {"type": "null"}}},
         {"$ref": "#/nowhere"},
+        {"$ref": "#name", "$defs": {"a": {"$anchor": "name", "type": "null"}}},
+        {"$ref": "#/parts/a", "parts": {"a": {"type": "null"}}},
     ],
 )
 def test_schemas_with_a_way_out_pass(schema: Any) -> None:

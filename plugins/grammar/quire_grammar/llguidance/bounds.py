@@ -8,27 +8,44 @@ the same whole number. The two may stand in different parts of a schema (`allOf`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Keywords of what is to be written as it stands, and is no schema.
 VALUES = ("const", "enum", "default", "examples")
+# Of names that are no keywords.
+TABLES = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 LOWER, UPPER = ("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")
 # Numbers nearer to an exclusive bound than this share of it, or this itself, are given up.
 GAP = 1e-12
 LARGEST = 2**63 - 1
 
 
-def with_exact_bounds(schema: Any) -> Any:
-    """Return a schema, itself where nothing is to be changed, whose exclusive bounds are kept.
+def mapped(schema: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+    """Return a schema of which every part, outer ones first, is what `change` makes of it.
 
-    Raises: ValueError for a number of properties that is not kept.
+    Itself where nothing is changed. Values, which are no schemas, stay as they are.
     """
-    _check_counts(schema)
+    if isinstance(schema, list):
+        changed: Any = [mapped(one, change) for one in schema]
+    elif isinstance(schema, Mapping):
+        changed = {name: _inner(name, value, change) for name, value in change(schema).items()}
+    else:
+        return schema
+    return schema if changed == schema else changed
+
+
+def _inner(name: str, value: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+    if name in VALUES:
+        return value
+    if name in TABLES and isinstance(value, Mapping):
+        return {each: mapped(one, change) for each, one in value.items()}
+    return mapped(value, change)
+
+
+def with_exact_bounds(schema: Any) -> Any:
+    """Return a schema, itself where nothing is to be changed, whose exclusive bounds are kept."""
     bounds = list(_bounds(schema))
-    for name, value in bounds:
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"keyword {name!r} with a whole number of more than 64 bits")
     uppers = [value for name, value in bounds if name in UPPER]
     lowers = [value for name, value in bounds if name in LOWER]
     loose = {
@@ -37,26 +54,7 @@ def with_exact_bounds(schema: Any) -> Any:
         if (name == LOWER[0] and any(_within(value, other) for other in uppers))
         or (name == UPPER[0] and any(_within(-value, -other) for other in lowers))
     }
-    return _changed(schema, loose) if loose else schema
-
-
-def _check_counts(part: Any) -> None:
-    """Refuse to count names that are not required: one that is written twice is one property."""
-    if isinstance(part, list):
-        for one in part:
-            _check_counts(one)
-    if not isinstance(part, Mapping):
-        return
-    least, required = part.get("minProperties"), part.get("required")
-    named = len(required) if isinstance(required, list) else 0
-    if isinstance(least, (int, float)) and least > max(1, named):
-        raise ValueError(
-            f"keyword 'minProperties' of {least} is supported up to the number of required "
-            f"properties, here {named}"
-        )
-    for name, value in part.items():
-        if name not in VALUES:
-            _check_counts(value)
+    return mapped(schema, lambda part: _changed(part, loose)) if loose else schema
 
 
 def _within(whole: float, other: float) -> bool:
@@ -75,14 +73,8 @@ def _bounds(part: Any) -> Iterator[tuple[str, float]]:
             yield from _bounds(one)
 
 
-def _changed(part: Any, loose: set[tuple[str, float]]) -> Any:
-    if isinstance(part, list):
-        return [_changed(one, loose) for one in part]
-    if not isinstance(part, Mapping):
-        return part
-    found = {
-        name: value if name in VALUES else _changed(value, loose) for name, value in part.items()
-    }
+def _changed(schema: Mapping[str, Any], loose: set[tuple[str, float]]) -> Mapping[str, Any]:
+    found = dict(schema)
     for (exclusive, inclusive), sign, nearest in ((LOWER, 1, max), (UPPER, -1, min)):
         value = found.get(exclusive)
         if isinstance(value, (int, float)) and (exclusive, value) in loose:

@@ -21,9 +21,10 @@ from quire.interfaces.grammar import (
     GrammarStuck,
     GrammarVocabulary,
 )
-from quire_grammar.llguidance.bounds import with_exact_bounds
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
-from quire_grammar.llguidance.tags import TagGrammar, check_no_settings
+from quire_grammar.llguidance.regexes import exact_regex
+from quire_grammar.llguidance.schemas import exact_schema
+from quire_grammar.llguidance.tags import TagGrammar
 from quire_grammar.llguidance.tokens import Tokenizers
 
 # Between JSON's tokens; without an end, a model that likes spaces would never finish.
@@ -69,7 +70,7 @@ class LLGuidanceEngine(GrammarEngine):
     def _to_grammar(self, source: GrammarSource) -> str:
         """Return the source in the library's own form. Raises: ValueError."""
         if source.kind is GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(source.text)
+            return LLMatcher.grammar_from_regex(exact_regex(source.text))
         if source.kind is GrammarKind.LARK:
             return LLMatcher.grammar_from_lark(source.text)
         if source.kind is GrammarKind.GBNF:
@@ -84,8 +85,7 @@ class LLGuidanceEngine(GrammarEngine):
             raise ValueError(f"llguidance does not read {source.kind}")
         text = source.text if source.kind is GrammarKind.JSON_SCHEMA else ANY_OBJECT
         schema = json.loads(text)
-        check_no_settings(schema)
-        exact = with_exact_bounds(schema)
+        exact = exact_schema(schema)
         text = text if exact is schema else json.dumps(exact)
         return LLMatcher.grammar_from_json_schema(text, overrides=JSON_SETTINGS)
 

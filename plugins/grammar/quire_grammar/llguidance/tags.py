@@ -10,11 +10,11 @@ from typing import Any
 from llguidance import LLMatcher
 
 from quire.interfaces.grammar import GrammarKind, GrammarSource, Node
-from quire_grammar.llguidance.bounds import with_exact_bounds
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
+from quire_grammar.llguidance.regexes import exact_regex
+from quire_grammar.llguidance.schemas import OWN_SETTINGS, exact_schema
 
 ANY_TEXT = "/(?s:.*)/"
-OWN_SETTINGS = "x-guidance"
 NOTHING = '""'
 _UNESCAPED = re.compile(r"(\\.)|/|\n", re.DOTALL)
 _ESCAPES = {"/": r"\/", "\n": r"\n"}
@@ -82,16 +82,11 @@ class TagGrammar:
         return f"<[{self._special[text]}]>"
 
     def _json_schema(self, node: Node) -> str:
-        schema = node["json_schema"]
-        if schema is False:
-            raise ValueError("nothing fulfils the schema false")
-        schema = {} if schema is True else dict(schema)
-        check_no_settings(schema)
-        schema = with_exact_bounds(schema)
+        schema = exact_schema(node["json_schema"])
         return self._rule(f"%json {json.dumps(schema | {OWN_SETTINGS: self._json_settings})}")
 
     def _regex(self, node: Node) -> str:
-        return self._terminal(_regex(node["pattern"]))
+        return self._terminal(_regex(exact_regex(node["pattern"])))
 
     def _grammar(self, node: Node) -> str:
         """Return the name of a grammar whose rules are its own."""
@@ -179,12 +174,6 @@ class TagGrammar:
         separator = self._literal(node["separator"])
         many = one if node["stop_after_first"] else f"{one} ({separator} {one})*"
         return self._rule(many if node["at_least_one"] else f"({many})?")
-
-
-def check_no_settings(schema: Any) -> None:
-    """Refuse the library's own settings in a schema, which can loosen the check."""
-    if isinstance(schema, dict) and OWN_SETTINGS in schema:
-        raise ValueError(f"keyword {OWN_SETTINGS!r} is not supported")
 
 
 def _quoted(text: str) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Escapes whose meaning is the same in every dialect; \S leaves out other spaces in each.
-LETTERS = "dDwWsnrtfv"
+# Escapes whose characters are in their class in every dialect; those of \S, \W and \D are not.
+LETTERS = "dwsnrtfv"
 # Above it xgrammar counts in another way, which forgets that it is within a JSON string.
 MAX_COUNT = 128
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
@@ -18,16 +18,18 @@ def exact_regex(pattern: str) -> str:
 
     Raises: ValueError for what it would match more loosely.
     """
-    parts, position, is_in_set = [], 0, False
+    parts, position, is_in_set, is_negated = [], 0, False, False
     while position < len(pattern):
         character = pattern[position]
         length = 1
         if character == "\\":
             length = _escape_length(pattern, position)
+            if is_in_set and is_negated and pattern[position + 1] in "dws":
+                raise ValueError(f"regex escape {pattern[position:][:2]!r} in [^ is not supported")
         elif is_in_set:
             is_in_set = character != "]"
         elif character == "[":
-            is_in_set = True
+            is_in_set, is_negated = True, pattern.startswith("[^", position)
         else:
             _check_mark(pattern, position)
         is_any = character == "." and not is_in_set

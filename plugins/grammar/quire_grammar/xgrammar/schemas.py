@@ -101,6 +101,8 @@ def _check_values(values: Any, kind: Any) -> None:
 def _check_type(schema: dict[str, Any], used: set[str]) -> None:
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
+    if "type" in schema and not (isinstance(kinds, list) and kinds):
+        raise ValueError("keyword 'type' is neither a type nor a list of them")
     rest = used - {"type"}
     if len(kinds) != 1:
         if rest:
@@ -165,7 +167,7 @@ def _check_array(schema: Mapping[str, Any]) -> None:
         prepare_schema(part)
 
 
-def _check_object(schema: Mapping[str, Any]) -> None:
+def _check_object(schema: dict[str, Any]) -> None:
     properties = schema.get("properties", {})
     missing = [name for name in schema.get("required", ()) if name not in properties]
     if missing:
@@ -175,6 +177,9 @@ def _check_object(schema: Mapping[str, Any]) -> None:
         prepare_schema(part)
     if schema.get("additionalProperties") is not False:
         prepare_schema(schema.get("additionalProperties", True))
+    if properties:
+        # Of the names that xgrammar takes out of others, "\\u0061" is none where "a" is listed.
+        schema["additionalProperties"] = False
 
 
 def _table(schema: Mapping[str, Any], name: str) -> list[Any]:

@@ -1,0 +1,142 @@
+"""What a library would check more loosely is rewritten, so that it is not, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from byte_vocabulary import END, byte_vocabulary
+
+pytest.importorskip("llguidance")
+from quire.constraints import GrammarKind, GrammarSource
+from quire.interfaces.grammar import GrammarEngine, GrammarStuck
+from quire_grammar.llguidance.engine import LLGuidanceEngine
+from quire_grammar.llguidance.regexes import exact_pattern, other_than
+from quire_grammar.llguidance.schemas import exact_schema
+
+WHOLE = {"type": "integer"}
+LISTED = {"type": "object", "properties": {"a": WHOLE}, "required": ["a"]}
+
+
+@pytest.fixture(scope="module")
+def llguidance() -> LLGuidanceEngine:
+    return LLGuidanceEngine(byte_vocabulary())
+
+
+def accepted(engine: GrammarEngine, kind: str, form: Any, *texts: str) -> list[str]:
+    text = json.dumps(form) if kind == "json" else form
+    grammar = engine.compile(GrammarSource(kind=GrammarKind(kind), text=text))
+    return [one for one in texts if has(grammar, one)]
+
+
+def has(grammar: Any, text: str) -> bool:
+    matcher = grammar.start()
+    try:
+        for token in [*text.encode(), END]:
+            matcher.accept(token)
+    except GrammarStuck:
+        return False
+    return bool(matcher.is_terminated())
+
+
+@pytest.mark.parametrize("rest", [{}, {"additionalProperties": {"type": "string"}}])
+def test_a_listed_name_with_escapes_is_that_name(engine: GrammarEngine, rest: Any) -> None:
+    written = ['{"a":1}', '{"a":1,"\\u0061":"x"}', '{"\\u0061":"x"}']
+
+    assert accepted(engine, "json", LISTED | rest, *written) == ['{"a":1}']
+
+
+@pytest.mark.parametrize("rest", [{}, {"additionalProperties": {"type": "string"}}])
+def test_further_names_stay_free(llguidance: LLGuidanceEngine, rest: Any) -> None:
+    further = '{"a":1,"":"x","ab":"y","\\n":"z"}'
+
+    assert accepted(llguidance, "json", LISTED | rest, further, '{"a":1,"a":"x"}') == [further]
+
+
+def test_other_names_are_all_but_those() -> None:
+    names = ["", "a", "ab", "b\n", "ac"]
+    pattern = re.compile(re.sub(r"\\x{(\w+)}", lambda m: chr(int(m[1], 16)), other_than(names)))
+
+    others = ["aa", "abc", "b", "b\nb", "\n", "c"]
+    assert [one for one in [*names, *others] if pattern.fullmatch(one)] == others
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allowed"),
+    [
+        (r"^\S$", "é٣-"),
+        (r"^\W$", "\ufeff\x1c\u00a0-"),
+        (r"^\D$", "é\ufeff\x1c\u00a0-"),
+        (r"^[\S]$", "é٣-"),
+        (r"^[^\s]$", "é٣-"),
+        (r"^[^\w]$", "\ufeff\x1c\u00a0-"),
+        (r"^[^\d]$", "é\ufeff\x1c\u00a0-"),
+    ],
+)
+def test_classes_have_what_every_dialect_has(
+    llguidance: LLGuidanceEngine, pattern: str, allowed: str
+) -> None:
+    texts = [json.dumps(one, ensure_ascii=False) for one in "é٣\ufeff\x1c\u00a0-"]
+    schema = {"type": "string", "pattern": pattern}
+
+    assert "".join(map(json.loads, accepted(llguidance, "json", schema, *texts))) == allowed
+
+
+def test_classes_of_a_regex_have_what_python_has(llguidance: LLGuidanceEngine) -> None:
+    marks = "é\u0301\u00b2\x1c"
+    found = {
+        regex: "".join(accepted(llguidance, "regex", regex, *marks))
+        for regex in (r"\w", r"\W", r"\S", r"[^\w]")
+    }
+
+    assert found == {r"\w": "é", r"\W": "\x1c", r"\S": "é\u0301\u00b2", r"[^\w]": "\x1c"}
+
+
+@pytest.mark.parametrize("pattern", [r"^\\S[\]\w][]\s]$", r"\d[^a]\w", "^[a-c]{1,4}$"])
+def test_patterns_without_such_classes_stay_as_they_are(pattern: str) -> None:
+    assert exact_pattern(pattern) == pattern
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"const": 2**53 + 1}, "const"),
+        ({"const": -(2**63)}, "const"),
+        ({"properties": {"const": {"enum": [{"a": [1e19]}]}}}, "enum"),
+        ({"type": "integer", "minimum": 2**53 + 1}, "minimum"),
+        ({"type": "integer", "exclusiveMaximum": 2**54}, "exclusiveMaximum"),
+        ({"properties": {"default": {"minProperties": 2, "required": ["a", "a"]}}}, "minProp"),
+        ({"allOf": [{"minProperties": 2, "required": ["a"]}]}, "minProperties"),
+        ({"patternProperties": {"^a": WHOLE}}, "patternProperties"),
+        ({"properties": {"a" * 257: {}}, "additionalProperties": WHOLE}, "properties"),
+        (False, "false"),
+    ],
+    ids=lambda value: json.dumps(value)[:50],
+)
+def test_what_would_be_loosened_is_refused_by_its_keyword(schema: Any, keyword: str) -> None:
+    with pytest.raises(ValueError, match=keyword):
+        exact_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "required": ["a", "b"], "minProperties": 2},
+        {"type": "object", "minProperties": 1, "properties": {}},
+        {"enum": [2**53, {"const": -1.5}], "default": {"const": 2**60}},
+        {"type": "integer", "minimum": -(2**53), "maximum": 2**63 - 1},
+        {"properties": {"$ref": WHOLE, "pattern": WHOLE}, "additionalProperties": False},
+    ],
+    ids=lambda value: json.dumps(value)[:50],
+)
+def test_what_is_kept_stays_as_it_is(schema: Any) -> None:
+    assert exact_schema(schema) is schema
+
+
+def test_references_with_other_characters_are_followed(llguidance: LLGuidanceEngine) -> None:
+    schema = {"$ref": "#/$defs/größe 1", "$defs": {"größe 1": WHOLE}}
+
+    assert accepted(llguidance, "json", schema, "1", '"a"') == ["1"]
+    assert accepted(llguidance, "json", True, "1", '"a"') == ["1", '"a"']
