@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, field, frozen
 
 from quire.errors import RequestError
+from quire.text.json_files import shorten
 
 if TYPE_CHECKING:
     from quire.request import Logprob
@@ -20,7 +20,7 @@ EarlyStopping = bool | Literal["never"]
 
 
 def _refuse(name: str, value: object, allowed: str) -> RequestError:
-    return RequestError(f"{name} is {repr(value)[:60]}; allowed: {allowed}.", parameter=name)
+    return RequestError(f"{name} is {shorten(value, 60)}; allowed: {allowed}.", parameter=name)
 
 
 def _width(_instance: object, attribute: Any, value: Any) -> None:
@@ -30,8 +30,7 @@ def _width(_instance: object, attribute: Any, value: Any) -> None:
 
 def _penalty(_instance: object, attribute: Any, value: Any) -> None:
     bound = MAX_LENGTH_PENALTY
-    is_real = type(value) in (int, float) and math.isfinite(value)
-    if not is_real or not -bound <= value <= bound:
+    if type(value) not in (int, float) or not -bound <= value <= bound:
         raise _refuse(attribute.name, value, f"numbers from {-bound:g} to {bound:g}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +37,7 @@ class FinishReason(enum.StrEnum):
 def _number(low: float, high: float, allowed: str, *, low_open: bool = False) -> Any:
     def check(_instance: object, attribute: Any, value: Any) -> None:
         real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not real or not math.isfinite(value):
-            raise _fail(attribute.name, value, allowed)
-        if value > high or value < low or (low_open and value == low):
+        if not real or not low <= value <= high or (low_open and value == low):
             raise _fail(attribute.name, value, allowed)
 
     return check

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quire.errors import RequestError
+from quire.text.json_files import shorten
 
 MAX_LOGIT_BIAS = 2**18
 MAX_TOKEN_IDS = 2**18
@@ -16,8 +17,7 @@ MAX_BAD_WORD_TOKENS = 64
 
 def fail(name: str, value: object, allowed: str) -> RequestError:
     """Return the error of a field: its name, a short form of the value, what is allowed."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = shorten(value, 60)
     return RequestError(f"{name} is {shown}; allowed: {allowed}.", parameter=name)
 
 

@@ -20,6 +20,8 @@ from quire.errors import RequestError
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 10**400),
+        pytest.param("n", 10**5000, id="n-huge"),
         ("temperature", True),
         ("top_p", 0),
         ("top_p", 1.1),

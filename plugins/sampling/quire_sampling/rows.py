@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +27,7 @@ class Number:
     def check(self, name: str, value: Any) -> None:
         """Raise RequestError for anything else."""
         kinds = (int,) if self.is_whole else (int, float)
-        is_number = type(value) in kinds and math.isfinite(value)
-        if not is_number or not self.low <= value <= self.high:
+        if type(value) not in kinds or not self.low <= value <= self.high:
             kind = "whole numbers" if self.is_whole else "numbers"
             raise refuse(name, value, f"{kind} from {self.low:g} to {self.high:g}")
 
