@@ -111,6 +111,7 @@ def test_patterns_without_such_classes_stay_as_they_are(pattern: str) -> None:
         ({"allOf": [{"minProperties": 2, "required": ["a"]}]}, "minProperties"),
         ({"patternProperties": {"^a": WHOLE}}, "patternProperties"),
         ({"properties": {"a" * 257: {}}, "additionalProperties": WHOLE}, "properties"),
+        ({"pattern": "a\\"}, "backslash"),
         (False, "false"),
     ],
     ids=lambda value: json.dumps(value)[:50],

@@ -65,6 +65,8 @@ def _rewritten(pattern: str, narrow: dict[str, str]) -> str:
     position = 0
     while position < len(pattern):
         part = pattern[position : position + (2 if pattern[position] == "\\" else 1)]
+        if part == "\\":
+            raise ValueError("regex ends in a backslash that escapes nothing")
         if part == "[":
             is_negated.append(pattern.startswith("[^", position))
             if is_negated[-1]:
