@@ -52,11 +52,13 @@ class Case:
     length_penalty: float
     early_stopping: Any
     ends: list[int]
+    min_tokens: int = 0
 
     def params(self) -> SamplingParams:
         return SamplingParams(
             n=self.width,
             max_tokens=NUM_NEW,
+            min_tokens=self.min_tokens,
             ignore_eos=True,
             stop_token_ids=self.ends,
             logprobs=0,
@@ -98,6 +100,8 @@ def generate(oracle: PreTrainedModel, case: Case, max_tokens: int = NUM_NEW) -> 
     options: dict[str, Any] = {}
     if case.width > 1:
         options = {"length_penalty": case.length_penalty, "early_stopping": case.early_stopping}
+    if case.min_tokens:
+        options["min_new_tokens"] = case.min_tokens
     found = oracle.generate(
         given,
         attention_mask=torch.ones_like(given),
@@ -135,7 +139,8 @@ def make_cases() -> list[Case]:
         ids = torch.randperm(VOCAB, generator=generator).tolist()
         count = NUM_ENDS[(number + number // 3) % 3]
         ends = sorted(ids[VOCAB - count :])
-        cases.append(Case(ids[:length], width, penalty, stopping, ends))
+        least = (0, 0, 1, 4)[number % 4] if width > 1 else 0
+        cases.append(Case(ids[:length], width, penalty, stopping, ends, least))
     return cases
 
 

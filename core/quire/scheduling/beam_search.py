@@ -122,7 +122,7 @@ class BeamSearch:
         return self._assign(going) if self._can_improve(going[0].logprob) else []
 
     def _candidates(self, results: Items[TokenLogprobs]) -> list[_Candidate]:
-        may_stop = self.num_generated >= self._min_tokens
+        may_stop = self.num_generated > self._min_tokens
         found = [
             _Candidate(beam.logprob + logprob, slot, token_id, rank, result)
             for slot, (beam, result) in enumerate(zip(self._beams, results, strict=True))

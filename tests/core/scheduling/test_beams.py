@@ -62,7 +62,7 @@ def search_alone(request: Request, windows: Items[int | None]) -> Found:
             (so_far + more, [*tokens, token_id])
             for so_far, tokens in beams
             for token_id, more in enumerate(logprobs_of(reads_after(request, tokens, windows)))
-            if length >= request.params.min_tokens or token_id not in request.stop_token_ids
+            if length > request.params.min_tokens or token_id not in request.stop_token_ids
         ]
         found.sort(reverse=True)
         ends = [f for f in found[:width] if f[1][-1] in request.stop_token_ids or length == longest]
