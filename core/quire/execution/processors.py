@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from quire.errors import PluginError
 from quire.execution.batch_builder import BuiltBatch
 from quire.interfaces.attention import BatchLimits
 from quire.interfaces.sampling import LogitsProcessor, LogitsState
 from quire.scheduling.output import AddedSequence, SchedulerOutput
+
+
+@contextlib.contextmanager
+def _named(processor: LogitsProcessor) -> Iterator[None]:
+    """Say whose failure it is. Raises: PluginError."""
+    try:
+        yield
+    except Exception as error:
+        raise PluginError(
+            f"logits processor {processor.name!r} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 class ProcessorChain:
@@ -45,7 +58,8 @@ class ProcessorChain:
             if row is not None:
                 self._host_tokens.pop(row, None)
                 for processor in self._processors:
-                    processor.remove_row(row)
+                    with _named(processor):
+                        processor.remove_row(row)
 
     def add(self, added: AddedSequence) -> None:
         """Begin to serve a row."""
@@ -58,7 +72,8 @@ class ProcessorChain:
         if self.needs_host_tokens:
             self._host_tokens[row] = list(added.token_ids)
         for processor in self._processors:
-            processor.add_row(row, added.params.extra_args.get(processor.name), added.params)
+            with _named(processor):
+                processor.add_row(row, added.params.extra_args.get(processor.name), added.params)
 
     def apply(self, logits: Tensor, built: BuiltBatch, rows: Tensor) -> Tensor:
         """Return the logits after all processors."""
@@ -71,7 +86,15 @@ class ProcessorChain:
             host_token_ids=self._host_tokens,
         )
         for processor in self._processors:
-            logits = processor.apply(logits, state)
+            with _named(processor):
+                found = processor.apply(logits, state)
+            if not isinstance(found, Tensor) or found.shape != logits.shape:
+                got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise PluginError(
+                    f"logits processor {processor.name!r} returned {got}; it has to return "
+                    f"logits {list(logits.shape)}."
+                )
+            logits = found
         return logits
 
     def append(self, rows: Tensor, token_ids: Tensor) -> None:

@@ -11,6 +11,7 @@ from naive_batch import NaiveSequence, added
 from torch import Tensor
 from toy_model import VOCAB
 
+from quire.errors import PluginError
 from quire.execution.batch_builder import BuiltBatch
 from quire.execution.processors import ProcessorChain
 from quire.interfaces.attention import BatchLimits
@@ -189,3 +190,31 @@ def test_prompt_length_is_told_apart_from_what_was_generated(length: int) -> Non
     chain.apply(torch.zeros(1, VOCAB), built([0]), ints([0]))
 
     assert seen == [2, length]
+
+
+@pytest.mark.parametrize(("returned", "message"), [(None, "NoneType"), (torch.ones(2), r"\[2\]")])
+def test_what_is_returned_has_to_be_the_logits(returned: Any, message: str) -> None:
+    class Returns(Recorder):
+        def apply(self, logits: Tensor, state: LogitsState) -> Any:
+            return returned
+
+    chain, _ = make_chain(Returns)
+
+    with pytest.raises(PluginError, match=f"'recorder' returned {message}"):
+        chain.apply(torch.zeros(1, VOCAB), built([1]), ints([1]))
+
+
+def test_failures_name_the_processor() -> None:
+    class Fails(Recorder):
+        def add_row(self, row: int, arguments: Any, params: SamplingParams) -> None:
+            raise KeyError("x")
+
+        def apply(self, logits: Tensor, state: LogitsState) -> Tensor:
+            raise RuntimeError("boom")
+
+    chain, _ = make_chain(Fails)
+
+    with pytest.raises(PluginError, match="'recorder' failed: RuntimeError: boom"):
+        chain.apply(torch.zeros(1, VOCAB), built([1]), ints([1]))
+    with pytest.raises(PluginError, match="'recorder' failed: KeyError"):
+        chain.add(sequence(1, [5, 6]))
