@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,17 @@ def compiled(engine: XGrammarEngine, schema: Any) -> CompiledGrammar:
 
 
 def has(grammar: CompiledGrammar, answer: str) -> bool:
+    return takes(grammar, [*answer.encode(), END])
+
+
+def takes(grammar: CompiledGrammar, tokens: Iterable[int]) -> bool:
     matcher = grammar.start()
     try:
-        for token in [*answer.encode(), END]:
+        for token in tokens:
             matcher.accept(token)
     except GrammarStuck:
         return False
-    return matcher.is_terminated()
+    return True
 
 
 def walk(grammar: CompiledGrammar, seed: int, mask: NDArray[np.int32]) -> str | None:
@@ -126,6 +132,12 @@ def test_answers_of_drawn_schemas_fulfil_them_or_are_refused(
         ({"type": "string", "pattern": "a^b"}, "anchor"),
         ({"type": "string", "pattern": "\\bword"}, "escape"),
         ({"type": "string", "pattern": "^\\W$"}, "escape"),
+        ({"type": "string", "pattern": '^a"$'}, "JSON escapes"),
+        ({"type": "string", "pattern": "^\\n$"}, "JSON escapes"),
+        ({"type": "string", "pattern": "^[\\\\]$"}, "no character"),
+        ({"type": "string", "pattern": "^[]a]$"}, "without characters"),
+        ({"type": "string", "pattern": "^[a"}, "does not end"),
+        ({"type": "string", "pattern": "^[z-a]$"}, "range"),
         ({"type": "string", "pattern": "^[^\\w]$"}, "escape"),
         ({"type": []}, "type"),
         ({"type": 5}, "type"),
@@ -151,6 +163,37 @@ def test_what_would_be_loosened_is_refused_by_its_keyword(
 ) -> None:
     with pytest.raises(ValueError, match=keyword):
         compiled(engine, schema)
+
+
+def test_sets_of_a_pattern_are_those_of_the_pattern(engine: XGrammarEngine) -> None:
+    patterns = ["[ -~]", "[^a-c]", "[\\x21\\]-]", "\\S", "[\\s\\d]", "[^\\s]", "."]
+    texts = [chr(code) for code in (*range(0x80), 0xA0, 0xE9, 0x2028, 0x2003, 0xFFFD, 0x1F600)]
+    for pattern in patterns:
+        grammar = compiled(engine, {"type": "string", "pattern": f"^{pattern}$"})
+        found = {one for one in texts if has(grammar, f'"{one}"')}
+        plain = {one for one in texts if ord(one) > 0x1F and one not in '"\\\u2028'}
+
+        assert found & plain == {one for one in plain if re.match(pattern, one)}
+        assert all(json.loads(f'"{one}"') == one and re.match(pattern, one) for one in found)
+
+
+@pytest.mark.parametrize("text", [b"\xed\xb2\xa2", b"\xe0\x9f\xa6", b"\xf0\x8c\xbc\xa3"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        GrammarSource(kind=GrammarKind.REGEX, text="[^a]"),
+        GrammarSource(kind=GrammarKind.REGEX, text="."),
+        GrammarSource(kind=GrammarKind.GBNF, text="root ::= [^a]"),
+        GrammarSource(kind=GrammarKind.GBNF, text="root ::= ."),
+        GrammarSource(kind=GrammarKind.GBNF, text="root ::= [\\u0000-\\uffff]"),
+    ],
+    ids=lambda value: str(value)[-24:],
+)
+def test_characters_are_utf8(engine: XGrammarEngine, source: GrammarSource, text: bytes) -> None:
+    grammar = engine.compile(source)
+
+    assert has(grammar, "\ud7ff")
+    assert not takes(grammar, text)
 
 
 def test_a_dot_matches_no_line_end(engine: XGrammarEngine) -> None:

@@ -15,6 +15,7 @@ from quire.interfaces.gbnf import (
     never_ending,
     read_gbnf,
 )
+from quire_grammar.xgrammar.character_sets import without
 
 
 def gbnf_to_ebnf(text: str) -> str:
@@ -45,12 +46,11 @@ def _part(part: Part, names: Mapping[str, str]) -> str:
 
 
 def _characters(part: Characters) -> str:
-    if not part.ranges:
-        if part.is_negated:
-            return r"[\x00-\U0010ffff]"
+    others = without(part.ranges)
+    ranges = others if part.is_negated else without(others)
+    if not ranges:
         raise ValueError("characters without any, [], are not supported by xgrammar")
-    ranges = "".join(f"{_escaped(chr(low))}-{_escaped(chr(high))}" for low, high in part.ranges)
-    return f"[{'^' * part.is_negated}{ranges}]"
+    return f"[{''.join(f'{_escaped(chr(low))}-{_escaped(chr(high))}' for low, high in ranges)}]"
 
 
 def _escaped(character: str) -> str:

@@ -4,38 +4,47 @@ from __future__ import annotations
 
 import re
 
-# Escapes whose characters are in their class in every dialect; those of \S, \W and \D are not.
-LETTERS = "dwsnrtfv"
+from quire_grammar.xgrammar import character_sets as sets
+
 # Above it xgrammar counts in another way, which forgets that it is within a JSON string.
 MAX_COUNT = 128
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
-NO_LINE_END = r"[^\n\r\u2028\u2029]"  # what a dot means; xgrammar's matches line ends too
-_HEX = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})")
+NO_LINE_END = sets.without([(ord(one), ord(one)) for one in sets.LINE_ENDS])
+MARKS = "()|*+?{}^$"
 
 
-def exact_regex(pattern: str) -> str:
+def exact_regex(pattern: str, *, in_json: bool = False) -> str:
     """Return a regex that xgrammar matches as this one is meant, or more narrowly.
 
+    With `in_json` it is the pattern of a JSON string, in which nothing is escaped.
     Raises: ValueError for what it would match more loosely.
     """
-    parts, position, is_in_set, is_negated = [], 0, False, False
+    parts, position = [], 0
     while position < len(pattern):
-        character = pattern[position]
-        length = 1
-        if character == "\\":
-            length = _escape_length(pattern, position)
-            if is_in_set and is_negated and pattern[position + 1] in "dws":
-                raise ValueError(f"regex escape {pattern[position:][:2]!r} in [^ is not supported")
-        elif is_in_set:
-            is_in_set = character != "]"
-        elif character == "[":
-            is_in_set, is_negated = True, pattern.startswith("[^", position)
-        else:
-            _check_mark(pattern, position)
-        is_any = character == "." and not is_in_set
-        parts.append(NO_LINE_END if is_any else pattern[position : position + length])
+        part, length = _part(pattern, position, in_json=in_json)
+        parts.append(part)
         position += length
     return "".join(parts)
+
+
+def _part(pattern: str, position: int, *, in_json: bool) -> tuple[str, int]:
+    """Return what stands at a position, as xgrammar reads it, and its length."""
+    character, length = pattern[position], 1
+    if character == "[":
+        ranges, end = sets.read_set(pattern, position)
+        return sets.written(ranges, in_json=in_json), end - position
+    if character == ".":
+        return sets.written(NO_LINE_END, in_json=in_json), 1
+    if character in MARKS:
+        _check_mark(pattern, position)
+        return character, 1
+    if character == "\\":
+        character, length = sets.read_escape(pattern, position)
+    if len(character) > 1:
+        return sets.written(sets.ranges_of(character), in_json=in_json), length
+    if in_json and any(low <= ord(character) <= high for low, high in sets.ESCAPED):
+        raise ValueError(f"regex character {character!r}, which JSON escapes, is not supported")
+    return pattern[position : position + length], length
 
 
 def _check_mark(pattern: str, position: int) -> None:
@@ -55,13 +64,3 @@ def _check_count(pattern: str, position: int) -> None:
         raise ValueError("regex brace that begins no count is not supported; escape it")
     if any(int(number or 0) > MAX_COUNT for number in found.groups()):
         raise ValueError(f"regex count {found[0]!r} is not supported; allowed: up to {MAX_COUNT}")
-
-
-def _escape_length(pattern: str, position: int) -> int:
-    found = _HEX.match(pattern, position)
-    if found is not None:
-        return len(found[0])
-    character = pattern[position + 1 : position + 2]
-    if not character or (character.isalnum() and character not in LETTERS):
-        raise ValueError(f"regex escape '\\{character}' is not supported")
-    return 2

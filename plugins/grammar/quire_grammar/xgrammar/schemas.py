@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from quire_grammar.xgrammar.character_sets import without, written
 from quire_grammar.xgrammar.regexes import MAX_COUNT, exact_regex
 
 NOTES = frozenset(
@@ -40,7 +41,8 @@ OF_TYPE: dict[str, tuple[str, ...]] = {
     "array": ("items", "prefixItems", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties"),
 }
-ANY = r"[\w\W]"  # any character
+# Any character that a string has without an escape.
+ANY = written(without(()), in_json=True)
 MAX_LENGTH = MAX_COUNT * MAX_COUNT
 FORMATS = ("uuid",)
 # Each alone decides what a value may be.
@@ -124,7 +126,7 @@ def _check_type(schema: dict[str, Any], used: set[str]) -> None:
 
 def _check_string(schema: dict[str, Any]) -> None:
     if "pattern" in schema:
-        schema["pattern"] = exact_regex(schema["pattern"])
+        schema["pattern"] = exact_regex(schema["pattern"], in_json=True)
     kind = schema.get("format")
     if kind is not None and kind not in FORMATS:
         raise ValueError(f"keyword 'format': {str(kind)[:40]!r} is not enforced by xgrammar")
