@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, field, frozen
 
-from quire.errors import RequestError
-from quire.text.json_files import shorten
+from quire.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from quire.request import Logprob
@@ -20,7 +19,7 @@ EarlyStopping = bool | Literal["never"]
 
 
 def _refuse(name: str, value: object, allowed: str) -> RequestError:
-    return RequestError(f"{name} is {shorten(value, 60)}; allowed: {allowed}.", parameter=name)
+    return RequestError(f"{name} is {shown(value)}; allowed: {allowed}.", parameter=name)
 
 
 def _width(_instance: object, attribute: Any, value: Any) -> None:

@@ -15,6 +15,15 @@ Each message says what was given, what is allowed and what to do, in one line.
 """
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """Return a value's `repr` for a message, cut to `limit` characters."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  of a whole number of more than 4,300 digits, for one
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class QuireError(Exception):
     """Root of the tree. `exit_code` is what a command ends with."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quire.errors import RequestError
-from quire.text.json_files import shorten
+from quire.errors import RequestError, shown
 
 MAX_LOGIT_BIAS = 2**18
 MAX_TOKEN_IDS = 2**18
@@ -17,8 +16,7 @@ MAX_BAD_WORD_TOKENS = 64
 
 def fail(name: str, value: object, allowed: str) -> RequestError:
     """Return the error of a field: its name, a short form of the value, what is allowed."""
-    shown = shorten(value, 60)
-    return RequestError(f"{name} is {shown}; allowed: {allowed}.", parameter=name)
+    return RequestError(f"{name} is {shown(value)}; allowed: {allowed}.", parameter=name)
 
 
 def to_optional_tuple(value: Any) -> Any:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from quire.errors import RequestError
+from quire.errors import RequestError, shown
 
 Fail = Callable[[str], RequestError]
 Node = dict[str, Any]
@@ -64,13 +64,13 @@ def read_structural_tag(given: Any, fail: Fail) -> Node:
     fields = {key: value for key, value in given.items() if value is not None}
     kind = fields.pop("type", "structural_tag")
     if kind != "structural_tag":
-        raise fail(f"has a structural tag of type {_shown(kind)}; allowed: structural_tag")
+        raise fail(f"has a structural tag of type {shown(kind)}; allowed: structural_tag")
     if set(fields) == {"format"}:
         node = fields["format"]
     elif set(fields) == {"structures", "triggers"}:
         node = _from_structures(fields["structures"], fields["triggers"], fail)
     else:
-        names = ", ".join(map(_shown, fields)) or "nothing"
+        names = ", ".join(map(shown, fields)) or "nothing"
         allowed = "allowed: structures and triggers, or format alone"
         raise fail(f"has a structural tag with {names}; {allowed}")
     tree = _Reader(fail).node(node, 0)
@@ -125,13 +125,13 @@ class _Reader:
             raise self._fail(f"nests formats deeper than allowed: up to {MAX_NESTING} levels")
         kind = given.get("type") if isinstance(given, Mapping) else None
         if not isinstance(kind, str) or kind not in FIELDS:
-            what = "no object" if not isinstance(given, Mapping) else f"of type {_shown(kind)}"
+            what = "no object" if not isinstance(given, Mapping) else f"of type {shown(kind)}"
             raise self._fail(f"has a format that is {what}; allowed: {', '.join(FIELDS)}")
         known, node = FIELDS[kind], {"type": kind}
         for key, value in given.items():
             if key not in known and key != "type" and not _says_nothing(key, value):
                 allowed = f"allowed: {', '.join(known)}"
-                raise self._fail(f"has {_shown(key)} in a format of type {kind}; {allowed}")
+                raise self._fail(f"has {shown(key)} in a format of type {kind}; {allowed}")
         for key, what in known.items():
             value = given.get(key, DEFAULTS.get(key))
             node[key] = getattr(self, f"_{what}")(value, f"{kind}.{key}", depth)
@@ -148,7 +148,7 @@ class _Reader:
         is_mark = isinstance(value, str) and "\0" not in value
         if not is_mark or (len(value) > MAX_MARK_CHARS and where not in LONG_TEXTS):
             allowed = f"up to {MAX_MARK_CHARS} characters, none of them NUL"
-            raise self._fail(f"has a {where} that is {_shown(value)}; allowed: a text of {allowed}")
+            raise self._fail(f"has a {where} that is {shown(value)}; allowed: a text of {allowed}")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -168,7 +168,7 @@ class _Reader:
 
     def _flag(self, value: Any, where: str, depth: int) -> bool:
         if not isinstance(value, bool):
-            raise self._fail(f"has a {where} that is {_shown(value)}; allowed: true or false")
+            raise self._fail(f"has a {where} that is {shown(value)}; allowed: true or false")
         return value
 
     def _schema(self, value: Any, where: str, depth: int) -> Any:
@@ -208,12 +208,12 @@ class _Reader:
             found = [trigger for trigger in triggers if begin.startswith(trigger)]
             if len(found) != 1:
                 raise self._fail(
-                    f"has a tag that begins with {_shown(begin)}, which {len(found)} of the "
+                    f"has a tag that begins with {shown(begin)}, which {len(found)} of the "
                     "triggers begin; allowed: exactly one"
                 )
         for trigger in triggers:
             if not any(begin.startswith(trigger) for begin in begins):
-                raise self._fail(f"has the trigger {_shown(trigger)}, with which no tag begins")
+                raise self._fail(f"has the trigger {shown(trigger)}, with which no tag begins")
 
 
 def _check_places(node: Node, fail: Fail, *, is_last: bool) -> None:
@@ -245,8 +245,3 @@ def _check_places(node: Node, fail: Fail, *, is_last: bool) -> None:
 def _says_nothing(key: Any, value: Any) -> bool:
     """Whether a key that is not known asks for nothing: absent, off, or the only style."""
     return value in (None, False, []) or PLAIN_STYLE.get(key) == value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -56,10 +56,13 @@ class ProcessorChain:
         for sequence_id in (*output.finished, *output.preempted):
             row = row_of.get(sequence_id)
             if row is not None:
-                self._host_tokens.pop(row, None)
-                for processor in self._processors:
-                    with _named(processor):
-                        processor.remove_row(row)
+                self._remove_row(row)
+
+    def _remove_row(self, row: int) -> None:
+        self._host_tokens.pop(row, None)
+        for processor in self._processors:
+            with _named(processor):
+                processor.remove_row(row)
 
     def add(self, added: AddedSequence) -> None:
         """Begin to serve a row."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, shown
 
 MAX_SHOWN = 80
 MAX_JSON_BYTES = 256 * 2**20
@@ -15,11 +15,7 @@ MAX_JSON_BYTES = 256 * 2**20
 def shorten(value: object, limit: int = MAX_SHOWN) -> str:
     """Return `repr(value)` cut to `limit` characters, on one line."""
     part = value[: 2 * limit] if isinstance(value, (str, bytes, list, tuple)) else value
-    try:
-        text = repr(part)
-    except Exception:  # noqa: BLE001  of a whole number of more than 4,300 digits, for one
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return shown(part, limit)
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from quire.config import nearest
-from quire.errors import RequestError
+from quire.errors import RequestError, shown
 
 ROWS_AT_ONCE = 32
 
@@ -34,9 +34,7 @@ class Number:
 
 def refuse(name: str, value: Any, allowed: str) -> RequestError:
     """Return the error of an argument."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return RequestError(f"{name} is {shown}; allowed: {allowed}.", parameter="extra_args")
+    return RequestError(f"{name} is {shown(value)}; allowed: {allowed}.", parameter="extra_args")
 
 
 def numbers_of(
@@ -54,9 +52,9 @@ def numbers_of(
     for name in given:
         if name not in names:
             hint = nearest(str(name)[:60], names)
-            shown = str(name)[:60]
+            unknown = str(name)[:60]
             raise RequestError(
-                f"{processor} has no argument {shown!r}.{hint} It has {', '.join(names)}.",
+                f"{processor} has no argument {unknown!r}.{hint} It has {', '.join(names)}.",
                 parameter="extra_args",
             )
     for name, number in known.items():
