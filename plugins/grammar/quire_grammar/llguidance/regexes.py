@@ -15,8 +15,9 @@ WIDE = {
     "w": r"\p{L}\p{N}\p{M}\p{Pc}\x{200c}\x{200d}",
     "d": r"\p{Nd}",
 }
-# Of regexes by themselves `\w` has marks, which Python's has not.
-NARROW_WORD = r"[\p{L}\p{Nd}_]"
+# Of regexes by themselves `\w` has marks, which Python's has not, and `\d` digits that are newer
+# than a Python's Unicode.
+NARROW = {"w": r"[\p{L}0-9_]", "d": "[0-9]"}
 
 ANY_NAME = "(?s)^"
 MAX_NAME = 256
@@ -56,7 +57,7 @@ def exact_pattern(pattern: str) -> str:
 
 def exact_regex(pattern: str) -> str:
     """Return a regex whose classes have what they have in every dialect."""
-    return _rewritten(pattern, {"w": NARROW_WORD})
+    return _rewritten(pattern, NARROW)
 
 
 def _rewritten(pattern: str, narrow: dict[str, str]) -> str:
