@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("llguidance")
 from quire.constraints import GrammarKind, GrammarSource
 from quire.interfaces.grammar import GrammarEngine, GrammarStuck
 from quire_grammar.llguidance.engine import LLGuidanceEngine
+from quire_grammar.llguidance.formats import FORMATS
 from quire_grammar.llguidance.regexes import exact_pattern, other_than
 from quire_grammar.llguidance.schemas import exact_schema
 
@@ -141,3 +143,34 @@ def test_references_with_other_characters_are_followed(llguidance: LLGuidanceEng
 
     assert accepted(llguidance, "json", schema, "1", '"a"') == ["1"]
     assert accepted(llguidance, "json", True, "1", '"a"') == ["1", '"a"']
+
+
+def test_dates_are_those_of_the_calendar() -> None:
+    pattern = re.compile(FORMATS["date"])
+    days = [f"2023-{month:02}-{day:02}" for month in range(14) for day in range(33)]
+    ends_of_february = [f"{year:04}-02-{day}" for year in range(10_000) for day in (28, 29, 30)]
+
+    wrong = [
+        text for text in (*days, *ends_of_february) if bool(pattern.match(text)) != is_date(text)
+    ]
+    assert wrong == []
+
+
+def is_date(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("also", [{}, {"pattern": "29"}, {"pattern": "29", "allOf": [{}]}])
+def test_formats_of_time_are_kept(llguidance: LLGuidanceEngine, also: Any) -> None:
+    written = {
+        "date": ['"2024-02-29"', '"2023-02-29"', '"0000-01-29"'],
+        "time": ['"12:29:00.5+01:00"', '"12:29:60Z"', '"12:29:00"'],
+        "date-time": ['"2024-02-29T12:00:00Z"', '"2023-02-29T12:00:00Z"'],
+    }
+    for form, texts in written.items():
+        schema = {"type": "string", "format": form, **also}
+
+        assert accepted(llguidance, "json", schema, *texts) == texts[:1]

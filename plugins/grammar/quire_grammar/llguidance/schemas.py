@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from quire_grammar.llguidance.bounds import LARGEST, LOWER, UPPER, mapped, with_exact_bounds
+from quire_grammar.llguidance.formats import FORMATS
 from quire_grammar.llguidance.regexes import ANY_NAME, exact_pattern, other_than
 
 OWN_SETTINGS = "x-guidance"
@@ -43,7 +44,13 @@ def _exact(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(reference, str):
         changed["$ref"] = quote(reference, safe=URI_MARKS)
     changed |= _without_escaped_names(schema)
-    return {**schema, **changed} if changed else schema
+    found = {**schema, **changed}
+    form = schema.get("format")
+    if isinstance(form, str) and form in FORMATS:
+        del found["format"]
+        both = [*found.get("allOf", ()), {"pattern": FORMATS[form]}]
+        found |= {"allOf": both} if pattern else both[-1]
+    return found
 
 
 def _without_escaped_names(schema: Mapping[str, Any]) -> dict[str, Any]:
