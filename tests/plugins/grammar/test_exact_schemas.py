@@ -65,6 +65,19 @@ def test_other_names_are_all_but_those() -> None:
     assert [one for one in [*names, *others] if pattern.fullmatch(one)] == others
 
 
+def test_names_beside_patterns_with_a_prefix_are_free(llguidance: LLGuidanceEngine) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": WHOLE, "x-a": {"type": ["integer", "boolean"]}},
+        "patternProperties": {"^x-": {"type": ["boolean", "null"]}},
+        "additionalProperties": {"type": "string"},
+    }
+    kept = ['{"a":1,"x-a":true,"x-":null,"x":"b"}', '{"xx-":"","a-":""}']
+    wrong = ['{"x-b":"b"}', '{"x-a":1}', '{"x-a":null}', '{"a":"b"}', '{"\\u0078-":""}', '{"b":1}']
+
+    assert accepted(llguidance, "json", schema, *kept, *wrong) == kept
+
+
 @pytest.mark.parametrize(
     ("pattern", "allowed"),
     [
@@ -111,7 +124,7 @@ def test_patterns_without_such_classes_stay_as_they_are(pattern: str) -> None:
         ({"type": "integer", "exclusiveMaximum": 2**54}, "exclusiveMaximum"),
         ({"properties": {"default": {"minProperties": 2, "required": ["a", "a"]}}}, "minProp"),
         ({"allOf": [{"minProperties": 2, "required": ["a"]}]}, "minProperties"),
-        ({"patternProperties": {"^a": WHOLE}}, "patternProperties"),
+        ({"patternProperties": {"a$": WHOLE}}, "patternProperties"),
         ({"properties": {"a" * 257: {}}, "additionalProperties": WHOLE}, "properties"),
         ({"pattern": "a\\"}, "backslash"),
         (False, "false"),

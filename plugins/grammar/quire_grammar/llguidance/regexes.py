@@ -23,25 +23,30 @@ ANY_NAME = "(?s)^"
 MAX_NAME = 256
 
 
-def other_than(names: Iterable[str]) -> str:
-    """Return a pattern of every text but some. Raises: ValueError for a long one."""
-    known = sorted(set(names))
+def other_than(names: Iterable[str], prefixes: Iterable[str] = ()) -> str:
+    """Return a pattern of every text but some, and but those that begin with a prefix.
+
+    Raises: ValueError for a long one.
+    """
+    begins = tuple(prefixes)
+    known = sorted({name for name in names if not name.startswith(begins)} | set(begins))
     if any(len(name) > MAX_NAME for name in known):
         raise ValueError(f"keyword 'properties' with a name of more than {MAX_NAME} characters")
-    return f"^{_other_than(known)}$"
+    return f"^{_other_than(known, begins, '')}$"
 
 
-def _other_than(ends: list[str]) -> str:
-    """Return what is none of some sorted ends, which differ."""
+def _other_than(ends: list[str], prefixes: tuple[str, ...], before: str) -> str:
+    """Return what, behind some text, is none of some sorted ends, which differ."""
     is_end = ends[:1] == [""]
     ends = ends[is_end:]
     if not ends:
         return "(?s:.+)" if is_end else "(?s:.*)"
     firsts = sorted({end[0] for end in ends})
-    inner = [
-        _literal(first) + _other_than([end[1:] for end in ends if end[0] == first])
-        for first in firsts
-    ]
+    inner = []
+    for first in firsts:
+        if not (before + first).startswith(prefixes):
+            own = [end[1:] for end in ends if end[0] == first]
+            inner.append(_literal(first) + _other_than(own, prefixes, before + first))
     others = f"[^{''.join(map(_literal, firsts))}](?s:.*)"
     return f"(?:{'|'.join([*inner, others])}){'' if is_end else '?'}"
 

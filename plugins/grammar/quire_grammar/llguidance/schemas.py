@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ OWN_SETTINGS = "x-guidance"
 # The library reads numbers as floats of 64 bits, which do not tell whole ones above it apart.
 LARGEST_EXACT = 2**53
 # What a pointer in a URI may have beside letters and digits.
+PREFIX = re.compile(r"\^([\w -]+)", re.ASCII)  # a pattern whose complement is known
 URI_MARKS = "/?:@!$&'()*+,;=%#[]~-._"
 
 
@@ -60,14 +62,26 @@ def _without_escaped_names(schema: Mapping[str, Any]) -> dict[str, Any]:
     further names come of a pattern: of those none is written so.
     """
     rest, names = schema.get("additionalProperties", True), schema.get("properties")
-    if rest is False:
+    patterns = schema.get("patternProperties") or {}
+    if rest is False or not (names or patterns):
         return {}
-    if schema.get("patternProperties"):
-        raise ValueError("keyword 'patternProperties' is kept beside additionalProperties false")
-    if not names or not isinstance(names, Mapping):
-        return {}
-    pattern = ANY_NAME if rest in (True, {}) else other_than(names)
-    return {"patternProperties": {pattern: rest}, "additionalProperties": False}
+    if not isinstance(names or {}, Mapping) or not isinstance(patterns, Mapping):
+        return {}  # which the library refuses
+    if patterns or rest not in (True, {}):
+        others = other_than(names or (), [_prefix(pattern) for pattern in patterns])
+    else:
+        others = ANY_NAME
+    return {"patternProperties": {**patterns, others: rest}, "additionalProperties": False}
+
+
+def _prefix(pattern: str) -> str:
+    found = PREFIX.fullmatch(pattern)
+    if found is None:
+        raise ValueError(
+            f"keyword 'patternProperties' with {pattern[:60]!r} is kept beside "
+            "additionalProperties false; others, with patterns such as '^x-'"
+        )
+    return found[1]
 
 
 def _check_counts(schema: Mapping[str, Any]) -> None:
