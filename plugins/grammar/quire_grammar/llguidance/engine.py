@@ -22,6 +22,7 @@ from quire.interfaces.grammar import (
     GrammarVocabulary,
 )
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
+from quire_grammar.llguidance.lark import without_forcing
 from quire_grammar.llguidance.regexes import exact_regex
 from quire_grammar.llguidance.schemas import exact_schema
 from quire_grammar.llguidance.tags import TagGrammar
@@ -72,9 +73,9 @@ class LLGuidanceEngine(GrammarEngine):
         if source.kind is GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(exact_regex(source.text))
         if source.kind is GrammarKind.LARK:
-            return LLMatcher.grammar_from_lark(source.text)
+            return LLMatcher.grammar_from_lark(without_forcing(source.text))
         if source.kind is GrammarKind.GBNF:
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(source.text))
+            return LLMatcher.grammar_from_lark(without_forcing(gbnf_to_lark(source.text)))
         if source.kind is GrammarKind.CHOICE:
             choices = " | ".join(json.dumps(text) for text in source.choices)
             return LLMatcher.grammar_from_lark(f"start: {choices}")

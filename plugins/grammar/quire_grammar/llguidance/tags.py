@@ -11,6 +11,7 @@ from llguidance import LLMatcher
 
 from quire.interfaces.grammar import GrammarKind, GrammarSource, Node
 from quire_grammar.llguidance.gbnf import gbnf_to_lark
+from quire_grammar.llguidance.lark import without_forcing
 from quire_grammar.llguidance.regexes import exact_regex
 from quire_grammar.llguidance.schemas import OWN_SETTINGS, exact_schema
 
@@ -38,6 +39,7 @@ class TagGrammar:
         self._json_settings = json_settings
         self._rules: list[str] = []
         self._grammars: list[dict[str, str]] = []
+        self._has_lexemes = False  # of the client's own
         longest_first = sorted(special, key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -45,6 +47,8 @@ class TagGrammar:
         """Return the grammar in the library's own form. Raises: ValueError saying why not."""
         start = self._node(tree)
         whole = "\n".join([f"start: {start}", *self._rules])
+        if self._has_lexemes:
+            whole = without_forcing(whole)
         if not self._grammars:
             return LLMatcher.grammar_from_lark(whole)
         outer = {"name": "tags", "lark_grammar": whole}
@@ -86,6 +90,7 @@ class TagGrammar:
         return self._rule(f"%json {json.dumps(schema | {OWN_SETTINGS: self._json_settings})}")
 
     def _regex(self, node: Node) -> str:
+        self._has_lexemes = True
         return self._terminal(_regex(exact_regex(node["pattern"])))
 
     def _grammar(self, node: Node) -> str:
@@ -94,7 +99,8 @@ class TagGrammar:
         is_gbnf = source.kind is GrammarKind.GBNF
         lark = gbnf_to_lark(source.text) if is_gbnf else source.text
         name = f"g{len(self._grammars)}"
-        self._grammars.append({"name": name, "lark_grammar": lark})
+        self._grammars.append({"name": name, "lark_grammar": without_forcing(lark)})
+        self._has_lexemes = True
         return self._rule(f"@{name}")
 
     def _any_text(self, node: Node) -> str:
