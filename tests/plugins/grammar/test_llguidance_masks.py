@@ -16,7 +16,7 @@ from quire.interfaces.grammar import (
     GrammarStuck,
     GrammarVocabulary,
 )
-from quire_grammar.llguidance import engine
+from quire_grammar.llguidance import engine, tokens
 from quire_grammar.llguidance.engine import LLGuidanceEngine
 
 LETTERS = [bytes([i]) for i in range(256)]
@@ -102,7 +102,11 @@ def test_tokens_that_the_tokenizer_does_not_know_never_come() -> None:
     assert np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).max() == 256
 
 
-def test_what_is_compiled_for_a_check_has_the_same_masks() -> None:
+@pytest.mark.parametrize("few_tokens", [0, 1000])
+def test_what_is_compiled_for_a_check_has_the_same_masks(
+    monkeypatch: pytest.MonkeyPatch, few_tokens: int
+) -> None:
+    monkeypatch.setattr(tokens, "FEW_TOKENS", few_tokens)
     own = made()
     text = '{"properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]}'
     source = GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=text)

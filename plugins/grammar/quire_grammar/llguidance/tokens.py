@@ -22,6 +22,10 @@ from quire.interfaces.grammar import GrammarVocabulary
 # How the library marks a token that is no text.
 SPECIAL = b"\xff"
 MAX_KEPT_TEXTS = 65536
+# Slices of the vocabulary for a check: texts of JSON, without which a mask of 128,000 tokens can
+# take 1 ms. The library's four take a fifth of a schema's time to compile, more than they save.
+CHECK_SLICES = [r'[^"\\\x00-\x1F\x7F]+']
+FEW_TOKENS = 2**14
 ADDED = '"added_tokens":'
 # Texts of a form that a tokenizer may cut otherwise: by spaces, letters, digits, marks, lines.
 PROBES = ('{"name": "', '", "items": [12, -3.5e7', "true}", "A1b-c_D é 漢字 ☃", "\n\n  x:  y\t")
@@ -62,14 +66,14 @@ class Tokenizers:
         self._own, self._has_dropped = _own_tokenizer(vocabulary)
         # The other is made for the first grammar that needs it, where there may be none.
         self._asking = _asking_tokenizer(vocabulary) if self._own is None else None
-        self._unsliced: dict[bool, LLTokenizer] = {}  # by whether it asks Python
+        self._for_check: dict[bool, LLTokenizer] = {}  # by whether it asks Python
         if vocabulary.tokenizer_json is None:  # grammars may be checked, of which none waits
             self.take("", is_for_check=True)
 
     def take(self, text: str, *, is_for_check: bool = False) -> tuple[LLTokenizer, bool]:
         """Return the tokenizer for a grammar of this text, and whether it asks Python.
 
-        One for a check has no slices of the vocabulary, which each grammar compiles with itself.
+        One for a check has fewer slices of the vocabulary, which each grammar compiles with itself.
         """
         asks_python = self._own is None or (
             self._has_dropped and MAY_SPELL_ADDED.search(text) is not None
@@ -80,9 +84,11 @@ class Tokenizers:
             found = self._asking if asks_python else self._own
             assert found is not None, "one of the two was made"
             if is_for_check:
-                if asks_python not in self._unsliced:
-                    self._unsliced[asks_python] = found.with_slices([])
-                found = self._unsliced[asks_python]
+                if asks_python not in self._for_check:
+                    is_small = self._vocabulary.vocab_size <= FEW_TOKENS
+                    slices = [] if is_small else CHECK_SLICES
+                    self._for_check[asks_python] = found.with_slices(slices)
+                found = self._for_check[asks_python]
             return found, asks_python
 
 
