@@ -255,14 +255,28 @@ def test_a_response_has_the_call_as_an_item_and_takes_its_result(client: openai.
     told: Any = [*ASKED, call.model_dump(exclude_none=True), result]
     second = client.responses.create(input=told, **common)
     with client.responses.stream(input=ASKED, **common) as stream:
-        kinds = [event.type for event in stream]
         streamed = stream.get_final_response()
 
     assert (call.type, call.name) == ("function_call", "get_menu_items")
     assert json.loads(call.arguments) == AMERICANO
     assert second.status == "completed"
-    assert kinds.count("response.function_call_arguments.delta") > 1
     assert streamed.output[0].arguments == call.arguments
+
+
+def test_arguments_of_a_response_come_in_parts(client: openai.OpenAI) -> None:
+    # Long ones: what is generated while the server is busy with else comes in one part.
+    text = {"type": "string", "minLength": 300, "maxLength": 310}
+    parameters = {"type": "object", "properties": {"text": text}, "required": ["text"]}
+    parameters["additionalProperties"] = False
+    note: Any = {"type": "function", "name": "note", "parameters": parameters, "strict": True}
+    common: Any = {"model": "demo", "tools": [note], "tool_choice": "required", "temperature": 0}
+
+    with client.responses.stream(input="Hello!", max_output_tokens=400, **common) as stream:
+        kinds = [event.type for event in stream]
+        (call,) = stream.get_final_response().output
+
+    assert kinds.count("response.function_call_arguments.delta") > 1
+    assert 300 <= len(json.loads(call.arguments)["text"]) <= 310
 
 
 def test_thoughts_are_told_apart_and_auto_needs_a_parser() -> None:
