@@ -31,7 +31,7 @@ def check_schema(schema: Any) -> None:
     # Without a reference none contains itself, and looking takes two thirds of the time.
     ending = _ending(schema, every) if any("$ref" in one for one in every) else None
     if ending is not None and not all(id(one) in ending for one in every):
-        is_whole = isinstance(schema, Mapping) and id(schema) not in ending
+        is_whole = isinstance(schema, dict) and id(schema) not in ending
         which = "its answers never end" if is_whole else "answers of a part of it never end"
         raise ValueError(f"{which}: what it requires contains itself ($ref)")
 
@@ -52,7 +52,7 @@ def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
     todo, seen = [schema], set()
     while todo:
         one = todo.pop()
-        if not isinstance(one, Mapping) or id(one) in seen:
+        if not isinstance(one, dict) or id(one) in seen:
             continue
         seen.add(id(one))
         yield one
@@ -64,7 +64,7 @@ def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
             elif name in SCHEMA_LISTS:
                 todo += value if isinstance(value, list) else []
             elif name in SCHEMA_TABLES:
-                todo += value.values() if isinstance(value, Mapping) else []
+                todo += value.values() if isinstance(value, dict) else []
 
 
 def _ending(root: Any, every: list[Mapping[str, Any]]) -> set[int] | None:
@@ -83,7 +83,7 @@ def _ending(root: Any, every: list[Mapping[str, Any]]) -> set[int] | None:
 
 def _ends(schema: Any, root: Any, ending: set[int]) -> bool:
     def known(part: Any) -> bool:
-        return not isinstance(part, Mapping) or id(part) in ending
+        return not isinstance(part, dict) or id(part) in ending
 
     if "const" in schema or "enum" in schema:
         return True
@@ -111,7 +111,7 @@ def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
 
 def _required(schema: Mapping[str, Any]) -> list[Any]:
     properties = schema.get("properties")
-    if not isinstance(properties, Mapping):
+    if not isinstance(properties, dict):
         return []
     names = [name for name in _listed(schema, "required") if isinstance(name, str)]
     return [properties[name] for name in names if name in properties]
@@ -129,7 +129,7 @@ def _resolve(reference: str, root: Any) -> Any:
     place = root
     for part in unquote(reference[1:]).split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(place, Mapping) and name in place:
+        if isinstance(place, dict) and name in place:
             place = place[name]
         elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
             place = place[int(name)]

@@ -28,7 +28,7 @@ def mapped(schema: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     """
     if isinstance(schema, list):
         changed: Any = [mapped(one, change) for one in schema]
-    elif isinstance(schema, Mapping):
+    elif isinstance(schema, dict):
         changed = {name: _inner(name, value, change) for name, value in change(schema).items()}
     else:
         return schema
@@ -38,7 +38,7 @@ def mapped(schema: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 def _inner(name: str, value: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
     if name in VALUES:
         return value
-    if name in TABLES and isinstance(value, Mapping):
+    if name in TABLES and isinstance(value, dict):
         return {each: mapped(one, change) for each, one in value.items()}
     return mapped(value, change)
 
@@ -63,7 +63,7 @@ def _within(whole: float, other: float) -> bool:
 
 def _bounds(part: Any) -> Iterator[tuple[str, float]]:
     """Yield all bounds, and what may be only a value of that name, in any part of a schema."""
-    if isinstance(part, Mapping):
+    if isinstance(part, dict):
         for name, value in part.items():
             if name in (*LOWER, *UPPER) and type(value) in (int, float):
                 yield name, value

@@ -41,7 +41,7 @@ def _exact(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     patterns = schema.get("patternProperties")
     if isinstance(pattern, str):
         changed["pattern"] = exact_pattern(pattern)
-    if isinstance(patterns, Mapping):
+    if isinstance(patterns, dict):
         changed["patternProperties"] = {exact_pattern(one): patterns[one] for one in patterns}
     if isinstance(reference, str):
         changed["$ref"] = quote(reference, safe=URI_MARKS)
@@ -65,7 +65,7 @@ def _without_escaped_names(schema: Mapping[str, Any]) -> dict[str, Any]:
     patterns = schema.get("patternProperties") or {}
     if rest is False or not (names or patterns):
         return {}
-    if not isinstance(names or {}, Mapping) or not isinstance(patterns, Mapping):
+    if not isinstance(names or {}, dict) or not isinstance(patterns, dict):
         return {}  # which the library refuses
     if patterns or rest not in (True, {}):
         others = other_than(names or (), [_prefix(pattern) for pattern in patterns])
@@ -107,7 +107,7 @@ def _check_numbers(schema: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for one in value:
