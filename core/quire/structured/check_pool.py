@@ -1,4 +1,4 @@
-"""The children that compile grammars first: one to work and one to spare, which a start takes."""
+"""The children that compile grammars first: several to work, and so one to spare."""
 
 from __future__ import annotations
 

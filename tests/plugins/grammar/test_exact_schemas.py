@@ -136,6 +136,22 @@ def test_what_would_be_loosened_is_refused_by_its_keyword(schema: Any, keyword: 
         exact_schema(schema)
 
 
+def test_a_number_of_many_digits_is_not_shown_whole() -> None:
+    with pytest.raises(ValueError, match="'const' with a number beyond") as caught:
+        exact_schema({"const": 10**4000})
+
+    assert len(str(caught.value)) < 120
+
+
+def test_a_pattern_and_a_format_beside_what_is_no_list_name_it(
+    llguidance: LLGuidanceEngine,
+) -> None:
+    schema = {"type": "string", "format": "date", "pattern": "a", "allOf": 5}
+
+    with pytest.raises(ValueError, match="allOf"):
+        llguidance.compile(GrammarSource(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(schema)))
+
+
 @pytest.mark.parametrize(
     "schema",
     [

@@ -118,8 +118,7 @@ class _Matcher(GrammarMatcher):
         self._asks_python = asks_python
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        if self._asks_python:
-            self._ask_python()
+        self._ask_python()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
 
@@ -137,8 +136,7 @@ class _Matcher(GrammarMatcher):
         if len(own) < 2 or not masks.flags.c_contiguous:
             return super().fill_masks(matchers, masks)
         for matcher in known:
-            if matcher._asks_python:
-                matcher._ask_python()
+            matcher._ask_python()
         places = list(zip(own, range(len(own)), strict=True))
         threads = _threads(_num_threads())
         threads.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
@@ -167,7 +165,8 @@ class _Matcher(GrammarMatcher):
 
         Threads that asked Python for them would wait for one another, longer than masks take.
         """
-        self._matcher.compute_ff_tokens()
+        if self._asks_python:
+            self._matcher.compute_ff_tokens()
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from quire.errors import shown
 from quire_grammar.llguidance.bounds import LARGEST, LOWER, UPPER, mapped, with_exact_bounds
 from quire_grammar.llguidance.formats import FORMATS
 from quire_grammar.llguidance.regexes import ANY_NAME, exact_pattern, other_than
@@ -14,8 +15,8 @@ from quire_grammar.llguidance.regexes import ANY_NAME, exact_pattern, other_than
 OWN_SETTINGS = "x-guidance"
 # The library reads numbers as floats of 64 bits, which do not tell whole ones above it apart.
 LARGEST_EXACT = 2**53
-# What a pointer in a URI may have beside letters and digits.
 PREFIX = re.compile(r"\^([\w -]+)", re.ASCII)  # a pattern whose complement is known
+# What a pointer in a URI may have beside letters and digits.
 URI_MARKS = "/?:@!$&'()*+,;=%#[]~-._"
 
 
@@ -50,8 +51,11 @@ def _exact(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     form = schema.get("format")
     if isinstance(form, str) and form in FORMATS:
         del found["format"]
-        both = [*found.get("allOf", ()), {"pattern": FORMATS[form]}]
-        found |= {"allOf": both} if pattern else both[-1]
+        own, others = {"pattern": FORMATS[form]}, found.get("allOf", [])
+        if pattern is None:
+            found |= own
+        elif isinstance(others, list):  # else the library says so
+            found["allOf"] = [*others, own]
     return found
 
 
@@ -90,7 +94,7 @@ def _check_counts(schema: Mapping[str, Any]) -> None:
     named = len(set(map(str, required))) if isinstance(required, list) else 0
     if isinstance(least, (int, float)) and least > max(1, named):
         raise ValueError(
-            f"keyword 'minProperties' of {least} is supported up to the number of required "
+            f"keyword 'minProperties' of {shown(least)} is supported up to the number of required "
             f"properties, here {named}"
         )
 
@@ -99,11 +103,13 @@ def _check_numbers(schema: Mapping[str, Any]) -> None:
     for name in ("const", "enum"):
         for number in _numbers(schema.get(name)):
             if abs(number) > LARGEST_EXACT:
-                raise ValueError(f"keyword {name!r} with a number beyond 2^53, {number}")
+                raise ValueError(f"keyword {name!r} with a number beyond 2^53, {shown(number)}")
     for name in (*LOWER, *UPPER):
         bound = schema.get(name)
         if type(bound) is int and not _is_kept(name, bound):
-            raise ValueError(f"keyword {name!r} with a whole number that is not exact, {bound}")
+            raise ValueError(
+                f"keyword {name!r} with a whole number that is not exact, {shown(bound)}"
+            )
 
 
 def _numbers(value: Any) -> Iterator[float]:
